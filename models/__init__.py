@@ -1,0 +1,1 @@
+"""Plain Flax NNX modules and their weights."""
