@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
-export JAX_PLATFORMS ?=
 
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:

@@ -1,7 +1,7 @@
 """jaxrel: relevance explanations for JAX. An explanation is a backward pass with other rules."""
 
-from jaxrel.tracing.tags import tag
+from jaxrel.tracing import capture, capture_with_grad, tag
 
 __version__ = "0.1.0"
 
-__all__ = ["tag"]
+__all__ = ["capture", "capture_with_grad", "tag"]

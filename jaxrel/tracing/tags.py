@@ -6,10 +6,10 @@ model was written. `jax.ad_checkpoint.checkpoint_name` is understood as well (se
 `graph.tag_name`), with the axis wherever the model left it.
 """
 
-from jax.extend.core import Primitive
 from jax import numpy as jnp
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 tag_p = Primitive("jaxrel_tag")
 tag_p.def_impl(lambda x, *, name: x)
@@ -26,7 +26,7 @@ def _batch(args, dims, *, name):
 batching.primitive_batchers[tag_p] = _batch
 
 
-def tag(x: Array, name: str) -> Array:
+def tag(x: ArrayLike, name: str) -> Array:
     """Mark an intermediate value with a name; the value itself is unchanged.
 
     A tag costs nothing when nobody asks for it. It survives `jit`, `scan`, `remat`, `cond`,
@@ -45,7 +45,9 @@ def tag(x: Array, name: str) -> Array:
       ValueError: `name` is empty.
     """
     if not isinstance(name, str):
-        raise TypeError(f"tag: name must be a string, got {type(name).__name__}: tag(x, 'attention')")
+        raise TypeError(
+            f"tag: name must be a string, got {type(name).__name__}: tag(x, 'attention')"
+        )
     if not name:
         raise ValueError("tag: name is empty; give the value a name, as in tag(x, 'attention')")
     return tag_p.bind(jnp.asarray(x), name=name)

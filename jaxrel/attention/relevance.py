@@ -1,0 +1,315 @@
+"""Attention relevance of a function: nothing to prepare, one forward and one backward pass."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxrel.attention.accumulate import equal, row, weighted
+from jaxrel.attention.baselines import grad_cam, no_aggregation, raw, rollout
+from jaxrel.attention.carrier import Carrier, accumulate, weigh
+from jaxrel.attention.importance import measure
+from jaxrel.attention.sites import Site, Stack, find_stacks, tagged_stack
+from jaxrel.tracing.capture import check_scalar_outputs, taps_with_grad
+from jaxrel.tracing.evaluate import Edits, Touch, evaluate
+from jaxrel.tracing.graph import Traced, trace
+
+METHODS = ("equal", "weighted", "raw", "rollout", "grad_cam", "no_aggregation")
+STREAMING = ("equal", "weighted")
+
+
+def relevance(
+    fun: Callable,
+    *,
+    method: str | Sequence[str] = "weighted",
+    readout: Any = 0,
+    attention: str | Sequence[str] | None = None,
+    layers: slice | Sequence[int] | None = None,
+    importance: str | Callable = "grad_value",
+    form: Literal["auto", "streaming", "stacked"] = "auto",
+    argnums: int | Sequence[int] | None = None,
+) -> Callable:
+    """Make a function return the relevance of its tokens instead of its output.
+
+    The model is not changed: its attention maps are found by structure (see `sites`), or by
+    the names it tags them with. Equal (Chefer et al. 2021, eq. 5 and 6) and weighted
+    accumulation (Huang et al. 2023) of one read-out row are streamed: relevance rides in the
+    backward pass, and no map or gradient is kept beyond its layer. Other methods, whole
+    matrices and layer ranges stack the maps; all methods asked for share one forward and one
+    backward pass.
+
+    Args:
+      fun: a JAX function that returns the scalar to explain, or one per example `[batch]`;
+        examples must be independent of each other, dropout off.
+      method: one of `METHODS`, or several.
+      readout: the token whose row of the relevance matrix is read: an int, an int array
+        `[batch]`, a mapping from stack names to these, or None for the whole matrix.
+      attention: the names of the attention stacks wanted: tags of the maps, or the names that
+        `sites` lists. By default the function's only self-attention stack.
+      layers: the layers accumulated; all, by default. `slice(-1, None)` is the last alone.
+      importance: the measure of the weighted method: 'grad_value', 'norm', 'abs_grad_value',
+        or a function `(value, grad) -> [batch, tokens]`.
+      form: 'streaming' or 'stacked' insists on one; 'auto' streams where it can.
+      argnums: which arguments hold the data (what tells an attention map from a weight): by
+        default every argument that is not an NNX module.
+
+    Returns:
+      A function `(*args) -> relevance`, float32 (float64 for float64 maps), to be wrapped in
+      `jit` by the caller: `[batch, tokens]`, or `[batch, tokens, tokens]` for `readout=None`.
+      Several methods give a dict by method, several stacks a dict by stack of these.
+
+    Raises:
+      ValueError: (when called) unknown method, measure, stack, layer or read-out; no or several
+        attention stacks where one is needed; no residual stream found for 'weighted'.
+      TypeError: (when called) `fun` returns something other than one real array.
+      NotImplementedError: (when called) attention inside a kernel or a hand-written derivative.
+    """
+    explain = value_and_relevance(
+        fun,
+        method=method,
+        readout=readout,
+        attention=attention,
+        layers=layers,
+        importance=importance,
+        form=form,
+        argnums=argnums,
+    )
+
+    def explained(*args):
+        return explain(*args)[1]
+
+    return explained
+
+
+def value_and_relevance(
+    fun: Callable,
+    *,
+    method: str | Sequence[str] = "weighted",
+    readout: Any = 0,
+    attention: str | Sequence[str] | None = None,
+    layers: slice | Sequence[int] | None = None,
+    importance: str | Callable = "grad_value",
+    form: Literal["auto", "streaming", "stacked"] = "auto",
+    argnums: int | Sequence[int] | None = None,
+) -> Callable:
+    """Like `relevance`, but the function returns `(fun(*args), relevance)`."""
+    methods = check_methods(method)
+    measure(importance)
+    streaming = _choose_form(form, methods, readout, layers)
+
+    def explained(*args):
+        traced = trace(fun, *args)
+        check_scalar_outputs(traced, "attention.relevance")
+        stacks = _choose(traced, args, attention, argnums, "weighted" in methods)
+        readouts = {s.name: _readout(readout, s) for s in stacks}
+        if streaming:
+            out, result = _stream(traced, stacks, methods[0], readouts, importance)
+            result = {methods[0]: result}
+        else:
+            out, result = _stacked(traced, stacks, methods, readouts, layers, importance)
+        if attention is None or isinstance(attention, str):
+            result = {name: maps[stacks[0].name] for name, maps in result.items()}
+        return out, result[method] if isinstance(method, str) else result
+
+    return explained
+
+
+def check_methods(method: str | Sequence[str]) -> tuple[str, ...]:
+    """The methods asked for, as a tuple; ValueError naming those that exist."""
+    methods = (method,) if isinstance(method, str) else tuple(method)
+    for name in methods:
+        if name not in METHODS:
+            raise ValueError(f"unknown attention method {name!r}; there are {', '.join(METHODS)}")
+    if not methods:
+        raise ValueError(f"no attention method given; there are {', '.join(METHODS)}")
+    return methods
+
+
+def _choose_form(form: str, methods: tuple, readout: Any, layers: Any) -> bool:
+    can = len(methods) == 1 and methods[0] in STREAMING and readout is not None and layers is None
+    if form == "streaming" and not can:
+        raise ValueError(
+            "form='streaming' computes one read-out row of one of the methods "
+            f"{' and '.join(STREAMING)} over all layers; got method={methods}, "
+            f"readout={readout}, layers={layers}. Use form='auto'"
+        )
+    if form not in ("auto", "streaming", "stacked"):
+        raise ValueError(f"form must be 'auto', 'streaming' or 'stacked', got {form!r}")
+    return can and form != "stacked"
+
+
+def _choose(
+    traced: Traced, args: tuple, attention: Any, argnums: Any, weighted: bool
+) -> list[Stack]:
+    found = {stack.name: stack for stack in find_stacks(traced, args, argnums)}
+    if attention is None:
+        names = [name for name, stack in found.items() if stack.is_self]
+        if len(names) != 1:
+            problem = "no self-attention was found" if not names else "several were found"
+            raise ValueError(
+                f"attention.relevance: {problem}; name what is meant with attention=..., a tag of "
+                f"the maps or one of these: {_listing(found)}"
+            )
+    else:
+        names = [attention] if isinstance(attention, str) else list(attention)
+    stacks = []
+    for name in names:
+        stack = tagged_stack(traced, name) or found.get(name)
+        if stack is None:
+            raise ValueError(
+                f"attention.relevance: no attention is named {name!r}; there is {_listing(found)}"
+            )
+        if stack.sites[0].shape[-1] != stack.sites[0].shape[-2]:
+            raise ValueError(
+                f"attention.relevance: {name!r} maps {stack.sites[0].shape[-2]} queries to "
+                f"{stack.sites[0].shape[-1]} keys; relevance accumulates over self-attention. "
+                "For two streams use attention.bimodal"
+            )
+        if weighted and not stack.has_residual:
+            raise ValueError(
+                f"attention.relevance: method 'weighted' needs the residual stream around "
+                f"{name!r}, and none was found near {stack.sites[0].where}; tag the stream "
+                f"before the attention {name + '/before'!r} and the attention's output "
+                f"{name + '/after'!r}, or use method 'equal'"
+            )
+        stacks.append(stack)
+    return stacks
+
+
+def _listing(found: Mapping[str, Stack]) -> str:
+    return "; ".join(map(str, found.values())) or "none (see jaxrel.attention.sites)"
+
+
+def _readout(readout: Any, stack: Stack) -> Any:
+    if isinstance(readout, Mapping):
+        if stack.name not in readout:
+            raise ValueError(f"readout names {sorted(readout)} but not the stack {stack.name!r}")
+        readout = readout[stack.name]
+    if readout is None:
+        return None
+    tokens = stack.sites[0].shape[-1]
+    if not isinstance(readout, jax.core.Tracer):
+        index = np.asarray(readout)
+        if not np.issubdtype(index.dtype, np.integer):
+            raise ValueError(f"readout must be integers, got {readout!r}")
+        if index.size and not (-tokens <= index.min() and index.max() < tokens):
+            raise ValueError(
+                f"readout {readout} is not a token of {stack.name!r}, which has {tokens}: "
+                f"0 to {tokens - 1}"
+            )
+    return jnp.asarray(readout) % tokens
+
+
+def _stream(
+    traced: Traced, stacks: list[Stack], method: str, readouts: Mapping, importance: Any
+) -> tuple[Any, dict]:
+    """Walk back through the layers with one row of relevance per example."""
+    touches: dict = {}
+    for stack in stacks:
+        for site in stack.sites:
+            touches[site.value] = Touch(_accumulate_at(stack.name, site))
+            if method == "weighted":
+                touch = _weigh_at(stack.name, measure(importance))
+                touches[site.after] = Touch(touch, (site.before,))
+
+    def run(carriers):
+        result = evaluate(traced.graph, traced.args, Edits(touches=touches), carrier=carriers)
+        return result.outs[0], result.carrier
+
+    starts = {stack.name: _one_hot(readouts[stack.name], stack) for stack in stacks}
+    zeros = jax.tree.map(jnp.zeros_like, starts)
+    (out, _), pullback = jax.vjp(run, zeros)
+    (rows,) = pullback((jnp.ones_like(out), starts))
+    return traced.unflatten([out]), {name: carrier.keep for name, carrier in rows.items()}
+
+
+def _one_hot(readout: Any, stack: Stack) -> Carrier:
+    batch, _, tokens, _ = stack.sites[0].shape
+    dtype = jnp.promote_types(stack.sites[0].value.aval.dtype, jnp.float32)
+    start = jax.nn.one_hot(jnp.broadcast_to(readout, (batch,)), tokens, dtype=dtype)
+    return Carrier(start, start)
+
+
+def _accumulate_at(name: str, site: Site) -> Callable:
+    def touch(carriers, value):
+        carrier, attn = accumulate(carriers[name], site.standard(value))
+        return {**carriers, name: carrier}, site.restore(attn)
+
+    return touch
+
+
+def _weigh_at(name: str, importance: Callable) -> Callable:
+    def touch(carriers, after, before):
+        batched = [x if x.ndim == 3 else x[None] for x in (before, after)]
+        carrier, weighed = weigh(carriers[name], *batched, importance)
+        return {**carriers, name: carrier}, weighed.reshape(after.shape)
+
+    return touch
+
+
+def _stacked(
+    traced: Traced,
+    stacks: list[Stack],
+    methods: tuple[str, ...],
+    readouts: Mapping,
+    layers: Any,
+    importance: Any,
+) -> tuple[Any, dict]:
+    wanted = ("value", "before", "after") if "weighted" in methods else ("value",)
+    taps = {
+        getattr(site, what): f"{stack.name}:{index}:{what}"
+        for stack in stacks
+        for index, site in enumerate(stack.sites)
+        for what in wanted
+    }
+    out, values, grads = taps_with_grad(traced, taps, "attention.relevance")
+    result: dict = {method: {} for method in methods}
+    for stack in stacks:
+        attn, grad = (_layers(stack, taps, found, "value") for found in (values, grads))
+        for method in methods:
+            if method == "weighted":
+                matrix = weighted(
+                    attn,
+                    grad,
+                    before=_layers(stack, taps, values, "before"),
+                    after=_layers(stack, taps, values, "after"),
+                    value_grad=_layers(stack, taps, grads, "after"),
+                    importance=importance,
+                    layers=layers,
+                )
+            else:
+                matrix = _MATRIX[method](attn, grad, layers)
+            index = readouts[stack.name]
+            result[method][stack.name] = matrix if index is None else row(matrix, index)
+    return out, result
+
+
+_MATRIX: dict[str, Callable] = {
+    "equal": lambda attn, grad, layers: equal(attn, grad, layers=layers),
+    "raw": lambda attn, grad, layers: raw(attn, layers=layers),
+    "rollout": lambda attn, grad, layers: rollout(attn, layers=layers),
+    "grad_cam": lambda attn, grad, layers: grad_cam(attn, grad, layers=layers),
+    "no_aggregation": lambda attn, grad, layers: no_aggregation(attn, grad, layers=layers),
+}
+
+
+def _layers(stack: Stack, taps: Mapping, found: Mapping, what: str) -> Any:
+    """Tapped values of a stack as [layers, batch, ...], in order of execution."""
+    by_loop: dict[Any, list] = {}
+    for site in stack.sites:
+        x = found[taps[getattr(site, what)]]
+        x = x.reshape(site.length, *getattr(site, what).shape)
+        if site.scan is not None and site.scan.params["reverse"]:
+            x = x[::-1]
+        # Sites that share a scan's body take turns; a site outside any scan is its own loop.
+        by_loop.setdefault(site.scan or site, []).append(_standard(site, x, what))
+    loops = [jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]) for xs in by_loop.values()]
+    return jnp.concatenate(loops)
+
+
+def _standard(site: Site, x: Any, what: str) -> Any:
+    if what == "value":
+        return jax.vmap(site.standard)(x)
+    return x if x.ndim == 4 else x[:, None]

@@ -1,0 +1,221 @@
+"""Evaluate a graph, with steps replaced, values handed out, and a carrier threaded through.
+
+Three kinds of change can be asked for (`Edits`), each keyed by the node or value it concerns,
+in whichever body that lies:
+
+* `steps`: a node is computed by another function (a relevance rule, say);
+* `taps`: a value is handed out, after a probe has been added to it if one was given; the
+  derivative by a zero probe is the derivative by the value;
+* `touches`: a value and the carrier pass through a function. The carrier is a pytree that
+  rides through `scan`, `remat` and `cond` beside the program's own values, and its cotangent
+  rides back; that is how relevance is accumulated inside the backward pass.
+
+Inside `scan`, taps and probes are stacked along a new leading axis. A body that no edit
+reaches is bound again as it stands.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
+
+
+class Step(NamedTuple):
+    """Compute a node's outputs as `function(*ins)`; `ins` need not be the node's own."""
+
+    ins: tuple[Atom, ...]
+    function: Callable[..., Sequence]
+
+
+class Touch(NamedTuple):
+    """`function(carrier, value, *reads) -> (carrier, value)`, applied once a value is known.
+
+    `reads` are values of the same graph that are known by then.
+    """
+
+    function: Callable
+    reads: tuple[Value, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Edits:
+    """What `evaluate` does differently; see the module's docstring."""
+
+    steps: Mapping[Node, Step] = dataclasses.field(default_factory=dict)
+    taps: Mapping[Value, str] = dataclasses.field(default_factory=dict)
+    touches: Mapping[Value, Touch] = dataclasses.field(default_factory=dict)
+
+    def reach(self, graph: Graph) -> bool:
+        """Whether anything inside the graph is edited."""
+        return any(
+            node in self.steps or any(out in self.taps or out in self.touches for out in node.outs)
+            for node in graph.walk()
+        )
+
+
+class Evaluated(NamedTuple):
+    """Flat outputs, handed-out values by tap name, and the carrier."""
+
+    outs: list
+    taps: dict[str, Any]
+    carrier: Any
+
+
+def evaluate(
+    graph: Graph,
+    args: Sequence,
+    edits: Edits | None = None,
+    *,
+    probes: Mapping[str, Any] | None = None,
+    carrier: Any = None,
+) -> Evaluated:
+    """Run a graph on flat arguments, with edits.
+
+    Args:
+      graph: from `trace` or `build`.
+      args: one array per `graph.ins`.
+      edits: what to do differently; nothing, by default.
+      probes: arrays of the tapped values' shapes (see `tap_shapes`), by tap name, added to them.
+      carrier: the initial carrier, any pytree of arrays.
+
+    Returns:
+      `Evaluated(outs, taps, carrier)`.
+
+    Raises:
+      NotImplementedError: an edit lies where a program cannot be changed (a `while_loop`,
+        a function with a derivative of its own, a kernel); the message has the source line.
+    """
+    edits = edits or Edits()
+    env: dict[Value, Any] = {**dict(zip(graph.ins, args, strict=True)), **graph.constants}
+    taps: dict[str, Any] = {}
+
+    def read(atom: Atom) -> Any:
+        return atom.value if isinstance(atom, Constant) else env[atom]
+
+    for node in graph.nodes:
+        if node in edits.steps:
+            step = edits.steps[node]
+            outs = step.function(*map(read, step.ins))
+        elif node.bodies and any(map(edits.reach, node.bodies)):
+            inner = _enter(node)(node, list(map(read, node.ins)), edits, probes or {}, carrier)
+            outs, carrier = inner.outs, inner.carrier
+            taps |= inner.taps
+        else:
+            outs = node.bind(*map(read, node.ins))
+        for value, out in zip(node.outs, outs, strict=True):
+            if value in edits.touches:
+                touch = edits.touches[value]
+                carrier, out = touch.function(carrier, out, *map(read, touch.reads))
+            if value in edits.taps:
+                name = edits.taps[value]
+                out = out + probes[name] if probes and name in probes else out
+                taps[name] = out
+            env[value] = out
+    return Evaluated([read(atom) for atom in graph.outs], taps, carrier)
+
+
+def tap_shapes(graph: Graph, taps: Mapping[Value, str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every tap, with the leading axes that scans give it."""
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    for node in graph.nodes:
+        for body in node.bodies:
+            lead = (node.params["length"],) if node.name == "scan" else ()
+            for name, inner in tap_shapes(body, taps).items():
+                shapes[name] = jax.ShapeDtypeStruct(lead + inner.shape, inner.dtype)
+        for out in node.outs:
+            if out in taps:
+                shapes[taps[out]] = jax.ShapeDtypeStruct(out.shape, out.aval.dtype)
+    return shapes
+
+
+def _enter(node: Node) -> Callable[..., Evaluated]:
+    enter = {"scan": _scan, "cond": _cond, "remat2": _remat, "checkpoint": _remat}.get(node.name)
+    if enter is None:
+        reason = _REASONS.get(node.name, "its program is not open to transformations")
+        raise NotImplementedError(
+            f"{node.name} at {node.where()} holds a value that is asked for, and cannot be "
+            f"entered: {reason}"
+        )
+    return enter
+
+
+_REASONS = {
+    "while": "a while_loop has no fixed number of steps and no reverse derivative; "
+    "use lax.scan, or fori_loop with static bounds",
+    "custom_vjp_call": "its derivative is written by hand for the function as a whole; "
+    "move the tag outside, or call the function without its custom_vjp",
+    "custom_jvp_call": "its derivative is written by hand for the function as a whole; "
+    "move the tag outside, or call the function without its custom_jvp",
+    "shard_map": "call jaxrel inside the shard_map, on the per-device function",
+}
+
+
+def _probes_of(node: Node, edits: Edits, probes: Mapping[str, Any]) -> dict[str, Any]:
+    names = {name for body in node.bodies for name in tap_shapes(body, edits.taps)}
+    return {name: probe for name, probe in probes.items() if name in names}
+
+
+def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
+    (body,) = node.bodies
+    consts, carries = node.params["num_consts"], node.params["num_carry"]
+    fixed, state, xs = args[:consts], args[consts : consts + carries], args[consts + carries :]
+    # A scan's state has one type throughout, so Python numbers take the body's.
+    types = body.ins[consts : consts + carries]
+    state = [_strong(x, v) for x, v in zip(state, types, strict=True)]
+
+    def step(loop, x):
+        (state, carrier), (xs, probes) = loop, x
+        inner = evaluate(body, [*fixed, *state, *xs], edits, probes=probes, carrier=carrier)
+        new = [_strong(x, v) for x, v in zip(inner.outs[:carries], types, strict=True)]
+        return (new, inner.carrier), (inner.outs[carries:], inner.taps)
+
+    (state, carrier), (ys, taps) = lax.scan(
+        step,
+        (state, carrier),
+        (xs, _probes_of(node, edits, probes)),
+        length=node.params["length"],
+        reverse=node.params["reverse"],
+        unroll=node.params["unroll"],
+    )
+    return Evaluated([*state, *ys], taps, carrier)
+
+
+def _strong(x: Any, value: Value) -> Any:
+    if jax.dtypes.issubdtype(value.aval.dtype, jax.dtypes.extended):
+        return x
+    return lax.convert_element_type(x, value.aval.dtype)
+
+
+def _remat(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
+    (body,) = node.bodies
+
+    def run(args, probes, carrier):
+        return tuple(evaluate(body, args, edits, probes=probes, carrier=carrier))
+
+    policy, prevent_cse = node.params["policy"], node.params["prevent_cse"]
+    run = jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
+    return Evaluated(*run(args, _probes_of(node, edits, probes), carrier))
+
+
+def _cond(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
+    index, *operands = args
+    # Every branch hands out the same structure: a tap of a branch not taken is zero.
+    blank: dict[str, jax.ShapeDtypeStruct] = {}
+    for body in node.bodies:
+        blank |= tap_shapes(body, edits.taps)
+
+    def branch(body):
+        def run(operands, probes, carrier):
+            inner = evaluate(body, operands, edits, probes=probes, carrier=carrier)
+            zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in blank.items()}
+            return inner.outs, zeros | inner.taps, inner.carrier
+
+        return run
+
+    probes = _probes_of(node, edits, probes)
+    return Evaluated(*lax.switch(index, [*map(branch, node.bodies)], operands, probes, carrier))

@@ -1,0 +1,188 @@
+"""A function as data: a jaxpr, flattened into a graph that passes can read and evaluate.
+
+`trace` turns a function and example arguments into a `Graph`. Calls that only group
+operations (`jit` and its relatives) are inlined; control flow stays a node that carries its
+bodies as graphs; every value is a `Value` with an identity of its own, so a set or a mapping
+of values says unambiguously which of them, in whichever body, is meant.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+from jax.extend import source_info_util
+
+from jaxrel.tracing.tags import tag_p
+
+# Calls that group operations and mean nothing else.
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
+# Control flow whose bodies the evaluator can run again with changes inside.
+CONTROL = frozenset({"scan", "while", "cond", "remat2", "checkpoint"})
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Value:
+    """An intermediate value; compared by identity. `aval` has its shape and dtype."""
+
+    aval: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The value's shape."""
+        return self.aval.shape
+
+    def __repr__(self):
+        return f"Value({self.aval.str_short()})"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Constant:
+    """A literal written into the program."""
+
+    value: Any
+    aval: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The literal's shape."""
+        return self.aval.shape
+
+
+Atom = Value | Constant
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """One operation: `outs = primitive(*ins, **params)`, with its bodies if it has any."""
+
+    equation: Any
+    ins: tuple[Atom, ...]
+    outs: tuple[Value, ...]
+    bodies: tuple["Graph", ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The primitive's name, such as 'dot_general'."""
+        return self.equation.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The primitive's parameters."""
+        return self.equation.params
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the evaluator can change what is inside the bodies."""
+        return self.name in CONTROL
+
+    def where(self) -> str:
+        """The user's source line: 'file.py:12:4 (function)'."""
+        return source_info_util.summarize(self.equation.source_info)
+
+    def bind(self, *values) -> list:
+        """Apply the operation as the user wrote it, its own derivative included."""
+        primitive = self.equation.primitive
+        with self.equation.ctx.manager:
+            out = primitive.bind(*values, **primitive.get_bind_params(self.params))
+        return list(out) if primitive.multiple_results else [out]
+
+
+@dataclasses.dataclass(eq=False)
+class Graph:
+    """Operations in order of execution. `constants` are the arrays the function closed over."""
+
+    ins: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    outs: tuple[Atom, ...]
+    constants: dict[Value, Any]
+
+    def walk(self) -> Iterator[Node]:
+        """Every node, those of the bodies after the node that holds them."""
+        for node in self.nodes:
+            yield node
+            for body in node.bodies:
+                yield from body.walk()
+
+    def producers(self) -> dict[Value, Node]:
+        """Which node computes a value (of this graph, not of its bodies)."""
+        return {out: node for node in self.nodes for out in node.outs}
+
+    def users(self) -> dict[Value, list[Node]]:
+        """Which nodes use a value (of this graph, not of its bodies)."""
+        users: dict[Value, list[Node]] = {}
+        for node in self.nodes:
+            for value in node.ins:
+                if isinstance(value, Value):
+                    users.setdefault(value, []).append(node)
+        return users
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A traced call: its graph, the flat arguments, and how to rebuild the output."""
+
+    graph: Graph
+    args: tuple[Any, ...]
+    out_tree: Any
+
+    def unflatten(self, outs: Sequence) -> Any:
+        """Flat outputs back in the structure the function returned."""
+        return jax.tree.unflatten(self.out_tree, outs)
+
+
+def trace(fun: Callable, *args, **kwargs) -> Traced:
+    """Trace `fun(*args, **kwargs)` once, for the shapes and dtypes of these arguments."""
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args, **kwargs)
+    leaves = tuple(jax.tree.leaves((args, kwargs)))
+    return Traced(build(closed), leaves, jax.tree.structure(shapes))
+
+
+def tag_name(node: Node) -> str | None:
+    """The name a node gives its value (`jaxrel.tag` or `checkpoint_name`), else None."""
+    if node.equation.primitive is tag_p or node.name == "name":
+        return node.params["name"]
+    return None
+
+
+def build(closed: jex.ClosedJaxpr) -> Graph:
+    """The graph of a closed jaxpr, with grouping calls inlined."""
+    nodes: list[Node] = []
+    constants: dict[Value, Any] = {}
+
+    def inline(jaxpr: jex.Jaxpr, consts: Sequence, atoms: Sequence[Atom]) -> list[Atom]:
+        env: dict[Any, Atom] = dict(zip(jaxpr.invars, atoms, strict=True))
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = Value(var.aval)
+            constants[env[var]] = const
+
+        def read(atom) -> Atom:
+            return Constant(atom.val, atom.aval) if isinstance(atom, jex.Literal) else env[atom]
+
+        for equation in jaxpr.eqns:
+            ins = tuple(read(atom) for atom in equation.invars)
+            if equation.primitive.name in INLINED:
+                (inner,) = _jaxprs(equation.params)
+                outs = inline(inner.jaxpr, inner.consts, ins)
+                env.update(zip(equation.outvars, outs, strict=True))
+                continue
+            outs = tuple(Value(var.aval) for var in equation.outvars)
+            env.update(zip(equation.outvars, outs, strict=True))
+            bodies = tuple(build(body) for body in _jaxprs(equation.params))
+            nodes.append(Node(equation, ins, outs, bodies))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    ins = tuple(Value(var.aval) for var in closed.jaxpr.invars)
+    outs = inline(closed.jaxpr, closed.consts, ins)
+    return Graph(ins, tuple(nodes), tuple(outs), constants)
+
+
+def _jaxprs(params: dict[str, Any]) -> Iterator[jex.ClosedJaxpr]:
+    """The sub-programs among an equation's parameters, whatever their parameter is called."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, jex.ClosedJaxpr):
+                yield item
+            elif isinstance(item, jex.Jaxpr):
+                yield jex.ClosedJaxpr(item, ())

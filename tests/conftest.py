@@ -1,0 +1,28 @@
+"""The tests' world is stricter than a user's: types are checked, warnings are errors."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("jaxrel", "beartype.beartype")
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """Compute in float64 inside the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def key():
+    """A PRNG key."""
+    return jax.random.key(0)
