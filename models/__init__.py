@@ -1,1 +1,18 @@
 """Plain Flax NNX modules and their weights."""
+
+from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from jaxrel.models.layout import Layout, Stream
+from jaxrel.models.processor import Processor, image_processing
+from jaxrel.models.tokenizer import word_tokenizer
+
+__all__ = [
+    "CLIP",
+    "CLIPConfig",
+    "Layout",
+    "Processor",
+    "Stream",
+    "TextConfig",
+    "VisionConfig",
+    "image_processing",
+    "word_tokenizer",
+]

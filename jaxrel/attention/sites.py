@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from jaxrel.tracing.analysis import dependents
 from jaxrel.tracing.graph import Graph, Node, Traced, Value, tag_name, trace
-from jaxrel.tracing.patterns import MOVES, softmaxes
+from jaxrel.tracing.patterns import MOVES, origin, softmaxes
 
 # What may stand between a softmax and the product with the values: masks and dropout.
 _MASKING = MOVES | {"select_n", "mul", "div"}
@@ -212,10 +212,7 @@ def _site(
         return
     query = next((axis for axis in reversed(free) if value.shape[axis] > 1), free[-1])
     first, heads = _batch_axis(value, tuple(batched), batch)
-    before, after = _residual(node.outs[0], users, data)
-    keys = node.ins[1 - side]
-    is_self = before is None or keys in dependents(graph, [before])
-    yield Site(
+    site = Site(
         value=value,
         batch=first,
         heads=(*heads, *(a for a in free if a != query and value.shape[a] > 1)),
@@ -223,12 +220,25 @@ def _site(
         key=contract[0],
         where=node.where(),
         name=name,
-        before=before,
-        after=after,
-        is_self=is_self,
         scan=scan,
         length=length,
     )
+    before, after = _residual(node.outs[0], users, data)
+    if before is None or after is None:
+        yield site
+        return
+    # Self-attention reads its values from the stream it is added to.
+    is_self = node.ins[1 - side] in dependents(graph, [origin(before, graph.producers())])
+    if not (_is_stream(before, site) and _is_stream(after, site)):
+        before = after = None
+    yield dataclasses.replace(site, before=before, after=after, is_self=is_self)
+
+
+def _is_stream(value: Value, site: Site) -> bool:
+    """Whether a value is [batch, tokens, width], give or take axes of length 1."""
+    batch, _, tokens, _ = site.shape
+    sizes = [size for size in value.shape[:-1] if size != 1]
+    return sizes == [size for size in (batch, tokens) if size != 1]
 
 
 def _product(
@@ -261,12 +271,9 @@ def _residual(
     """The residual stream before the attention and the output added to it, if it is added."""
     value = out
     while True:
-        following = [node for node in users.get(value, ()) if tag_name(node) is None] or users.get(
-            value, ()
-        )
-        if len(following) != 1:
+        if len(users.get(value, ())) != 1:
             return None, None
-        (node,) = following
+        (node,) = users[value]
         active = [atom for atom in node.ins if atom in data]
         if node.name in ("add", "add_any") and len(active) == 2:
             other = active[1] if active[0] is value else active[0]

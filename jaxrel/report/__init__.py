@@ -1,1 +1,37 @@
-"""."""
+"""Explanations as a picture, or as one HTML page that needs no other file."""
+
+import os
+from pathlib import Path
+
+from jaxrel.explanation import write_atomically
+from jaxrel.report.content import Explanations
+from jaxrel.report.html import fragment, page
+from jaxrel.report.overlay import overlay
+from jaxrel.report.sheet import picture, png
+
+__all__ = ["fragment", "overlay", "page", "picture", "save"]
+
+
+def save(explanations: Explanations, path: str | os.PathLike[str]) -> None:
+    """Write explanations of the same inputs side by side, as .png or .html.
+
+    The file appears complete or not at all. A missing folder is made.
+
+    Args:
+      explanations: one, or several of the same inputs (one per method).
+      path: where to; the suffix says what.
+
+    Raises:
+      ValueError: another suffix, no explanations, or explanations of different inputs.
+      OSError: the file cannot be written there.
+    """
+    match suffix := Path(path).suffix.lower():
+        case ".png":
+            write_atomically(path, png(picture(explanations)))
+        case ".html":
+            write_atomically(path, page(explanations).encode())
+        case _:
+            raise ValueError(
+                f"cannot save a report as {str(path)!r}: the suffix is {suffix!r}; "
+                "use .png (picture) or .html (page)"
+            )

@@ -52,9 +52,12 @@ class Edits:
 
     def reach(self, graph: Graph) -> bool:
         """Whether anything inside the graph is edited."""
-        return any(
-            node in self.steps or any(out in self.taps or out in self.touches for out in node.outs)
-            for node in graph.walk()
+        edited = {*self.taps, *self.touches}
+        return (
+            any(value in edited for value in graph.ins)
+            or any(node in self.steps for node in graph.nodes)
+            or any(out in edited for node in graph.nodes for out in node.outs)
+            or any(self.reach(body) for node in graph.nodes for body in node.bodies)
         )
 
 
@@ -91,37 +94,46 @@ def evaluate(
         a function with a derivative of its own, a kernel); the message has the source line.
     """
     edits = edits or Edits()
-    env: dict[Value, Any] = {**dict(zip(graph.ins, args, strict=True)), **graph.constants}
+    env: dict[Value, Any] = dict(graph.constants)
     taps: dict[str, Any] = {}
 
     def read(atom: Atom) -> Any:
         return atom.value if isinstance(atom, Constant) else env[atom]
 
+    def write(value: Value, x: Any) -> None:
+        nonlocal carrier
+        if value in edits.touches:
+            touch = edits.touches[value]
+            carrier, x = touch.function(carrier, x, *map(read, touch.reads))
+        if value in edits.taps:
+            name = edits.taps[value]
+            x = x + probes[name] if probes and name in probes else x
+            taps[name] = x
+        env[value] = x
+
+    for value, arg in zip(graph.ins, args, strict=True):
+        write(value, arg)
     for node in graph.nodes:
         if node in edits.steps:
             step = edits.steps[node]
             outs = step.function(*map(read, step.ins))
-        elif node.bodies and any(map(edits.reach, node.bodies)):
+        elif any(map(edits.reach, node.bodies)):
             inner = _enter(node)(node, list(map(read, node.ins)), edits, probes or {}, carrier)
             outs, carrier = inner.outs, inner.carrier
             taps |= inner.taps
         else:
             outs = node.bind(*map(read, node.ins))
         for value, out in zip(node.outs, outs, strict=True):
-            if value in edits.touches:
-                touch = edits.touches[value]
-                carrier, out = touch.function(carrier, out, *map(read, touch.reads))
-            if value in edits.taps:
-                name = edits.taps[value]
-                out = out + probes[name] if probes and name in probes else out
-                taps[name] = out
-            env[value] = out
+            write(value, out)
     return Evaluated([read(atom) for atom in graph.outs], taps, carrier)
 
 
 def tap_shapes(graph: Graph, taps: Mapping[Value, str]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every tap, with the leading axes that scans give it."""
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    for value in graph.ins:
+        if value in taps:
+            shapes[taps[value]] = jax.ShapeDtypeStruct(value.shape, value.aval.dtype)
     for node in graph.nodes:
         for body in node.bodies:
             lead = (node.params["length"],) if node.name == "scan" else ()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
@@ -135,7 +136,8 @@ class Traced:
 def trace(fun: Callable, *args, **kwargs) -> Traced:
     """Trace `fun(*args, **kwargs)` once, for the shapes and dtypes of these arguments."""
     closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args, **kwargs)
-    leaves = tuple(jax.tree.leaves((args, kwargs)))
+    # As the trace saw them: NumPy's float64 is float32 unless x64 is on.
+    leaves = tuple(map(jnp.asarray, jax.tree.leaves((args, kwargs))))
     return Traced(build(closed), leaves, jax.tree.structure(shapes))
 
 

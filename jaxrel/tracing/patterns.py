@@ -48,6 +48,16 @@ def trace_back(
     return None
 
 
+def origin(value: Value, producers: dict[Value, Node]) -> Value:
+    """The value before it was moved, retyped or tagged."""
+    while value in producers and producers[value].name in MOVES:
+        before = producers[value].ins[0]
+        if not isinstance(before, Value):
+            return value
+        value = before
+    return value
+
+
 def _quotient(div: Node, producers: dict[Value, Node]) -> Node | None:
     masked = MOVES | {"select_n"}
     numerator = trace_back(div.ins[0], producers, masked)
@@ -66,7 +76,8 @@ def _minus_logsumexp(exp: Node, producers: dict[Value, Node]) -> bool:
     log = _find_log(sub.ins[1], producers)
     if log is None:
         return False
-    total = trace_back(log.ins[0], producers)
+    # jax.nn.logsumexp takes the logarithm of an absolute value.
+    total = trace_back(log.ins[0], producers, MOVES | {"abs"})
     if total is None or total.name != "reduce_sum":
         return False
     inner = trace_back(total.ins[0], producers)

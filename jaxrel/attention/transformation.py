@@ -9,8 +9,9 @@ from jax import numpy as jnp
 
 from jaxrel.attention.accumulate import equal, row, weighted
 from jaxrel.attention.baselines import grad_cam, no_aggregation, raw, rollout
-from jaxrel.attention.carrier import Carrier, accumulate, weigh
+from jaxrel.attention.carrier import accumulate, seed, weigh
 from jaxrel.attention.importance import measure
+from jaxrel.attention.maps import readout_index, relevance_dtype
 from jaxrel.attention.sites import Site, Stack, find_stacks, tagged_stack
 from jaxrel.tracing.capture import check_scalar_outputs, taps_with_grad
 from jaxrel.tracing.evaluate import Edits, Touch, evaluate
@@ -189,17 +190,9 @@ def _readout(readout: Any, stack: Stack) -> Any:
         readout = readout[stack.name]
     if readout is None:
         return None
-    tokens = stack.sites[0].shape[-1]
-    if not isinstance(readout, jax.core.Tracer):
-        index = np.asarray(readout)
-        if not np.issubdtype(index.dtype, np.integer):
-            raise ValueError(f"readout must be integers, got {readout!r}")
-        if index.size and not (-tokens <= index.min() and index.max() < tokens):
-            raise ValueError(
-                f"readout {readout} is not a token of {stack.name!r}, which has {tokens}: "
-                f"0 to {tokens - 1}"
-            )
-    return jnp.asarray(readout) % tokens
+    batch, _, tokens, _ = stack.sites[0].shape
+    readout = np.asarray(readout) if isinstance(readout, list | tuple) else readout
+    return readout_index(readout, batch=batch, tokens=tokens)
 
 
 def _stream(
@@ -211,25 +204,21 @@ def _stream(
         for site in stack.sites:
             touches[site.value] = Touch(_accumulate_at(stack.name, site))
             if method == "weighted":
-                touch = _weigh_at(stack.name, measure(importance))
+                touch = _weigh_at(stack.name, site, measure(importance))
                 touches[site.after] = Touch(touch, (site.before,))
 
     def run(carriers):
         result = evaluate(traced.graph, traced.args, Edits(touches=touches), carrier=carriers)
         return result.outs[0], result.carrier
 
-    starts = {stack.name: _one_hot(readouts[stack.name], stack) for stack in stacks}
-    zeros = jax.tree.map(jnp.zeros_like, starts)
-    (out, _), pullback = jax.vjp(run, zeros)
-    (rows,) = pullback((jnp.ones_like(out), starts))
-    return traced.unflatten([out]), {name: carrier.keep for name, carrier in rows.items()}
-
-
-def _one_hot(readout: Any, stack: Stack) -> Carrier:
-    batch, _, tokens, _ = stack.sites[0].shape
-    dtype = jnp.promote_types(stack.sites[0].value.aval.dtype, jnp.float32)
-    start = jax.nn.one_hot(jnp.broadcast_to(readout, (batch,)), tokens, dtype=dtype)
-    return Carrier(start, start)
+    seeds = {}
+    for stack in stacks:
+        batch, _, tokens, _ = stack.sites[0].shape
+        dtype = relevance_dtype(stack.sites[0].value.aval)
+        seeds[stack.name] = seed(readouts[stack.name], batch=batch, tokens=tokens, dtype=dtype)
+    (out, _), pullback = jax.vjp(run, jax.tree.map(jnp.zeros_like, seeds))
+    (rows,) = pullback((jnp.ones_like(out), seeds))
+    return traced.unflatten([out]), {stack.name: rows[stack.name].keep for stack in stacks}
 
 
 def _accumulate_at(name: str, site: Site) -> Callable:
@@ -240,10 +229,12 @@ def _accumulate_at(name: str, site: Site) -> Callable:
     return touch
 
 
-def _weigh_at(name: str, importance: Callable) -> Callable:
+def _weigh_at(name: str, site: Site, importance: Callable) -> Callable:
+    batch, _, tokens, _ = site.shape
+
     def touch(carriers, after, before):
-        batched = [x if x.ndim == 3 else x[None] for x in (before, after)]
-        carrier, weighed = weigh(carriers[name], *batched, importance)
+        rows = (x.reshape(batch, tokens, -1) for x in (before, after))
+        carrier, weighed = weigh(carriers[name], *rows, importance)
         return {**carriers, name: carrier}, weighed.reshape(after.shape)
 
     return touch
@@ -312,4 +303,5 @@ def _layers(stack: Stack, taps: Mapping, found: Mapping, what: str) -> Any:
 def _standard(site: Site, x: Any, what: str) -> Any:
     if what == "value":
         return jax.vmap(site.standard)(x)
-    return x if x.ndim == 4 else x[:, None]
+    batch, _, tokens, _ = site.shape
+    return x.reshape(len(x), batch, tokens, -1)

@@ -1,0 +1,368 @@
+"""Relevance accumulated over two streams of tokens that attend to each other.
+
+The rules of Chefer, Gur and Wolf 2021, eq. 5 to 11, and our weighted form of them. A stream
+holds the relevance of its own tokens and of the other stream's tokens for each of its
+tokens; a layer is a function from streams to streams; a model is a scan over layers.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrel.attention.accumulate import head_mean, prepare_values
+from jaxrel.attention.importance import Measure, layer_weights, measure
+from jaxrel.attention.maps import Readout, matmul, prepare, readout_index, relevance_dtype
+
+
+class Layers(NamedTuple):
+    """The attention layers of one kind, stacked in the order in which the model runs them.
+
+    `attn` and `grad` are `[layers, batch, heads, query, key]`. Weighted accumulation needs
+    the other three, `[layers, batch, query, width]`: the residual stream before attention is
+    added, what is added, and the gradient with respect to their sum.
+    """
+
+    attn: Any
+    grad: Any
+    before: Any = None
+    after: Any = None
+    value_grad: Any = None
+
+
+class CoAttention(NamedTuple):
+    """Layers in which two streams attend to each other, and then each to itself.
+
+    `s_cross` has its queries in stream s and its keys in stream q, `q_cross` the reverse;
+    both read the same input. s is the stream that is read out: what the last layer does to
+    stream q reaches no output, so `q_cross` and `q_self` may lack the last layer.
+    """
+
+    s_cross: Layers
+    s_self: Layers
+    q_cross: Layers
+    q_self: Layers
+
+
+class Maps(NamedTuple):
+    """Four relevance maps; `sq[b, i, j]` is the relevance of q's token j for s's token i."""
+
+    ss: Array
+    sq: Array
+    qq: Array
+    qs: Array
+
+
+class Stream(NamedTuple):
+    """The relevance of all tokens for one stream's tokens, in the parts the rules need.
+
+    The relevance of its own tokens is `diag(kept) + moved`: what the residual branch alone
+    carries, and what attention moved. Equal accumulation has `kept = 1`, so `moved` is the
+    paper's `R - I`. It is held apart because that difference cancels in float32 where
+    relevance is small, and because in weighted accumulation `R - I` can be negative, and
+    then no longer says what share of the relevance came from where.
+    """
+
+    kept: Float[Array, "batch tokens"]
+    moved: Float[Array, "batch tokens tokens"]
+    other: Float[Array, "batch tokens others"]
+
+
+def start(batch: int, tokens: int, others: int, dtype: Any = jnp.float32) -> Stream:
+    """A stream before its first layer: every token relevant for itself alone.
+
+    Args:
+      batch: how many examples.
+      tokens: how many tokens it has.
+      others: how many tokens the other stream has.
+      dtype: the dtype to accumulate in.
+
+    Returns:
+      The stream.
+    """
+    return Stream(
+        kept=jnp.ones((batch, tokens), dtype),
+        moved=jnp.zeros((batch, tokens, tokens), dtype),
+        other=jnp.zeros((batch, tokens, others), dtype),
+    )
+
+
+def own(stream: Stream) -> Float[Array, "batch tokens tokens"]:
+    """The relevance of a stream's tokens for themselves: `R_ss`."""
+    return stream.moved + stream.kept[..., None] * _eye(stream)
+
+
+def normalised(stream: Stream) -> Float[Array, "batch tokens tokens"]:
+    """What attention moved, each row as shares of its sum, plus the identity: eq. 8 and 9.
+
+    Args:
+      stream: the stream.
+
+    Returns:
+      `R_ss` normalised; a row to which nothing moved is the identity's row.
+    """
+    total = stream.moved.sum(axis=-1, keepdims=True)
+    return stream.moved / jnp.where(total == 0, 1, total) + _eye(stream)
+
+
+def self_attention(
+    stream: Stream, abar: Float[Array, "batch tokens tokens"], alpha: Any = 1.0, beta: Any = 1.0
+) -> Stream:
+    """A stream after it attended to itself: eq. 6 and 7.
+
+    Args:
+      stream: the stream before.
+      abar: `head_mean` of the layer.
+      alpha: weight of the relevance carried over, one number or `[batch, tokens]`.
+      beta: weight of the relevance moved.
+
+    Returns:
+      The stream after.
+    """
+    abar = abar.astype(stream.moved.dtype)
+    moved = abar * stream.kept[:, None, :] + matmul(abar, stream.moved)
+    return _add(stream, moved, matmul(abar, stream.other), alpha, beta)
+
+
+def cross_attention(
+    stream: Stream,
+    source: Stream,
+    abar: Float[Array, "batch tokens others"],
+    alpha: Any = 1.0,
+    beta: Any = 1.0,
+    *,
+    normalise: bool = True,
+) -> Stream:
+    """A stream after it attended to another: eq. 10 and 11.
+
+    A layer in which two streams attend to each other is two calls, both from the streams as
+    they are before the layer.
+
+    Args:
+      stream: the stream that the queries come from, before.
+      source: the stream that the keys come from.
+      abar: `head_mean` of the layer.
+      alpha: weight of the relevance carried over, one number or `[batch, tokens]`.
+      beta: weight of the relevance moved.
+      normalise: whether eq. 10 normalises the streams' own relevance (eq. 8 and 9).
+
+    Returns:
+      The stream after.
+    """
+    abar = abar.astype(stream.moved.dtype)
+    mine, theirs = (normalised(x) if normalise else own(x) for x in (stream, source))
+    others = matmul(mine.mT, matmul(abar, theirs))
+    return _add(stream, matmul(abar, source.other), others, alpha, beta)
+
+
+def bimodal(
+    s: Layers | None,
+    q: Layers | None,
+    cross: CoAttention,
+    *,
+    importance: str | Measure | None = None,
+    normalise: bool = True,
+    readout: Readout | None = None,
+) -> Maps:
+    """Relevance in a model of two streams that attend to each other, LXMERT's form.
+
+    First each stream attends to itself, then come the layers of co-attention. In the last of
+    them only stream s is followed. Chefer, Gur and Wolf 2021, eq. 5 to 11; weighted, our
+    reading of Huang, Jia, Zhang and Zhang 2023: alpha and beta of the query stream multiply
+    the old and the added part of both its maps (see `weighted`).
+
+    Args:
+      s: the self-attention layers of the stream that is read out; None if it has none.
+      q: the same for the other stream.
+      cross: the layers of co-attention, at least one.
+      importance: None for equal accumulation; for weighted accumulation the measure, and
+        then every `Layers` holds its token values.
+      normalise: whether eq. 10 normalises the streams' own relevance (eq. 8 and 9).
+      readout: when given, this token of s (one index, or one per example) gets relevance 0
+        for itself, as in the reference. None leaves the map as it is.
+
+    Returns:
+      The four maps, in float32 (float64 for float64 maps). Read `sq` and `ss` with `row`.
+
+    Raises:
+      ValueError: shapes do not fit, token values are missing, a value is NaN or infinite
+        (named with its layer; not seen under `jax.jit`), or the read-out does not exist.
+    """
+    where, values = "bimodal", importance is not None
+    count, batch, tokens, others = _sizes(where, "cross.s_cross", cross.s_cross)
+    ss, qq = (batch, tokens, tokens), (batch, others, others)
+    sq, qs = (batch, tokens, others), (batch, others, tokens)
+    # What the last layer does to stream q is not used, and may be absent.
+    some = (count, count - 1)
+    s = None if s is None else _checked(where, "s", s, ss, values=values)
+    q = None if q is None else _checked(where, "q", q, qq, values=values)
+    cross = CoAttention(
+        _checked(where, "cross.s_cross", cross.s_cross, sq, values=values),
+        _checked(where, "cross.s_self", cross.s_self, ss, (count,), values=values),
+        _checked(where, "cross.q_cross", cross.q_cross, qs, some, values=values),
+        _checked(where, "cross.q_self", cross.q_self, qq, some, values=values),
+    )
+    importance = importance if importance is None else measure(importance)
+    maps = _bimodal(s, q, cross, importance, normalise)
+    if readout is None:
+        return maps
+    token = readout_index(readout, batch=batch, tokens=tokens)
+    return maps._replace(ss=maps.ss.at[jnp.arange(batch), token, token].set(0))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _bimodal(s, q, cross, importance, normalise):
+    count, batch, _, tokens, others = cross.s_cross.attn.shape
+    dtype = relevance_dtype(*jax.tree.leaves((s, q, cross)))
+    streams = (
+        _self_layers(start(batch, tokens, others, dtype), s, importance),
+        _self_layers(start(batch, others, tokens, dtype), q, importance),
+    )
+
+    def both(streams, layer):
+        s, q = streams
+        s, q = (
+            cross_attention(s, q, *_update(layer.s_cross, importance), normalise=normalise),
+            cross_attention(q, s, *_update(layer.q_cross, importance), normalise=normalise),
+        )
+        s = self_attention(s, *_update(layer.s_self, importance))
+        q = self_attention(q, *_update(layer.q_self, importance))
+        return (s, q), None
+
+    (of_s, of_q), _ = jax.lax.scan(both, streams, jax.tree.map(lambda x: x[: count - 1], cross))
+    last_cross, last_self = jax.tree.map(lambda x: x[-1], (cross.s_cross, cross.s_self))
+    of_s = cross_attention(of_s, of_q, *_update(last_cross, importance), normalise=normalise)
+    of_s = self_attention(of_s, *_update(last_self, importance))
+    return Maps(ss=own(of_s), sq=of_s.other, qq=own(of_q), qs=of_q.other)
+
+
+def encoder_decoder(
+    encoder: Layers | None,
+    decoder: Layers,
+    cross: Layers,
+    *,
+    importance: str | Measure | None = None,
+    normalise: bool = True,
+) -> Maps:
+    """Relevance in an encoder-decoder model: a captioner, or a detector such as DETR.
+
+    The encoder's tokens (stream q) attend to themselves. Then in every decoder layer the
+    decoder's tokens (stream s) attend to themselves and to the encoder's output. Chefer, Gur
+    and Wolf 2021, eq. 5 to 10; weighted as in `bimodal`. A row of the normaliser that is 0
+    stays 0; the reference's code drops the whole layer's addition in that case.
+
+    Args:
+      encoder: the encoder's self-attention layers; None if it has none.
+      decoder: the decoder's self-attention layers.
+      cross: the decoder's cross-attention layers, one for each of them.
+      importance: as in `bimodal`.
+      normalise: as in `bimodal`.
+
+    Returns:
+      The four maps, in float32 (float64 for float64 maps): `sq` the relevance of the
+      encoder's tokens for the decoder's, `ss` of the decoder's own, `qq` of the encoder's
+      own; `qs` is 0. For a causal captioner read the row of the position that predicts the
+      word: `sq` for the picture, `ss` for the words before.
+
+    Raises:
+      ValueError: as in `bimodal`.
+    """
+    where, values = "encoder_decoder", importance is not None
+    count, batch, tokens, others = _sizes(where, "cross", cross)
+    ss, sq, qq = (batch, tokens, tokens), (batch, tokens, others), (batch, others, others)
+    if encoder is not None:
+        encoder = _checked(where, "encoder", encoder, qq, values=values)
+    decoder = _checked(where, "decoder", decoder, ss, (count,), values=values)
+    cross = _checked(where, "cross", cross, sq, values=values)
+    importance = importance if importance is None else measure(importance)
+    return _encoder_decoder(encoder, decoder, cross, importance, normalise)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _encoder_decoder(encoder, decoder, cross, importance, normalise):
+    _, batch, _, tokens, others = cross.attn.shape
+    dtype = relevance_dtype(*jax.tree.leaves((encoder, decoder, cross)))
+    memory = _self_layers(start(batch, others, tokens, dtype), encoder, importance)
+
+    def layer(stream, maps):
+        to_itself, to_memory = (_update(kind, importance) for kind in maps)
+        stream = self_attention(stream, *to_itself)
+        return cross_attention(stream, memory, *to_memory, normalise=normalise), None
+
+    stream, _ = jax.lax.scan(layer, start(batch, tokens, others, dtype), (decoder, cross))
+    return Maps(ss=own(stream), sq=stream.other, qq=own(memory), qs=memory.other)
+
+
+def _eye(stream: Stream) -> Array:
+    return jnp.eye(stream.moved.shape[-1], dtype=stream.moved.dtype)[None]
+
+
+def _add(stream: Stream, moved: Array, other: Array, alpha: Any, beta: Any) -> Stream:
+    dtype, shape = stream.kept.dtype, stream.kept.shape
+    alpha, beta = (jnp.broadcast_to(jnp.asarray(w, dtype), shape) for w in (alpha, beta))
+    return Stream(
+        kept=alpha * stream.kept,
+        moved=alpha[..., None] * stream.moved + beta[..., None] * moved,
+        other=alpha[..., None] * stream.other + beta[..., None] * other,
+    )
+
+
+def _update(layer: Layers, importance: str | Measure | None) -> tuple[Any, Any, Any]:
+    abar = head_mean(layer.attn, layer.grad)
+    if importance is None:
+        return abar, 1.0, 1.0
+    return abar, *layer_weights(layer.before, layer.after, layer.value_grad, importance)
+
+
+def _self_layers(stream: Stream, layers: Layers | None, importance: str | Measure | None) -> Stream:
+    if layers is None:
+        return stream
+
+    def layer(stream, maps):
+        return self_attention(stream, *_update(maps, importance)), None
+
+    return jax.lax.scan(layer, stream, layers)[0]
+
+
+def _sizes(where: str, name: str, cross: Layers) -> tuple[int, int, int, int]:
+    """Layers, batch, queries and keys of the cross-attention, which all the rest must fit."""
+    shape = np.shape(cross.attn)
+    if len(shape) != 5 or not shape[0]:
+        raise ValueError(
+            f"{where}: {name}: expected maps [layers, batch, heads, query, key] of at least one "
+            f"layer, got {shape}"
+        )
+    return shape[0], shape[1], shape[3], shape[4]
+
+
+def _checked(
+    where: str,
+    name: str,
+    layers: Layers,
+    sizes: tuple[int, int, int],
+    counts: tuple[int, ...] = (),
+    *,
+    values: bool,
+) -> Layers:
+    """Layers that have the given batch, queries and keys, with their values only if needed."""
+    where = f"{where}: {name}"
+    attn, grad = prepare(where, {"attn": layers.attn, "grad": layers.grad}, square=False)
+    count, batch, _, query, key = attn.shape
+    if (batch, query, key) != sizes or (counts and count not in counts):
+        wanted = " or ".join(map(str, counts)) if counts else "layers"
+        raise ValueError(
+            f"{where}: expected maps ({wanted}, {sizes[0]}, heads, {sizes[1]}, {sizes[2]}) to "
+            f"fit the cross-attention, got {attn.shape}"
+        )
+    if not values:
+        return Layers(attn, grad)
+    missing = [f for f in ("before", "after", "value_grad") if getattr(layers, f) is None]
+    if missing:
+        raise ValueError(
+            f"{where}: weighted accumulation needs {', '.join(missing)}; give it, or leave "
+            "importance=None for equal accumulation"
+        )
+    return Layers(attn, grad, *prepare_values(where, attn.shape, *layers[2:]))

@@ -1,0 +1,174 @@
+"""Relevance that rides in the backward pass.
+
+One read-out row of accumulated relevance can be had by walking the layers backward, and
+backward is the way gradients go. So the row travels as the cotangent of an extra value, the
+carrier, that a model threads through its layers; no map and no gradient of a map outlives
+its layer. In each layer, in the order of the forward pass:
+
+    carrier, attn = accumulate(carrier, attn)             # at the softmax output
+    carrier, after = weigh(carrier, before, after)        # weighted accumulation only
+    x = before + after
+
+Both are the identity forward. Backward they make `r <- alpha r + (beta r) A`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrel.attention.accumulate import head_mean
+from jaxrel.attention.importance import Measure, layer_weights
+from jaxrel.attention.maps import Readout, matmul, readout_index
+
+
+class Carrier(NamedTuple):
+    """A value, always 0, whose cotangent is relevance `[batch, tokens]`.
+
+    The cotangent has two parts, for the two branches that meet at the residual sum: `keep`
+    is carried past the attention, `move` goes through it. They are equal except between
+    `weigh` and `accumulate`.
+    """
+
+    keep: Float[Array, "batch tokens"]
+    move: Float[Array, "batch tokens"]
+
+
+def zeros(batch: int, tokens: int, dtype: Any = jnp.float32) -> Carrier:
+    """The carrier that enters the first layer.
+
+    Args:
+      batch: how many examples.
+      tokens: how many tokens.
+      dtype: the dtype relevance is accumulated in.
+
+    Returns:
+      The carrier.
+    """
+    return Carrier(jnp.zeros((batch, tokens), dtype), jnp.zeros((batch, tokens), dtype))
+
+
+def seed(readout: Readout, *, batch: int, tokens: int, dtype: Any = jnp.float32) -> Carrier:
+    """The cotangent of the carrier that leaves the last layer: the read-out token alone.
+
+    Args:
+      readout: the read-out token, one index or one per example; negative ones count from
+        the end.
+      batch: how many examples.
+      tokens: how many tokens.
+      dtype: the dtype relevance is accumulated in.
+
+    Returns:
+      The cotangent.
+
+    Raises:
+      ValueError: the index does not exist (not seen under `jax.jit`).
+      TypeError: the index is not an integer.
+    """
+    index = readout_index(readout, batch=batch, tokens=tokens)
+    row = jax.nn.one_hot(index, tokens, dtype=dtype)
+    return Carrier(row, row)
+
+
+def accumulate(
+    carrier: Carrier, attn: Float[Array, "batch heads query key"]
+) -> tuple[Carrier, Float[Array, "batch heads query key"]]:
+    """Mark an attention map: backward, relevance moves through it.
+
+    Forward nothing changes. Backward the carrier's cotangent becomes `keep + move A`, with
+    `A` the mean over the heads of `max(attn * cotangent of attn, 0)`: the row form of
+    equal accumulation (Chefer, Gur and Wolf 2021, eq. 5 and 6). The cotangent of the map
+    passes unchanged.
+
+    Args:
+      carrier: the carrier.
+      attn: the softmax output, before it multiplies the values.
+
+    Returns:
+      The carrier and the map, to be used in place of those given.
+
+    Raises:
+      ValueError: the map is not square, or does not fit the carrier.
+    """
+    batch, _, query, key = attn.shape
+    if query != key or carrier.keep.shape != (batch, key):
+        raise ValueError(
+            f"accumulate: expected a map (batch, heads, tokens, tokens) and a carrier "
+            f"(batch, tokens), got map {attn.shape} and carrier {carrier.keep.shape}"
+        )
+    return _accumulate(carrier, attn)
+
+
+@jax.custom_vjp
+def _accumulate(carrier, attn):
+    return carrier, attn
+
+
+def _accumulate_forward(carrier, attn):
+    return (carrier, attn), attn
+
+
+def _accumulate_backward(attn, cotangents):
+    relevance, attn_grad = cotangents
+    abar = head_mean(attn, attn_grad).astype(relevance.move.dtype)
+    new = relevance.keep + matmul(relevance.move[:, None], abar)[:, 0]
+    return Carrier(new, new), attn_grad
+
+
+_accumulate.defvjp(_accumulate_forward, _accumulate_backward)
+
+
+def weigh(
+    carrier: Carrier,
+    before: Float[Array, "batch tokens width"],
+    after: Float[Array, "batch tokens width"],
+    importance: str | Measure = "grad_value",
+) -> tuple[Carrier, Float[Array, "batch tokens width"]]:
+    """Mark what attention adds to the residual stream: backward, relevance is weighed there.
+
+    Forward nothing changes. Backward the relevance splits into `alpha r`, carried over, and
+    `beta r`, moved by the attention (`importance.weights`): the row form of `weighted`. The
+    gradient at the residual sum is the cotangent of `after`, so `after` must go into that
+    sum and nowhere else.
+
+    Args:
+      carrier: the carrier.
+      before: the residual stream.
+      after: the attention output that is about to be added to it.
+      importance: the measure's name, or a function `(value, grad) -> importance`.
+
+    Returns:
+      The carrier and `after`, to be used in place of those given.
+
+    Raises:
+      ValueError: the shapes do not fit each other.
+    """
+    if before.shape != after.shape or before.shape[:2] != carrier.keep.shape:
+        raise ValueError(
+            f"weigh: expected values (batch, tokens, width) of one shape and a carrier "
+            f"(batch, tokens), got before {before.shape}, after {after.shape} and carrier "
+            f"{carrier.keep.shape}"
+        )
+    return _weigh(carrier, before, after, importance)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _weigh(carrier, before, after, importance):
+    return carrier, after
+
+
+def _weigh_forward(carrier, before, after, importance):
+    return (carrier, after), (before, after)
+
+
+def _weigh_backward(importance, values, cotangents):
+    (before, after), (relevance, grad) = values, cotangents
+    alpha, beta = layer_weights(before, after, grad, importance)
+    dtype = relevance.keep.dtype
+    weighed = Carrier(alpha.astype(dtype) * relevance.keep, beta.astype(dtype) * relevance.move)
+    return weighed, jnp.zeros_like(before), grad
+
+
+_weigh.defvjp(_weigh_forward, _weigh_backward)

@@ -1,0 +1,39 @@
+"""What the axes of a model's attention maps mean."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One sequence of tokens that runs through a model.
+
+    Args:
+      name: the name of the stream's attention maps, as in `attention["vision"]`.
+      modality: what the content tokens stand for.
+      tokens: the number of tokens, special tokens included.
+      grid: (rows, columns) of the content tokens of a picture, row by row; None for text.
+      prefix: the number of special tokens before the content.
+    """
+
+    name: str
+    modality: Literal["image", "text"]
+    tokens: int
+    grid: tuple[int, int] | None = None
+    prefix: int = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The streams of a model."""
+
+    streams: tuple[Stream, ...]
+
+    def __getitem__(self, name: str) -> Stream:
+        """Return the stream called `name`; KeyError names the streams there are."""
+        for stream in self.streams:
+            if stream.name == name:
+                return stream
+        raise KeyError(
+            f"no stream {name!r}; this model has {', '.join(s.name for s in self.streams)}"
+        )

@@ -1,0 +1,348 @@
+"""From pictures and sentences to a model's inputs, on the host."""
+
+import json
+import os
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+TOKENIZER_FILES = "tokenizer.json (or vocab.json and merges.txt)"
+IMAGE_FILES = "preprocessor_config.json"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Import or call transformers without its advice to install PyTorch, which is not needed."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@dataclass(frozen=True, eq=False)
+class Processor:
+    """A model's own tokenizer and picture preprocessing.
+
+    It is compared by identity, so that a model that holds one stays a cheap static part of a
+    compiled function's key.
+
+    Args:
+      tokenizer: a `transformers` tokenizer, or None when the model came without one.
+      images: a `transformers` image processor that works on PIL pictures, or None.
+    """
+
+    tokenizer: Any = None
+    images: Any = None
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, image_size: int | None = None) -> "Processor":
+        """Read the tokenizer and the picture preprocessing of a model folder.
+
+        Args:
+          folder: a folder in the Hugging Face layout; what it lacks is None in the result.
+          image_size: resize and crop to this many pixels instead of the folder's number.
+
+        Raises:
+          ValueError: a file is there and cannot be read.
+        """
+        return cls(_read_tokenizer(folder), _read_images(folder, image_size))
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's and the image processor's files into `folder`."""
+        with quiet_transformers():
+            for part in (self.tokenizer, self.images):
+                if part is not None:
+                    part.save_pretrained(folder)
+
+    def image(self, image: Any) -> Float[np.ndarray, "batch height width 3"]:
+        """Resize, crop and normalise pictures.
+
+        Args:
+          image: a PIL picture, a uint8 [height, width, 3] array, or a list of them.
+
+        Returns:
+          float32 pictures, NHWC, normalised as the model expects.
+
+        Raises:
+          TypeError: not a picture.
+          ValueError: no picture, an array of another shape, a picture of another depth than
+            8 bits, or a model without preprocessing.
+        """
+        if self.images is None:
+            raise ValueError(
+                f"this model has no picture preprocessing: its folder holds no {IMAGE_FILES}; "
+                "copy that file from the model's origin into the folder, or pass "
+                "processor=Processor(tokenizer, image_processing(size)) to the model"
+            )
+        pictures = list(image) if isinstance(image, (list, tuple)) else [image]
+        if image is None or not pictures:
+            raise ValueError("no image: pass image= a PIL picture, a uint8 array, or a list")
+        with quiet_transformers():
+            out = self.images([_rgb(p) for p in pictures], return_tensors="np")
+        return np.asarray(out["pixel_values"], np.float32).transpose(0, 2, 3, 1)
+
+    def text(self, text: Any, context: int) -> Int[np.ndarray, "batch tokens"]:
+        """Turn sentences into token ids, padded to `context`.
+
+        Args:
+          text: a sentence or a list of sentences.
+          context: the number of tokens the model reads.
+
+        Returns:
+          int32 token ids.
+
+        Raises:
+          TypeError: not text.
+          ValueError: no text, an empty one, one that is too long, one whose words are all
+            unknown, one that contains a special token, or a model without tokenizer.
+
+        Warns:
+          UserWarning: some words are unknown.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"this model has no tokenizer: its folder holds no {TOKENIZER_FILES}; copy the "
+                "tokenizer's files from the model's origin into the folder, or pass "
+                "processor=Processor(tokenizer, ...) to the model"
+            )
+        texts = _texts(text)
+        with quiet_transformers():
+            out = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
+        ids, spans = out["input_ids"], out["offset_mapping"]
+        for sentence, row in zip(texts, ids, strict=True):
+            self._check(sentence, row, context)
+        self._check_unknown(texts, ids, spans)
+        padded = np.full((len(ids), context), self._pad, np.int32)
+        for row, values in zip(padded, ids, strict=True):
+            row[: len(values)] = values
+        return padded
+
+    def tokens(self, ids: Int[np.ndarray, "batch tokens"]) -> list[list[str]]:
+        """One string to display per token; "##" starts a token that continues a word.
+
+        Special and padding tokens are "".
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"this model has no tokenizer: its folder holds no {TOKENIZER_FILES}")
+        return [self._row_tokens(row) for row in ids.tolist()]
+
+    @property
+    def _pad(self) -> int:
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else end
+
+    @property
+    def _specials(self) -> set[int]:
+        t = self.tokenizer
+        return {t.bos_token_id, t.eos_token_id, t.pad_token_id} - {None}
+
+    def _check(self, sentence: str, ids: list[int], context: int) -> None:
+        content = [i for i in ids if i not in self._specials]
+        if not content:
+            raise ValueError(f"the text {sentence!r} holds no word; write what to look for")
+        if len(ids) > context:
+            raise ValueError(
+                f"the text {sentence[:60]!r} has {len(ids)} tokens with its start and end token, "
+                f"and this model reads at most {context}: shorten it by {len(ids) - context}"
+            )
+        inside = [i for i in ids[1:-1] if i in self._specials]
+        if inside:
+            name = self.tokenizer.convert_ids_to_tokens(inside[0])
+            raise ValueError(
+                f"the text {sentence!r} contains {name!r}, which is a special token of this "
+                "model's tokenizer: take it out"
+            )
+
+    def _check_unknown(
+        self, texts: Sequence[str], ids: list[list[int]], spans: list[list[tuple[int, int]]]
+    ) -> None:
+        unknown = self.tokenizer.unk_token_id
+        # CLIP's byte-level tokenizer knows every byte, and names its end token as unknown.
+        if unknown is None or unknown in self._specials:
+            return
+        missing: dict[str, None] = {}
+        for text, row, row_spans in zip(texts, ids, spans, strict=True):
+            words = {
+                text[start:stop]: i == unknown
+                for i, (start, stop) in zip(row, row_spans, strict=True)
+                # Unknown punctuation is no loss; what holds a letter or digit is a word.
+                if any(letter.isalnum() for letter in text[start:stop])
+            }
+            if all(words.values()):
+                raise ValueError(
+                    f"this model knows none of the words of {text!r}; its vocabulary has "
+                    f"{len(self.tokenizer)} tokens, such as {self._examples()}"
+                )
+            missing.update(dict.fromkeys(word for word, is_unknown in words.items() if is_unknown))
+        if missing:
+            warnings.warn(
+                f"this model does not know {', '.join(map(repr, missing))}; the text is read "
+                "without the meaning of these words",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _examples(self) -> str:
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        words = [token for token, _ in vocabulary if token.isalpha() and len(token) > 2]
+        return ", ".join(words[:8])
+
+    def _row_tokens(self, ids: list[int]) -> list[str]:
+        suffix = getattr(self.tokenizer.backend_tokenizer.model, "end_of_word_suffix", None)
+        row: list[str] = []
+        word: list[str] = []
+        for index, token in zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True):
+            special = index in self._specials
+            if not special:
+                word.append(token.removesuffix(suffix) if suffix else token)
+            if special or not suffix or token.endswith(suffix):
+                row += self._show(word)
+                word = []
+            if special:
+                row.append("")
+        return row + self._show(word)
+
+    def _show(self, word: list[str]) -> list[str]:
+        """One string per piece of a word; a character made of several pieces is in the first."""
+        decoder = self.tokenizer.backend_tokenizer.decoder
+        decode = decoder.decode if decoder is not None else "".join
+        starts = []
+        for i in range(len(word)):
+            before = decode(word[:i])
+            # U+FFFD at the end: a character that the piece before has begun.
+            whole = before.rstrip("\ufffd")
+            starts.append(len(whole) + (whole != before))
+        ends = [*starts[1:], None]
+        shown = [decode(word)[a:b] for a, b in zip(starts, ends, strict=True)] if word else []
+        return [text if i == 0 else f"##{text}" for i, text in enumerate(shown)]
+
+
+def image_processing(
+    image_size: int,
+    *,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
+) -> Any:
+    """Picture preprocessing for a new model: shortest side to `image_size`, crop, normalise.
+
+    Args:
+      image_size: pixels of a side of the square the model sees.
+      mean: taken from each channel, of values in 0..1.
+      std: divides each channel.
+
+    Returns:
+      A `transformers` image processor for PIL pictures.
+    """
+    return _image_processor(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=list(mean),
+        image_std=list(std),
+    )
+
+
+def _image_processor(**fields: Any) -> Any:
+    with quiet_transformers():
+        try:
+            from transformers.models.clip import image_processing_pil_clip as pil
+
+            return pil.CLIPImageProcessorPil(**fields)
+        except ImportError:
+            # Older releases of transformers have one class, which works on PIL.
+            from transformers.models.clip import image_processing_clip as clip
+
+            return clip.CLIPImageProcessor(**fields)
+
+
+def _read_images(folder: Path, image_size: int | None) -> Any:
+    fields: Any = None
+    # transformers 5 writes one file for the whole processor, older ones a file for pictures.
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = folder / name
+        if path.is_file():
+            try:
+                fields = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from None
+            if name == "processor_config.json":
+                fields = fields.get("image_processor")
+            break
+    if fields is None:
+        return None
+    kinds = ("image_processor_type", "feature_extractor_type", "processor_class")
+    fields = {key: value for key, value in fields.items() if key not in kinds}
+    if image_size is not None:
+        fields["size"] = {"shortest_edge": image_size}
+        fields["crop_size"] = {"height": image_size, "width": image_size}
+    return _image_processor(**fields)
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    with quiet_transformers():
+        if (folder / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast as Tokenizer
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            from transformers import CLIPTokenizer as Tokenizer
+        else:
+            return None
+        try:
+            return Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise ValueError(
+                f"the tokenizer in {folder} cannot be read ({error}); fetch {TOKENIZER_FILES} again"
+            ) from error
+
+
+def _texts(text: Any) -> list[str]:
+    texts = [text] if isinstance(text, str) else text
+    if texts is None or (isinstance(texts, (list, tuple)) and not texts):
+        raise ValueError("no text: pass text= a sentence or a list of sentences")
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+        raise TypeError(f"text must be a string or a list of strings, got {text!r}")
+    for sentence in texts:
+        if not sentence.strip():
+            raise ValueError(f"the text is empty: {sentence!r}; write what to look for")
+    return [unicodedata.normalize("NFC", sentence) for sentence in texts]
+
+
+def _rgb(picture: Any) -> Image.Image:
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8:
+            raise TypeError(
+                f"an image array must be uint8 with values 0..255, got {picture.dtype}; "
+                "for values 0..1 pass (255 * x).round().astype('uint8')"
+            )
+        if picture.ndim != 3 or picture.shape[-1] != 3 or 0 in picture.shape:
+            raise ValueError(
+                f"an image array must have shape [height, width, 3], got {list(picture.shape)}; "
+                "pass several pictures as a list"
+            )
+        return Image.fromarray(picture)
+    if not isinstance(picture, Image.Image):
+        raise TypeError(
+            f"an image must be a PIL picture or a uint8 array, got {type(picture).__name__}; "
+            "open a file with PIL.Image.open"
+        )
+    if picture.mode[0] in "IF":
+        raise ValueError(
+            f"the picture has mode {picture.mode} (more than 8 bits a channel), whose range is "
+            "not known here; convert it to 8 bits first"
+        )
+    # A palette with transparency converts without a warning only by way of RGBA.
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")

@@ -1,0 +1,384 @@
+"""Model folders in the Hugging Face layout: finding, reading, checking, writing."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth")
+DOWNLOADS = ["*.json", "*.txt", "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Where one parameter of a model is in a file of weights.
+
+    Args:
+      path: of the parameter in the model.
+      name: of the tensor in the file; "{layer}" in it stands for the layer's number, and then
+        the model's parameter has a leading layer axis.
+      axes: axis i of the model's parameter (of one layer) is axis `axes[i]` of the tensor;
+        None: the axes are the same.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    axes: tuple[int, ...] | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the model's parameter has a leading layer axis."""
+        return "{layer}" in self.name
+
+    def names(self, shape: Sequence[int]) -> list[str]:
+        """Return the names of the tensors that make up the parameter of this shape."""
+        layers = shape[0] if self.stacked else 1
+        return [self.name.format(layer=layer) for layer in range(layers)]
+
+    def tensor_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape in the file of (one layer of) the parameter of this shape."""
+        shape = tuple(shape[1:] if self.stacked else shape)
+        return shape if self.axes is None else tuple(shape[i] for i in np.argsort(self.axes))
+
+    def from_tensors(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the model's parameter, float32."""
+        layers = [np.asarray(tensor, np.float32) for tensor in tensors]
+        if self.axes is not None:
+            layers = [layer.transpose(self.axes) for layer in layers]
+        return np.stack(layers) if self.stacked else layers[0]
+
+    def to_tensors(self, value: np.ndarray) -> list[np.ndarray]:
+        """Return the tensors of a file, float32."""
+        value = np.asarray(value, np.float32)
+        layers = list(value) if self.stacked else [value]
+        if self.axes is not None:
+            layers = [layer.transpose(np.argsort(self.axes)) for layer in layers]
+        return [np.asarray(layer, order="C") for layer in layers]
+
+
+def bundled() -> list[str]:
+    """Return the names of the models that ship with the library."""
+    return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{CONFIG}"))
+
+
+def find_folder(name_or_folder: str | os.PathLike) -> Path:
+    """Find a model's folder.
+
+    Args:
+      name_or_folder: the name of a bundled model, a local folder, or "owner/name" on the
+        Hugging Face hub, from where JSON, text and safetensors files are fetched.
+
+    Returns:
+      The folder.
+
+    Raises:
+      FileNotFoundError: there is no such folder or bundled model.
+      NotADirectoryError: a file was given.
+      OSError: the hub did not answer or has no such model.
+    """
+    name = os.fspath(name_or_folder)
+    if name in bundled():
+        return PRETRAINED / name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"{folder} is a file; pass the folder that holds {CONFIG} and {WEIGHTS}"
+            + (f". {_how_to_convert(folder)}" if any(map(folder.match, PICKLES)) else "")
+        )
+    known = f"bundled models: {', '.join(bundled()) or 'none'}"
+    on_the_hub = len(folder.parts) == 2 and name[0] not in "./~\\" and "\\" not in name
+    if not on_the_hub:
+        raise FileNotFoundError(
+            f"no model folder {name!r}; {known}. Otherwise pass an existing folder, or a hub name "
+            "such as openai/clip-vit-base-patch32"
+        )
+    return _from_hub(name, known)
+
+
+def _from_hub(name: str, known: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADS))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise OSError(
+            f"{name!r} is no folder here and could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}). Check the "
+            f"name and the network; without a network, run `hf download {name} --local-dir FOLDER` "
+            f"on a machine that has one and pass FOLDER; {known}"
+        ) from error
+
+
+def read_config(folder: Path, model_type: str) -> dict[str, Any]:
+    """Read a model folder's config.json.
+
+    Args:
+      folder: the folder.
+      model_type: the architecture that is wanted.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      ValueError: it is not valid JSON, or describes another architecture.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}; a model folder holds {CONFIG} and {WEIGHTS} as "
+            "save_pretrained writes them"
+        )
+    config = _read_json(path)
+    found = config.get("model_type")
+    if found != model_type:
+        raise ValueError(
+            f"{path} describes a model of type {found!r}, and this class loads {model_type!r}; "
+            "pass a folder of that architecture"
+        )
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray]:
+    """Read all tensors of a model folder.
+
+    Args:
+      folder: a folder with model.safetensors, or with shards and their index.
+      allow_pickle: where there is only a pickled checkpoint, read it with PyTorch's
+        `torch.load(weights_only=True)`. Needs torch.
+
+    Returns:
+      The tensors by name, in the file's dtype (bfloat16 as `ml_dtypes` knows it).
+
+    Raises:
+      FileNotFoundError: no weights, or a shard is missing.
+      OSError: a file is truncated or no safetensors file.
+      ValueError: pickled weights that were not allowed, or a wrong index.
+      ImportError: pickled weights were allowed, and torch is not installed.
+    """
+    if (folder / WEIGHTS).is_file():
+        return _read_safetensors(folder / WEIGHTS)
+    if (folder / INDEX).is_file():
+        return _read_shards(folder)
+    pickles = sorted(path for pattern in PICKLES for path in folder.glob(pattern))
+    if not pickles:
+        raise FileNotFoundError(
+            f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; fetch the file into the "
+            "folder, or save the model again with save_pretrained"
+        )
+    if not allow_pickle:
+        raise ValueError(
+            f"{pickles[0]} is a pickled checkpoint, and unpickling can run any code. "
+            f"{_how_to_convert(pickles[0])}; or, if you trust it and torch is installed, pass "
+            "allow_pickle=True"
+        )
+    return _read_pickle(pickles)
+
+
+def _how_to_convert(path: Path) -> str:
+    return (
+        "Convert it once where torch is installed: "
+        f"from transformers import CLIPModel; CLIPModel.from_pretrained({str(path.parent)!r})"
+        ".save_pretrained('converted'), and pass the new folder"
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise OSError(
+            f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file "
+            f"({error}); fetch it again"
+        ) from None
+
+
+def _read_shards(folder: Path) -> dict[str, np.ndarray]:
+    index = folder / INDEX
+    where = _read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index} has no 'weight_map' from tensor names to files")
+    files = sorted(set(where.values()))
+    outside = [file for file in files if Path(file).name != file]
+    if outside:
+        raise ValueError(f"{index} names a file outside its folder: {outside[0]!r}")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of the {len(files)} shards that {INDEX} names: "
+            f"{_some(missing)}; fetch them into the folder"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for file in files:
+        tensors |= _read_safetensors(folder / file)
+    lost = sorted(set(where) - set(tensors))
+    if lost:
+        raise ValueError(
+            f"{index} names tensors that its shards do not hold: {_some(lost)}; index and shards "
+            "are of different models or a download was interrupted, fetch them again"
+        )
+    return tensors
+
+
+def _read_pickle(paths: Sequence[Path]) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"reading the pickled {paths[0]} needs torch, which is not installed: "
+            f"pip install 'jaxrel[torch]', or avoid it. {_how_to_convert(paths[0])}"
+        ) from error
+    tensors: dict[str, np.ndarray] = {}
+    for path in paths:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises what the pickle makes it raise
+            raise OSError(f"{path} cannot be read as plain weights ({error})") from error
+        tensors |= {name: tensor.float().numpy() for name, tensor in state.items()}
+    return tensors
+
+
+def read_parameters(
+    tensors: Mapping[str, np.ndarray],
+    table: Sequence[Parameter],
+    shapes: Mapping[tuple[str, ...], tuple[int, ...]],
+) -> dict[tuple[str, ...], np.ndarray]:
+    """Turn the tensors of a file into a model's parameters; every check comes first.
+
+    Args:
+      tensors: by name. Buffers of position numbers, which old checkpoints hold, are ignored.
+      table: where each parameter is.
+      shapes: the shape of each of the model's parameters, by path.
+
+    Returns:
+      float32 parameters by path.
+
+    Raises:
+      ValueError: a tensor is missing, unexpected, of a wrong shape, not of floats, or has a
+        value that is not finite.
+    """
+    expected = {
+        name: parameter.tensor_shape(shapes[parameter.path])
+        for parameter in table
+        for name in parameter.names(shapes[parameter.path])
+    }
+    missing = sorted(set(expected) - set(tensors))
+    unexpected = sorted(n for n in set(tensors) - set(expected) if not n.endswith("position_ids"))
+    if missing or unexpected:
+        parts = [f"{len(missing)} tensors are missing: {_some(missing)}"] if missing else []
+        if unexpected:
+            parts.append(f"{len(unexpected)} tensors are unexpected: {_some(unexpected)}")
+        raise ValueError(
+            f"these weights are not those of the model that {CONFIG} describes. "
+            f"{'. '.join(parts)}. Check that {CONFIG} and the weights belong together"
+        )
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise ValueError(
+                f"the tensor {name} has shape {list(tensor.shape)}, and {CONFIG} says "
+                f"{list(shape)}; check that {CONFIG} and the weights belong together"
+            )
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(
+                f"the tensor {name} has dtype {tensor.dtype}; quantised weights cannot be loaded, "
+                "use a float32, float16 or bfloat16 checkpoint"
+            )
+        bad = np.size(tensor) - np.count_nonzero(np.isfinite(np.asarray(tensor, np.float32)))
+        if bad:
+            raise ValueError(
+                f"the tensor {name} has {bad} values of {tensor.size} that are NaN or infinite; "
+                "the checkpoint is damaged, or its training diverged"
+            )
+    return {
+        p.path: p.from_tensors([tensors[name] for name in p.names(shapes[p.path])]) for p in table
+    }
+
+
+def write_tensors(
+    folder: Path, parameters: Mapping[tuple[str, ...], np.ndarray], table: Sequence[Parameter]
+) -> None:
+    """Write model.safetensors, float32, with the names of the table."""
+    tensors: dict[str, np.ndarray] = {}
+    for parameter in table:
+        value = np.asarray(parameters[parameter.path])
+        names = parameter.names(value.shape)
+        tensors |= zip(names, parameter.to_tensors(value), strict=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give a folder to write a model into; it takes the name `folder` when all went well.
+
+    An older model folder of that name is replaced as a whole; its other files (a model card)
+    are kept. When writing fails, everything stays as it was.
+
+    Args:
+      folder: the name; its parent is made if need be.
+
+    Raises:
+      FileExistsError: something of that name exists and is no model folder.
+    """
+    target = Path(folder).expanduser().resolve()
+    replaces = target.is_dir() and any(target.iterdir())
+    if (target.exists() and not target.is_dir()) or (replaces and not (target / CONFIG).is_file()):
+        raise FileExistsError(
+            f"{target} exists and is no model folder (no {CONFIG} in it); pass a new folder"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    draft = target.with_name(f".{target.name}.{unique}.draft")
+    draft.mkdir()
+    try:
+        yield draft
+        if replaces:
+            _keep_other_files(target, draft)
+            old = target.with_name(f".{target.name}.{unique}.old")
+            target.rename(old)
+            draft.rename(target)
+            shutil.rmtree(old)
+        else:
+            # An empty folder of that name gives way to the new one.
+            draft.replace(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    weights = ("*.safetensors", INDEX, *PICKLES)
+    for path in old.iterdir():
+        if (new / path.name).exists() or any(map(path.match, weights)):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name)
+        else:
+            shutil.copy2(path, new / path.name)
+
+
+def _some(names: Sequence[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
