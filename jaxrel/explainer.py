@@ -57,6 +57,7 @@ def explain(
     target: Any = None,
     method: str | Sequence[str] = "weighted",
     layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
     importance: str = "grad_value",
     name: str = "",
 ) -> Any:
@@ -72,6 +73,7 @@ def explain(
       target: what to explain of these, in the model's terms; by default the matching pairs.
       method: one of `jaxrel.attention.METHODS`, or several.
       layers: the layers that count, such as `[-1]` for the last alone; all, by default.
+      heads: the attention heads that count; all, by default.
       importance: the measure of the weighted method.
       name: the model's name, for the record.
 
@@ -93,11 +95,12 @@ def explain(
         methods=methods,
         streams=tuple(streams),
         layers=None if layers is None else tuple(layers),
+        heads=None if heads is None else tuple(heads),
         importance=importance,
     )
     score, relevance = jax.device_get((score, relevance))
     content = jax.device_get(model.content(inputs))
-    shared = {
+    shared: dict[str, Any] = {
         "target": tuple(model.describe(inputs)),
         "score": score,
         "tokens": tuple(map(tuple, model.tokens(inputs))),
@@ -110,7 +113,7 @@ def explain(
             **shared,
             **_modalities(streams.values(), relevance[one], content),
             method=one,
-            settings=_settings(one, layers, importance),
+            settings=_settings(one, layers, heads, importance),
             report={
                 stream: _summary(relevance[one][stream], content[stream]) for stream in streams
             },
@@ -120,7 +123,7 @@ def explain(
     return explanations[0] if isinstance(method, str) else explanations
 
 
-@functools.partial(jax.jit, static_argnames=("methods", "streams", "layers", "importance"))
+@functools.partial(jax.jit, static_argnames=("methods", "streams", "layers", "heads", "importance"))
 def _explained(
     model: Any,
     inputs: Any,
@@ -129,6 +132,7 @@ def _explained(
     methods: tuple[str, ...],
     streams: tuple[str, ...],
     layers: tuple[int, ...] | None,
+    heads: tuple[int, ...] | None,
     importance: str,
 ) -> Any:
     explained = value_and_relevance(
@@ -137,6 +141,7 @@ def _explained(
         readout=readout,
         attention=streams,
         layers=layers,
+        heads=heads,
         importance=importance,
     )
     return explained(model, inputs)
@@ -148,7 +153,7 @@ def _seen(model: Any, image: Any, rows: int) -> tuple[np.ndarray, ...]:
     return tuple(seen) if len(seen) == rows else tuple(seen * rows)
 
 
-def _modalities(streams: Any, relevance: Mapping, content: Mapping) -> dict[str, np.ndarray]:
+def _modalities(streams: Any, relevance: Mapping, content: Mapping) -> dict[str, Any]:
     """Relevance of the content tokens: a picture's as a grid, a text's with zeros elsewhere."""
     maps = {}
     for stream in streams:
@@ -159,9 +164,14 @@ def _modalities(streams: Any, relevance: Mapping, content: Mapping) -> dict[str,
     return maps
 
 
-def _settings(method: str, layers: Sequence[int] | None, importance: str) -> str:
-    which = "all layers" if layers is None else f"layers {', '.join(map(str, layers))}"
-    return f"{which}, importance {importance}" if method == "weighted" else which
+def _settings(
+    method: str, layers: Sequence[int] | None, heads: Sequence[int] | None, importance: str
+) -> str:
+    chosen = [
+        f"all {what}" if some is None else f"{what} {', '.join(map(str, some))}"
+        for what, some in (("layers", layers), ("heads", heads))
+    ]
+    return ", ".join([*chosen, f"importance {importance}"] if method == "weighted" else chosen)
 
 
 def _summary(relevance: np.ndarray, content: np.ndarray) -> dict[str, Any]:

@@ -149,11 +149,11 @@ class CLIPConfig:
       projection: features of the common embedding space.
       logit_scale: the initial logarithm of the factor on the cosines.
       remat: recompute each layer in the backward pass instead of storing it.
-      dtype: of the computation, "float32" or "bfloat16". Parameters, attention maps, embeddings and scores are
-        float32.
+      dtype: of the computation, "float32" or "bfloat16". Parameters, attention maps,
+        embeddings and scores are float32.
 
     Raises:
-      ValueError: a size or name that is out of range.
+      ValueError: a size or a name is out of range.
     """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -617,6 +617,16 @@ class CLIP(nnx.Module):
         """
         return self.processor.tokens(np.asarray(inputs["text"]))
 
+    def describe(self, inputs: Inputs) -> list[str]:
+        """Return what each pair's score says of its picture: the text, as the model reads it."""
+        tokens = self.tokens(inputs)
+        words = (" ".join(filter(None, row)).replace(" ##", "") for row in tokens)
+        return list(words)
+
+    def seen(self, picture: Any) -> Any:
+        """Return the part of a picture that the model sees; `prepare` crops to the middle."""
+        return self.processor.seen(picture)
+
     def _encode_image(self, image: Array, return_attention: bool) -> tuple[Array, Array | None]:
         tokens, maps = self.vision(
             image, remat=self.config.remat, return_attention=return_attention
@@ -747,7 +757,7 @@ def _abstract(config: CLIPConfig, processor: Processor | None) -> CLIP:
     return nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0), processor=processor))
 
 
-def _parameters(model: CLIP) -> list[tuple[tuple[str, ...], nnx.Variable]]:
+def _parameters(model: CLIP) -> list[tuple[Any, nnx.Variable]]:
     return [(path, variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
 
 

@@ -82,18 +82,40 @@ class Processor:
           ValueError: no picture, an array of another shape, a picture of another depth than
             8 bits, or a model without preprocessing.
         """
-        if self.images is None:
-            raise ValueError(
-                f"this model has no picture preprocessing: its folder holds no {IMAGE_FILES}; "
-                "copy that file from the model's origin into the folder, or pass "
-                "processor=Processor(tokenizer, image_processing(size)) to the model"
-            )
+        self._require_images()
         pictures = list(image) if isinstance(image, (list, tuple)) else [image]
         if image is None or not pictures:
             raise ValueError("no image: pass image= a PIL picture, a uint8 array, or a list")
         with quiet_transformers():
             out = self.images([_rgb(p) for p in pictures], return_tensors="np")
         return np.asarray(out["pixel_values"], np.float32).transpose(0, 2, 3, 1)
+
+    def seen(self, picture: Any) -> Image.Image:
+        """Return the part of a picture that `image` keeps, at the picture's own resolution.
+
+        Args:
+          picture: a PIL picture or a uint8 [height, width, 3] array.
+
+        Raises:
+          TypeError, ValueError: as for `image`.
+        """
+        self._require_images()
+        picture = _rgb(picture)
+        width, height = picture.size
+        side = getattr(self.images.size, "shortest_edge", None)
+        if not (self.images.do_resize and self.images.do_center_crop and side):
+            return picture
+        # The shortest side becomes `side` pixels, of which the crop keeps the middle.
+        scale = min(width, height) / side
+        kept = [
+            min(side_length, round(crop * scale))
+            for side_length, crop in (
+                (width, self.images.crop_size.width),
+                (height, self.images.crop_size.height),
+            )
+        ]
+        left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
+        return picture.crop((left, top, left + kept[0], top + kept[1]))
 
     def text(self, text: Any, context: int) -> Int[np.ndarray, "batch tokens"]:
         """Turn sentences into token ids, padded to `context`.
@@ -215,6 +237,14 @@ class Processor:
             if special:
                 row.append("")
         return row + self._show(word)
+
+    def _require_images(self) -> None:
+        if self.images is None:
+            raise ValueError(
+                f"this model has no picture preprocessing: its folder holds no {IMAGE_FILES}; "
+                "copy that file from the model's origin into the folder, or pass "
+                "processor=Processor(tokenizer, image_processing(size)) to the model"
+            )
 
     def _show(self, word: list[str]) -> list[str]:
         """One string per piece of a word; a character made of several pieces is in the first."""

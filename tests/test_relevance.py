@@ -12,7 +12,7 @@ from jax import numpy as jnp
 import jaxrel
 from jaxrel import attention
 
-LAYERS, BATCH, TOKENS, WIDTH, HEADS = 3, 2, 5, 8, 2
+LAYERS, BATCH, TOKENS, WIDTH, HEADS = 2, 2, 5, 8, 2
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(BATCH, TOKENS, WIDTH)).astype(np.float32)
 
@@ -142,7 +142,7 @@ def test_measures_and_layers(importance, reference):
     streamed = FORMS["remat"](importance=importance)
     stacked = FORMS["remat"](importance=importance, form="stacked")
     np.testing.assert_allclose(streamed, stacked, rtol=2e-5, atol=2e-6)
-    for layers in (slice(-1, None), [0, 2]):
+    for layers in (slice(-1, None), [0]):
         got = FORMS["scan"](importance=importance, layers=layers, readout=[1, 3])
         want = matrix("weighted", reference, importance=importance, layers=layers)
         np.testing.assert_allclose(got, want[[0, 1], [1, 3]], rtol=2e-5, atol=2e-6)
@@ -189,12 +189,18 @@ def test_streaming_equals_stacked_in_float64(x64):
 
 def test_bfloat16_models_give_float32_relevance():
     def model(x):
-        return scanned(x.astype(jnp.bfloat16)).astype(jnp.float32)
+        x = x.astype(jnp.bfloat16)
+        for _ in range(LAYERS):
+            attn = jax.nn.softmax((x @ x.swapaxes(1, 2)) * WIDTH**-0.5)
+            x = x + attn @ x
+        return x[:, 0].astype(jnp.float32).sum(-1)
 
     got = attention.relevance(model)(X)
     assert got.dtype == jnp.float32
-    # bfloat16 has 8 bits: values of order 1 agree to a few hundredths.
-    np.testing.assert_allclose(got, FORMS["scan"](), atol=0.05)
+    with jax.default_matmul_precision("highest"):
+        exact = attention.relevance(model, form="stacked")(X)
+    # The forms round at different places, and bfloat16 has 8 bits: 2 parts in 100.
+    np.testing.assert_allclose(got, exact, rtol=0.02, atol=0.02)
 
 
 # -- sites -----------------------------------------------------------------------------------
@@ -304,7 +310,7 @@ def test_layers_that_follow_one_another_are_one_stack_and_branches_are_several()
 
 def test_two_sites_in_one_scanned_body_take_turns(reference):
     graph, states = stacked_blocks()
-    four = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), states)
+    four = jax.tree.map(lambda x: jnp.concatenate([x, x[::-1]]), states)
     pairs = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), four)
 
     def in_pairs(x):
@@ -426,12 +432,12 @@ ERRORS = {
     "layer": (
         lambda: attention.relevance(scanned, layers=[LAYERS])(X),
         ValueError,
-        "3 .*0 to 2",
+        "2 .*0 to 1",
     ),
     "stack": (
         lambda: attention.relevance(scanned, attention="vision")(X),
         ValueError,
-        "no attention is named 'vision'; there is 'attention': self-attention, layers 3",
+        "no attention is named 'vision'; there is 'attention': self-attention, layers 2",
     ),
     "no attention": (
         lambda: attention.relevance(lambda x: x.sum((1, 2)))(X),

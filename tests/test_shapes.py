@@ -8,6 +8,8 @@ from importlib import resources
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from jaxrel.train.data import contact_sheet
 from jaxrel.train.data.shapes import (
     ANSWERS,
@@ -28,7 +30,6 @@ from jaxrel.train.data.shapes import (
 )
 from jaxrel.train.data.shapes.render import render
 from jaxrel.train.data.shapes.scene import Background
-from PIL import Image
 
 DATA = Shapes()
 

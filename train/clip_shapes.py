@@ -4,7 +4,6 @@ The contrastive loss is CLIP's (Radford et al. 2021): in a batch of pictures wit
 each, every picture shall find its caption, and every caption its picture.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,67 +16,17 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 from tqdm.auto import tqdm, trange
 
+from jaxrel.attention import METHODS
+from jaxrel.explainer import explain
+from jaxrel.metrics import Interval, bootstrap, chance, hits, share_inside
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from jaxrel.models.processor import Processor, image_processing
 from jaxrel.models.tokenizer import word_tokenizer
-from jaxrel.train.data.shapes import Shapes, vocabulary
+from jaxrel.train.data.shapes import Scene, Shapes, vocabulary
+from jaxrel.train.data.shapes.language import with_article
+from jaxrel.train.settings import ClipShapes
 
 CAPTIONS = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipShapes:
-    """Settings of the recipe; every one can be given on the command line.
-
-    Args:
-      seed: of the parameters and of the order of examples.
-      data_seed: of the Shapes data set.
-      scenes: training scenes, drawn once and kept in memory.
-      steps: of the optimiser.
-      batch: pictures, each with one caption, per step.
-      learning_rate: the highest, after the warm-up; it falls to 0 as a cosine.
-      warmup: steps until the highest learning rate.
-      weight_decay: of AdamW.
-      full: how often a caption is one of the two that name every object; the others are
-        taken from the relation, the count and the single object in equal shares.
-      width: features per token, in both towers.
-      vision_layers: layers of the image tower.
-      text_layers: layers of the text tower.
-      heads: attention heads.
-      patch_size: pixels of a side of a patch.
-      context: tokens of the longest text.
-      projection: features of the common space.
-      log_every: steps between two lines of the log.
-    """
-
-    seed: int = 0
-    data_seed: int = 0
-    scenes: int = 60_000
-    steps: int = 3_000
-    batch: int = 256
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    weight_decay: float = 0.1
-    full: float = 0.6
-    width: int = 128
-    vision_layers: int = 4
-    text_layers: int = 2
-    heads: int = 4
-    patch_size: int = 8
-    context: int = 34
-    projection: int = 128
-    log_every: int = 50
-
-    def __post_init__(self):
-        for name in ("scenes", "steps", "batch", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"clip-shapes: {name} must be at least 1")
-        if self.batch > self.scenes:
-            raise ValueError(
-                f"clip-shapes: batch {self.batch} is more than the {self.scenes} scenes"
-            )
-        if not 0 <= self.full <= 1:
-            raise ValueError(f"clip-shapes: full must be from 0 to 1, got {self.full}")
 
 
 def new_model(recipe: ClipShapes) -> CLIP:
@@ -202,3 +151,86 @@ def train(recipe: ClipShapes, folder: Path) -> CLIP:
 def _choose_captions(rng: np.random.Generator, recipe: ClipShapes) -> Int[np.ndarray, " batch"]:
     full = rng.random(recipe.batch) < recipe.full
     return np.where(full, rng.integers(0, 2, recipe.batch), rng.integers(2, 5, recipe.batch))
+
+
+def evaluate(
+    model: CLIP, *, data_seed: int = 0, split: str = "test", scenes: int = 2048, among: int = 32
+) -> dict[str, Any]:
+    """Judge a model on held-out scenes: retrieval, and where the relevance lies.
+
+    Retrieval: does a picture find its full caption among `among`, and a caption its picture?
+    Localisation: for an object that a one-object phrase names uniquely ("a red circle"), the
+    share of each method's relevance inside the object's mask, and the pointing game.
+
+    Args:
+      model: a CLIP that knows Shapes' words.
+      data_seed: of the Shapes data set.
+      split: of the data set.
+      scenes: how many, a multiple of `among`; a quarter of them serve localisation.
+      among: size of the groups in which retrieval is judged.
+
+    Returns:
+      `protocol`, `retrieval`, `localisation` with means and bootstrap 95% intervals.
+
+    Raises:
+      ValueError: `scenes` is no multiple of `among`.
+    """
+    if scenes < among or scenes % among:
+        raise ValueError(f"scenes must be a multiple of {among}, got {scenes}")
+    data = Shapes(seed=data_seed)
+    drawn = [data.scene(split, i) for i in range(scenes)]
+    return {
+        "protocol": "clip-shapes/1",
+        "split": split,
+        "data_seed": data_seed,
+        "retrieval": _retrieval(model, drawn, among),
+        "localisation": _localisation(model, drawn[: max(among, scenes // 4)]),
+    }
+
+
+def _retrieval(model: CLIP, scenes: list[Scene], among: int) -> dict[str, Any]:
+    found: dict[str, list[np.ndarray]] = {"caption": [], "picture": []}
+    compare = nnx.jit(lambda model, inputs: model(inputs)["logits_per_image"])
+    for start in trange(0, len(scenes), among, desc="retrieval", leave=False):
+        group = scenes[start : start + among]
+        inputs = model.prepare(
+            image=[scene.image for scene in group],
+            text=[scene.captions[0].text for scene in group],
+        )
+        logits = np.asarray(compare(model, inputs))
+        found["caption"].append(logits.argmax(1) == np.arange(among))
+        found["picture"].append(logits.argmax(0) == np.arange(among))
+    scores = {name: bootstrap(np.concatenate(hits)) for name, hits in found.items()}
+    return {"scenes": len(scenes), "among": among, "chance": 1 / among, **_plain(scores)}
+
+
+def _localisation(model: CLIP, scenes: list[Scene]) -> dict[str, Any]:
+    phrases, images, masks = [], [], []
+    for scene in scenes:
+        for index, thing in enumerate(scene.objects):
+            alike = [o for o in scene.objects if (o.colour, o.shape) == (thing.colour, thing.shape)]
+            if len(scene.objects) > 1 and len(alike) == 1:
+                phrases.append(with_article(f"{thing.colour} {thing.shape}"))
+                images.append(scene.image)
+                masks.append(scene.masks[index])
+                break
+    truth = np.stack(masks)
+    inside: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
+    points: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
+    step = 64
+    for start in trange(0, len(phrases) - len(phrases) % step, step, desc="relevance", leave=False):
+        rows = slice(start, start + step)
+        for one in explain(model, image=images[rows], text=phrases[rows], method=METHODS):
+            inside[one.method].append(share_inside(one.image, truth[rows]))
+            points[one.method].append(hits(one.image, truth[rows]))
+    used = truth[: len(phrases) - len(phrases) % step]
+    return {
+        "examples": len(used),
+        "chance": _plain({"share": bootstrap(chance(used))})["share"],
+        "share inside": _plain({m: bootstrap(np.concatenate(v)) for m, v in inside.items()}),
+        "pointing game": _plain({m: bootstrap(np.concatenate(v)) for m, v in points.items()}),
+    }
+
+
+def _plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float]]:
+    return {name: interval._asdict() for name, interval in intervals.items()}

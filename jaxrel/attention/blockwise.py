@@ -11,6 +11,7 @@ import operator
 from typing import Any
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -26,7 +27,7 @@ def blockwise(
     carrier: Carrier,
     *,
     block: int,
-    mask: Bool[Array, "batch tokens"] | None = None,
+    mask: Bool[Array, "batch tokens"] | Bool[np.ndarray, "batch tokens"] | None = None,
     causal: bool = False,
     scale: float | None = None,
 ) -> tuple[Float[Array, "batch heads tokens value_width"], Carrier]:

@@ -57,7 +57,7 @@ class Site:
         dropped = tuple(axis for axis in range(len(self.value.shape)) if axis not in order)
         order = (*dropped, *order)
         x = x.reshape([self.value.shape[axis] for axis in order])
-        return jnp.transpose(x, np.argsort(order))
+        return jnp.transpose(x, np.argsort(order).tolist())
 
     def size(self, axis: int | None) -> int:
         """Length of an axis of the map; 1 for an axis it does not have."""

@@ -28,6 +28,7 @@ def relevance(
     readout: Any = 0,
     attention: str | Sequence[str] | None = None,
     layers: slice | Sequence[int] | None = None,
+    heads: slice | Sequence[int] | None = None,
     importance: str | Callable = "grad_value",
     form: Literal["auto", "streaming", "stacked"] = "auto",
     argnums: int | Sequence[int] | None = None,
@@ -38,8 +39,8 @@ def relevance(
     the names it tags them with. Equal (Chefer et al. 2021, eq. 5 and 6) and weighted
     accumulation (Huang et al. 2023) of one read-out row are streamed: relevance rides in the
     backward pass, and no map or gradient is kept beyond its layer. Other methods, whole
-    matrices and layer ranges stack the maps; all methods asked for share one forward and one
-    backward pass.
+    matrices and a choice of layers or heads stack the maps; all methods asked for share one
+    forward and one backward pass.
 
     Args:
       fun: a JAX function that returns the scalar to explain, or one per example `[batch]`;
@@ -50,6 +51,7 @@ def relevance(
       attention: the names of the attention stacks wanted: tags of the maps, or the names that
         `sites` lists. By default the function's only self-attention stack.
       layers: the layers accumulated; all, by default. `slice(-1, None)` is the last alone.
+      heads: the attention heads averaged; all, by default.
       importance: the measure of the weighted method: 'grad_value', 'norm', 'abs_grad_value',
         or a function `(value, grad) -> [batch, tokens]`.
       form: 'streaming' or 'stacked' insists on one; 'auto' streams where it can.
@@ -73,6 +75,7 @@ def relevance(
         readout=readout,
         attention=attention,
         layers=layers,
+        heads=heads,
         importance=importance,
         form=form,
         argnums=argnums,
@@ -91,6 +94,7 @@ def value_and_relevance(
     readout: Any = 0,
     attention: str | Sequence[str] | None = None,
     layers: slice | Sequence[int] | None = None,
+    heads: slice | Sequence[int] | None = None,
     importance: str | Callable = "grad_value",
     form: Literal["auto", "streaming", "stacked"] = "auto",
     argnums: int | Sequence[int] | None = None,
@@ -98,7 +102,8 @@ def value_and_relevance(
     """Like `relevance`, but the function returns `(fun(*args), relevance)`."""
     methods = check_methods(method)
     measure(importance)
-    streaming = _choose_form(form, methods, readout, layers)
+    some = {"layers": layers, "heads": heads}
+    streaming = _choose_form(form, methods, readout, some)
 
     def explained(*args):
         traced = trace(fun, *args)
@@ -109,7 +114,7 @@ def value_and_relevance(
             out, result = _stream(traced, stacks, methods[0], readouts, importance)
             result = {methods[0]: result}
         else:
-            out, result = _stacked(traced, stacks, methods, readouts, layers, importance)
+            out, result = _stacked(traced, stacks, methods, readouts, some, importance)
         if attention is None or isinstance(attention, str):
             result = {name: maps[stacks[0].name] for name, maps in result.items()}
         return out, result[method] if isinstance(method, str) else result
@@ -128,13 +133,14 @@ def check_methods(method: str | Sequence[str]) -> tuple[str, ...]:
     return methods
 
 
-def _choose_form(form: str, methods: tuple, readout: Any, layers: Any) -> bool:
-    can = len(methods) == 1 and methods[0] in STREAMING and readout is not None and layers is None
+def _choose_form(form: str, methods: tuple, readout: Any, some: Mapping[str, Any]) -> bool:
+    everything = all(choice is None for choice in some.values())
+    can = len(methods) == 1 and methods[0] in STREAMING and readout is not None and everything
     if form == "streaming" and not can:
         raise ValueError(
             "form='streaming' computes one read-out row of one of the methods "
-            f"{' and '.join(STREAMING)} over all layers; got method={methods}, "
-            f"readout={readout}, layers={layers}. Use form='auto'"
+            f"{' and '.join(STREAMING)} over all layers and heads; got method={methods}, "
+            f"readout={readout}, {some}. Use form='auto'"
         )
     if form not in ("auto", "streaming", "stacked"):
         raise ValueError(f"form must be 'auto', 'streaming' or 'stacked', got {form!r}")
@@ -203,7 +209,7 @@ def _stream(
     for stack in stacks:
         for site in stack.sites:
             touches[site.value] = Touch(_accumulate_at(stack.name, site))
-            if method == "weighted":
+            if method == "weighted" and site.before is not None:
                 touch = _weigh_at(stack.name, site, measure(importance))
                 touches[site.after] = Touch(touch, (site.before,))
 
@@ -233,8 +239,8 @@ def _weigh_at(name: str, site: Site, importance: Callable) -> Callable:
     batch, _, tokens, _ = site.shape
 
     def touch(carriers, after, before):
-        rows = (x.reshape(batch, tokens, -1) for x in (before, after))
-        carrier, weighed = weigh(carriers[name], *rows, importance)
+        before, flat = (x.reshape(batch, tokens, -1) for x in (before, after))
+        carrier, weighed = weigh(carriers[name], before, flat, importance)
         return {**carriers, name: carrier}, weighed.reshape(after.shape)
 
     return touch
@@ -245,7 +251,7 @@ def _stacked(
     stacks: list[Stack],
     methods: tuple[str, ...],
     readouts: Mapping,
-    layers: Any,
+    some: Mapping[str, Any],
     importance: Any,
 ) -> tuple[Any, dict]:
     wanted = ("value", "before", "after") if "weighted" in methods else ("value",)
@@ -268,21 +274,21 @@ def _stacked(
                     after=_layers(stack, taps, values, "after"),
                     value_grad=_layers(stack, taps, grads, "after"),
                     importance=importance,
-                    layers=layers,
+                    **some,
                 )
             else:
-                matrix = _MATRIX[method](attn, grad, layers)
+                matrix = _MATRIX[method](attn, grad, **some)
             index = readouts[stack.name]
             result[method][stack.name] = matrix if index is None else row(matrix, index)
     return out, result
 
 
 _MATRIX: dict[str, Callable] = {
-    "equal": lambda attn, grad, layers: equal(attn, grad, layers=layers),
-    "raw": lambda attn, grad, layers: raw(attn, layers=layers),
-    "rollout": lambda attn, grad, layers: rollout(attn, layers=layers),
-    "grad_cam": lambda attn, grad, layers: grad_cam(attn, grad, layers=layers),
-    "no_aggregation": lambda attn, grad, layers: no_aggregation(attn, grad, layers=layers),
+    "equal": equal,
+    "raw": lambda attn, grad, **some: raw(attn, **some),
+    "rollout": lambda attn, grad, **some: rollout(attn, **some),
+    "grad_cam": grad_cam,
+    "no_aggregation": no_aggregation,
 }
 
 

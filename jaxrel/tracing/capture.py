@@ -111,7 +111,7 @@ def find_tags(
     graph: Graph, names: str | Sequence[str] | None, caller: str
 ) -> list[tuple[str, Value]]:
     """The tagged values, in order of execution, restricted to `names` if given."""
-    found = [(tag_name(n), n.outs[0]) for n in graph.walk() if tag_name(n) is not None]
+    found = [(name, node.outs[0]) for node in graph.walk() if (name := tag_name(node))]
     if names is None:
         return found
     names = (names,) if isinstance(names, str) else tuple(names)

@@ -156,8 +156,8 @@ def build(closed: jex.ClosedJaxpr) -> Graph:
     def inline(jaxpr: jex.Jaxpr, consts: Sequence, atoms: Sequence[Atom]) -> list[Atom]:
         env: dict[Any, Atom] = dict(zip(jaxpr.invars, atoms, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = Value(var.aval)
-            constants[env[var]] = const
+            value = env[var] = Value(var.aval)
+            constants[value] = const
 
         def read(atom) -> Atom:
             return Constant(atom.val, atom.aval) if isinstance(atom, jex.Literal) else env[atom]
@@ -166,8 +166,8 @@ def build(closed: jex.ClosedJaxpr) -> Graph:
             ins = tuple(read(atom) for atom in equation.invars)
             if equation.primitive.name in INLINED:
                 (inner,) = _jaxprs(equation.params)
-                outs = inline(inner.jaxpr, inner.consts, ins)
-                env.update(zip(equation.outvars, outs, strict=True))
+                inlined = inline(inner.jaxpr, inner.consts, ins)
+                env.update(zip(equation.outvars, inlined, strict=True))
                 continue
             outs = tuple(Value(var.aval) for var in equation.outvars)
             env.update(zip(equation.outvars, outs, strict=True))

@@ -9,9 +9,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image, ImageDraw, ImageFont
+
 from jaxrel.train.data.shapes import SPLITS, Scene, Shapes
 from jaxrel.train.data.shapes.language import with_article
-from PIL import Image, ImageDraw, ImageFont
 
 # Scene of the test split: the object, by its number there, that the sample's sentence names.
 SAMPLES = {287: 2, 44: 0, 85: 1, 185: 3, 191: 3}

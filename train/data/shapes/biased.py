@@ -1,6 +1,7 @@
 """The biased splits: pairs that go together in training and never in the test."""
 
 import numpy as np
+
 from jaxrel.train.data.shapes.scene import COLOURS, SHAPES, Attributes, pick
 
 # (cue, what goes with it). Scenes of the biased splits have at least two objects and at most one

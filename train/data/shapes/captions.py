@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+
 from jaxrel.train.data.shapes.language import (
     NUMBERS,
     RELATIONS,

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import SupportsIndex
 
 import numpy as np
+from jaxtyping import Bool, Float32, Shaped, UInt8
+
 from jaxrel.train.data.shapes import captions as _captions
 from jaxrel.train.data.shapes import questions as _questions
 from jaxrel.train.data.shapes.biased import PAIR_RATES, bias
@@ -27,7 +29,6 @@ from jaxrel.train.data.shapes.scene import (
     draw_objects,
     pick,
 )
-from jaxtyping import Bool, Float32, Shaped, UInt8
 
 SPLITS = ("train", "val", "test", "biased_train", "biased_test")
 MIN_SIZE, MAX_SIZE = 32, 2048

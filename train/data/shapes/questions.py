@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Literal
 
 import numpy as np
+
 from jaxrel.train.data.shapes.language import (
     OPPOSITES,
     RELATIONS,

@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from jaxrel.train.data.shapes.scene import Background, Object
 from jaxtyping import Bool, Float32, UInt8
+
+from jaxrel.train.data.shapes.scene import Background, Object
 
 Points = Float32[np.ndarray, "rows columns"]
 

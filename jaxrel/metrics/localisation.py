@@ -1,0 +1,73 @@
+"""Does relevance lie where the object is? Measures against a known mask."""
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Maps = Float[Array | np.ndarray, "batch rows columns"]
+Masks = Bool[np.ndarray, "batch height width"]
+
+
+def share_inside(relevance: Maps, masks: Masks) -> Float[np.ndarray, " batch"]:
+    """Share of positive relevance that lies inside a mask.
+
+    Each cell of the map spreads its relevance evenly over the pixels it covers. What chance
+    gives is the mask's share of the picture, `chance(masks)`.
+
+    Args:
+      relevance: maps at any resolution that divides the picture.
+      masks: true where the object is.
+
+    Returns:
+      From 0 to 1; 0 for a map without positive relevance.
+
+    Raises:
+      ValueError: the numbers differ, or a cell would not cover whole pixels.
+    """
+    inside = _cover(relevance, masks)
+    positive = np.maximum(np.asarray(relevance, np.float64), 0)
+    total = positive.sum((1, 2))
+    shares = (positive * inside).sum((1, 2)) / np.where(total > 0, total, 1)
+    return shares
+
+
+def chance(masks: Masks) -> Float[np.ndarray, " batch"]:
+    """The share a map without any information has inside: the mask's share of the picture."""
+    return masks.mean((1, 2), dtype=np.float64)
+
+
+def hits(relevance: Maps, masks: Masks) -> Bool[np.ndarray, " batch"]:
+    """The pointing game (Zhang et al. 2018): is the most relevant point on the object?
+
+    The map is interpolated (bilinear) to the picture's size first.
+
+    Args:
+      relevance: maps at any resolution.
+      masks: true where the object is.
+
+    Raises:
+      ValueError: the numbers of maps and masks differ.
+    """
+    _same_number(relevance, masks)
+    fine = jax.image.resize(jnp.asarray(relevance), masks.shape, "bilinear")
+    best = np.asarray(fine.reshape(len(masks), -1).argmax(-1))
+    return masks.reshape(len(masks), -1)[np.arange(len(masks)), best]
+
+
+def _cover(relevance: Maps, masks: Masks) -> Float[np.ndarray, "batch rows columns"]:
+    """How much of each cell is mask."""
+    _same_number(relevance, masks)
+    (batch, rows, columns), (_, height, width) = relevance.shape, masks.shape
+    if height % rows or width % columns:
+        raise ValueError(
+            f"maps of {rows} x {columns} cells do not divide masks of {height} x {width} pixels; "
+            "resize the masks to a multiple"
+        )
+    cells = masks.reshape(batch, rows, height // rows, columns, width // columns)
+    return cells.mean((2, 4), dtype=np.float64)
+
+
+def _same_number(relevance: Maps, masks: Masks) -> None:
+    if len(relevance) != len(masks):
+        raise ValueError(f"{len(relevance)} maps and {len(masks)} masks; give one mask per map")
