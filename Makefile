@@ -13,8 +13,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+SAMPLES := blue-square cyan-triangle orange-cross red-circle red-star
+
 demo: $(VENV)/.installed
-	$(BIN)/jaxrel explain train/data/samples/*.png --out $(OUT)
+	$(BIN)/jaxrel explain $(SAMPLES:%=train/data/samples/%.png) \
+	  --text "a blue square" --text "a cyan triangle" --text "an orange cross" \
+	  --text "a red circle" --text "a red star" --method weighted,equal --out $(OUT)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto

@@ -208,7 +208,7 @@ def test_train_refuses_bad_settings_before_any_work(capsys, tmp_path):
     assert cli.main(["train", "clip-shapes", "--out", str(out), "--steps", "0"]) == 2
     assert "clip-shapes: steps must be at least 1, got 0" in capsys.readouterr().err
     assert cli.main(["train", "clip-shapes", "--out", str(out), "--scenes", "8"]) == 2
-    assert "batch 256 is more than the 8 scenes" in capsys.readouterr().err
+    assert "batch 128 is more than the 8 scenes" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -276,7 +276,10 @@ MODELS = {
     "truncated weights": (truncate, "truncated"),
     "pickled weights": (pickled, "pickle"),
     "NaN in weights": (lambda f: rewrite(f, spoil), "visual_projection.weight"),
-    "wrong shape": (lambda f: rewrite(f, reshape), "has shape [3, 3], and config.json says [10, 16]"),
+    "wrong shape": (
+        lambda f: rewrite(f, reshape),
+        "has shape [3, 3], and config.json says [10, 16]",
+    ),
     "missing tensor": (
         lambda f: rewrite(f, lambda t: t.pop("visual_projection.weight")),
         "visual_projection.weight",

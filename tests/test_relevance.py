@@ -492,3 +492,24 @@ def test_attention_in_shard_map_is_refused():
     fun = jax.shard_map(scanned, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     with pytest.raises(NotImplementedError, match=r"shard_map at .* call jaxrel inside"):
         attention.relevance(fun)(np.tile(X, (4, 1, 1)))
+
+
+def test_a_kernel_on_the_data_is_refused():
+    from jax.experimental import pallas
+
+    def copy(source, target):
+        target[...] = source[...]
+
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    kernel = pallas.pallas_call(copy, out_shape=shape, interpret=True)
+    with pytest.raises(NotImplementedError, match=r"pallas_call at .* may compute attention"):
+        attention.relevance(lambda x: scanned(kernel(x)))(X)
+
+
+def test_operations_with_known_programs_are_no_obstacle():
+    def model(x):
+        x = jax.nn.relu(x).at[:, 0].add(1.0)
+        order = jnp.argsort(x.sum((0, 2)))
+        return scanned(jax.nn.silu(x[:, order]))
+
+    assert attention.relevance(model)(X).shape == (BATCH, TOKENS)

@@ -24,6 +24,9 @@ from jaxrel.tracing.patterns import MOVES, origin, softmaxes
 # What may stand between a softmax and the product with the values: masks and dropout.
 _MASKING = MOVES | {"select_n", "mul", "div"}
 
+# Operations with programs of their own in which attention would be seen.
+_KNOWN_PROGRAMS = ("custom_jvp_call", "custom_vjp_call", "custom_lin", "scatter", "reduce", "sort")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
@@ -182,8 +185,8 @@ def _find_sites(
 def _refuse_hidden(node: Node, data: frozenset[Value]) -> None:
     """Raise if a program that cannot be entered computes attention, or may."""
     hidden = any(True for body in node.bodies for _ in _find_sites(body, data, None, None, 1))
-    kernel = node.name in {"pallas_call", "shard_map"} or "attention" in node.name
-    if hidden or kernel:
+    known = node.name.startswith(_KNOWN_PROGRAMS)
+    if hidden or (node.bodies and not known) or "attention" in node.name:
         what = "computes attention" if hidden else "may compute attention"
         raise NotImplementedError(
             f"{node.name} at {node.where()} {what} where its maps cannot be reached; "

@@ -25,11 +25,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds of measurements (5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.names if name not in BENCHMARKS]
-    if unknown or args.repeats < 1:
-        parser.error(
-            f"unknown benchmark {unknown[0]}" if unknown else "--repeats must be 1 or more"
-        )
+    for name in args.names:
+        if name not in BENCHMARKS:
+            parser.error(f"unknown benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    if args.repeats < 1:
+        parser.error(f"--repeats must be 1 or more, got {args.repeats}")
 
     machine = hardware()
     print(f"{machine}\n")

@@ -24,12 +24,14 @@ TINY = CLIPConfig(
 )
 PER_LAYER, ONCE = "torch, grad per layer", "torch, grad once"
 
+NO_TORCH = " Torch is not compared: it is not installed, or JAX is not on a CPU."
 NOTE = """\
 The score of each of {batch} pairs of a picture ({vision} tokens) and a text ({text} tokens) is
 explained in both towers. `jax.grad` is of the same model's summed score by the position
 embeddings of both towers: the backward pass goes through all layers and computes no other
 parameter's gradient. Memory is XLA's temporary memory; for torch, the most bytes of tensors held
-at a time. {torch}
+at a time.{torch}
+
 Targets: with remat, streaming takes at most 1.1 times the time and the memory of `jax.grad`; it
 is at least 3 times faster than torch with one `autograd.grad` per layer."""
 
@@ -69,7 +71,7 @@ def run(*, batch: int, quick: bool, repeats: int) -> Table:
         batch=batch,
         vision=config.vision.tokens,
         text=config.text.context,
-        torch="" if has_torch else "Torch is not compared: it is absent, or JAX is not on a CPU.",
+        torch="" if has_torch else NO_TORCH,
     )
     return Table(what, note, [row(name, measured) for name in measured])
 
@@ -89,7 +91,8 @@ def random_inputs(config: CLIPConfig, batch: int) -> dict[str, np.ndarray]:
 
 def grad(model: CLIP, inputs: Mapping) -> Any:
     """The baseline: the gradient of the summed score where both towers begin."""
-    graph, positions, rest = nnx.split(model, nnx.PathContains("position_embedding"), ...)
+    graph, *states = nnx.split(model, nnx.PathContains("position_embedding"), ...)
+    positions, rest = states
 
     def total(positions):
         return nnx.merge(graph, positions, rest).score(inputs).sum()
@@ -139,7 +142,7 @@ def row(name: str, measured: Mapping[str, Measured]) -> dict[str, Any]:
     rematted, plain = measured["jax.grad, remat"], measured["jax.grad"]
     base = rematted if name.endswith("remat") else plain
     cells = {
-        "": name,
+        "method": name,
         "ms": this.milliseconds,
         "x jax.grad": this.slower(base),
         "temp MiB": this.temp / MIB,

@@ -52,7 +52,8 @@ class Measured:
 def compiled(name: str, fun: Callable, *args: Any) -> Candidate:
     """A JAX function, compiled ahead for these arguments."""
     program = jax.jit(fun).lower(*args).compile()
-    temp = program.memory_analysis().temp_size_in_bytes
+    analysis: Any = program.memory_analysis()
+    temp = analysis.temp_size_in_bytes
     return Candidate(name, lambda: jax.block_until_ready(program(*args)), temp)
 
 
