@@ -130,6 +130,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--model", default=DEFAULT_MODEL, help="bundled name or folder")
     evaluate.add_argument("--split", default="test", help="split of the data set")
     evaluate.add_argument("--scenes", type=int, default=2048, help="how many examples")
+    evaluate.add_argument("--card", action="store_true", help="write the model's README.md too")
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -227,8 +228,12 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     recipe = _recipe(options.recipe)
-    model = _load(options.model)
-    result = recipe.evaluate(model, split=options.split, scenes=options.scenes)
+    from jaxrel.models.weights import find_folder
+
+    result = recipe.evaluate(_load(options.model), split=options.split, scenes=options.scenes)
+    if options.card:
+        folder = find_folder(options.model)
+        (folder / "README.md").write_text(recipe.card(folder, result), encoding="utf-8")
     print(json.dumps({"model": options.model, **result}, indent=2))
 
 

@@ -4,6 +4,7 @@ The contrastive loss is CLIP's (Radford et al. 2021): in a batch of pictures wit
 each, every picture shall find its caption, and every caption its picture.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from jaxrel.train.data.shapes.language import with_article
 from jaxrel.train.settings import ClipShapes
 
 CAPTIONS = 5
+SETTINGS_FILE = "settings.json"
 
 
 def new_model(recipe: ClipShapes) -> CLIP:
@@ -94,7 +96,9 @@ def optimiser(recipe: ClipShapes) -> optax.GradientTransformation:
 
 
 def train(recipe: ClipShapes, folder: Path) -> CLIP:
-    """Train, write the model and `train.jsonl` (a line per `log_every` steps) into a folder.
+    """Train, and write the model, its settings and `train.jsonl` into a folder.
+
+    `train.jsonl` has one line per `log_every` steps: the step and the mean loss since the last.
 
     Args:
       recipe: the settings.
@@ -145,6 +149,8 @@ def train(recipe: ClipShapes, folder: Path) -> CLIP:
     model.save_pretrained(folder)
     lines = "".join(json.dumps(line) + "\n" for line in log)
     (Path(folder) / "train.jsonl").write_text(lines, encoding="utf-8")
+    settings = json.dumps(dataclasses.asdict(recipe), indent=2)
+    (Path(folder) / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
     return model
 
 
@@ -217,13 +223,14 @@ def _localisation(model: CLIP, scenes: list[Scene]) -> dict[str, Any]:
     truth = np.stack(masks)
     inside: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
     points: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
-    step = 64
-    for start in trange(0, len(phrases) - len(phrases) % step, step, desc="relevance", leave=False):
+    # Batches of one size compile once; what does not fill the last one is left out.
+    step = min(64, len(phrases))
+    used = truth[: len(phrases) - len(phrases) % step]
+    for start in trange(0, len(used), step, desc="relevance", leave=False):
         rows = slice(start, start + step)
         for one in explain(model, image=images[rows], text=phrases[rows], method=METHODS):
             inside[one.method].append(share_inside(one.image, truth[rows]))
             points[one.method].append(hits(one.image, truth[rows]))
-    used = truth[: len(phrases) - len(phrases) % step]
     return {
         "examples": len(used),
         "chance": _plain({"share": bootstrap(chance(used))})["share"],
@@ -234,3 +241,71 @@ def _localisation(model: CLIP, scenes: list[Scene]) -> dict[str, Any]:
 
 def _plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float]]:
     return {name: interval._asdict() for name, interval in intervals.items()}
+
+
+def card(folder: Path, result: dict[str, Any]) -> str:
+    """The model card: what the model is, how it was made, and what `evaluate` found.
+
+    Args:
+      folder: as `train` wrote it.
+      result: of `evaluate`.
+
+    Raises:
+      FileNotFoundError: the folder has no settings.json.
+    """
+    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    default = dataclasses.asdict(ClipShapes())
+    changed = {name: value for name, value in settings.items() if value != default[name]}
+    flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
+    retrieval, local = result["retrieval"], result["localisation"]
+    rows = [
+        f"| {method} | {_shown(local['share inside'][method])} "
+        f"| {_shown(local['pointing game'][method])} |"
+        for method in local["share inside"]
+    ]
+    return CARD.format(
+        flags=flags,
+        split=result["split"],
+        **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch")},
+        caption=_shown(retrieval["caption"]),
+        picture=_shown(retrieval["picture"]),
+        tested=retrieval["scenes"],
+        among=retrieval["among"],
+        by_chance=retrieval["chance"],
+        examples=local["examples"],
+        chance=_shown(local["chance"]),
+        rows="\n".join(rows),
+    )
+
+
+def _shown(interval: dict[str, float]) -> str:
+    return str(Interval(**interval))
+
+
+CARD = """\
+# clip-shapes
+
+A small CLIP for 64x64 pictures of coloured shapes: the model that `jaxrel explain` uses when none
+is named. It knows the 75 words of the Shapes grammar and nothing of photographs.
+
+    jaxrel train clip-shapes{flags} --out models/pretrained/clip-shapes
+    jaxrel evaluate clip-shapes --model models/pretrained/clip-shapes --card
+
+Trained on {scenes} scenes of the split `train` (data seed {data_seed}), {steps} steps of {batch}
+pictures with one caption each; settings.json has every setting, train.jsonl the loss.
+
+Judged on the split `{split}`, with bootstrap 95% intervals:
+
+| retrieval among {among} ({tested} scenes, chance {by_chance:.3f}) | |
+|---|---|
+| a picture finds its caption | {caption} |
+| a caption finds its picture | {picture} |
+
+Relevance for a phrase that names one object of several, all layers ({examples} examples): the
+share inside the object's mask (chance, the mask's share of the picture: {chance}), and how often
+the most relevant point is on the object (pointing game).
+
+| method | share inside | pointing game |
+|---|---|---|
+{rows}
+"""

@@ -7,12 +7,13 @@ from jaxrel.train import clip_shapes
 
 
 class Recipe(NamedTuple):
-    """How a recipe trains, `train(settings, folder)`, and how its model is judged."""
+    """`train(settings, folder)`, `evaluate(model, ...)`, and `card(folder, result)`."""
 
     train: Callable[..., Any]
     evaluate: Callable[..., dict[str, Any]]
+    card: Callable[..., str]
 
 
 RECIPES = {
-    "clip-shapes": Recipe(clip_shapes.train, clip_shapes.evaluate),
+    "clip-shapes": Recipe(clip_shapes.train, clip_shapes.evaluate, clip_shapes.card),
 }

@@ -6,7 +6,8 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 Maps = Float[Array | np.ndarray, "batch rows columns"]
-Masks = Bool[np.ndarray, "batch height width"]
+# As many as maps; told apart here so that a wrong number meets our own error.
+Masks = Bool[np.ndarray, "masks height width"]
 
 
 def share_inside(relevance: Maps, masks: Masks) -> Float[np.ndarray, " batch"]:
@@ -32,12 +33,12 @@ def share_inside(relevance: Maps, masks: Masks) -> Float[np.ndarray, " batch"]:
     return shares
 
 
-def chance(masks: Masks) -> Float[np.ndarray, " batch"]:
+def chance(masks: Masks) -> Float[np.ndarray, " masks"]:
     """The share a map without any information has inside: the mask's share of the picture."""
     return masks.mean((1, 2), dtype=np.float64)
 
 
-def hits(relevance: Maps, masks: Masks) -> Bool[np.ndarray, " batch"]:
+def hits(relevance: Maps, masks: Masks) -> Bool[np.ndarray, " masks"]:
     """The pointing game (Zhang et al. 2018): is the most relevant point on the object?
 
     The map is interpolated (bilinear) to the picture's size first.
