@@ -231,11 +231,16 @@ def _localisation(model: CLIP, scenes: list[Scene]) -> dict[str, Any]:
         for one in explain(model, image=images[rows], text=phrases[rows], method=METHODS):
             inside[one.method].append(share_inside(one.image, truth[rows]))
             points[one.method].append(hits(one.image, truth[rows]))
+    shares = {method: np.concatenate(found) for method, found in inside.items()}
+    pointed = {method: np.concatenate(found) for method, found in points.items()}
     return {
         "examples": len(used),
-        "chance": _plain({"share": bootstrap(chance(used))})["share"],
-        "share inside": _plain({m: bootstrap(np.concatenate(v)) for m, v in inside.items()}),
-        "pointing game": _plain({m: bootstrap(np.concatenate(v)) for m, v in points.items()}),
+        "chance": bootstrap(chance(used))._asdict(),
+        "share inside": _plain({m: bootstrap(x) for m, x in shares.items()}),
+        "share inside less equal's": _plain(
+            {m: bootstrap(x - shares["equal"]) for m, x in shares.items() if m != "equal"}
+        ),
+        "pointing game": _plain({m: bootstrap(x) for m, x in pointed.items()}),
     }
 
 
@@ -258,10 +263,11 @@ def card(folder: Path, result: dict[str, Any]) -> str:
     changed = {name: value for name, value in settings.items() if value != default[name]}
     flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
     retrieval, local = result["retrieval"], result["localisation"]
+    paired = local["share inside less equal's"]
     rows = [
-        f"| {method} | {_shown(local['share inside'][method])} "
+        f"| {method} | {_shown(share)} | {_shown(paired[method]) if method in paired else ''} "
         f"| {_shown(local['pointing game'][method])} |"
-        for method in local["share inside"]
+        for method, share in local["share inside"].items()
     ]
     return CARD.format(
         flags=flags,
@@ -302,10 +308,11 @@ Judged on the split `{split}`, with bootstrap 95% intervals:
 | a caption finds its picture | {picture} |
 
 Relevance for a phrase that names one object of several, all layers ({examples} examples): the
-share inside the object's mask (chance, the mask's share of the picture: {chance}), and how often
-the most relevant point is on the object (pointing game).
+share inside the object's mask, the same less equal accumulation's on the same examples, and how
+often the most relevant point is on the object (pointing game). A map without information has the
+mask's share of the picture inside: {chance}.
 
-| method | share inside | pointing game |
-|---|---|---|
+| method | share inside | less equal's | pointing game |
+|---|---|---|---|
 {rows}
 """

@@ -35,7 +35,10 @@ def head_mean(attn: FloatArray, grad: FloatArray) -> Float[Array, "*batch query 
       `[..., query, key]`, 0 or more, in float32 (float64 for float64 maps).
     """
     dtype = relevance_dtype(attn, grad)
-    return jnp.maximum(grad.astype(dtype) * attn.astype(dtype), 0).mean(axis=-3)
+    product = jnp.maximum(grad.astype(dtype) * attn.astype(dtype), 0)
+    heads = product.shape[-3]
+    # A sum written out fuses with the product; XLA's reduction on a CPU first stores all maps.
+    return sum(product[..., head, :, :] for head in range(heads)) / heads
 
 
 def identity(batch: int, tokens: int, dtype: Any) -> Float[Array, "batch tokens tokens"]:
