@@ -33,7 +33,11 @@ SETTINGS_FILE = "settings.json"
 
 def new_model(recipe: ClipShapes) -> CLIP:
     """The untrained model, with its tokenizer and picture preprocessing."""
-    tower = {"width": recipe.width, "heads": recipe.heads, "mlp_width": 4 * recipe.width}
+    tower: dict[str, Any] = {
+        "width": recipe.width,
+        "heads": recipe.heads,
+        "mlp_width": 4 * recipe.width,
+    }
     tokenizer = word_tokenizer(vocabulary(), recipe.context)
     config = CLIPConfig(
         vision=VisionConfig(

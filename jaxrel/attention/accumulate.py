@@ -36,9 +36,9 @@ def head_mean(attn: FloatArray, grad: FloatArray) -> Float[Array, "*batch query 
     """
     dtype = relevance_dtype(attn, grad)
     product = jnp.maximum(grad.astype(dtype) * attn.astype(dtype), 0)
-    heads = product.shape[-3]
     # A sum written out fuses with the product; XLA's reduction on a CPU first stores all maps.
-    return sum(product[..., head, :, :] for head in range(heads)) / heads
+    heads = [product[..., head, :, :] for head in range(product.shape[-3])]
+    return functools.reduce(jnp.add, heads) / len(heads)
 
 
 def identity(batch: int, tokens: int, dtype: Any) -> Float[Array, "batch tokens tokens"]:
