@@ -97,7 +97,9 @@ def _add_explain(commands: Any) -> None:
         default="weighted",
         help=f"one or several, with commas, or 'all': {', '.join(METHODS)} (default: weighted)",
     )
-    explain.add_argument("--layers", type=_numbers, help="layers that count, such as -1 or 0,1")
+    explain.add_argument(
+        "--layers", type=_numbers, help="layers that count, such as 0,1 or --layers=-2,-1"
+    )
     explain.add_argument("--heads", type=_numbers, help="attention heads that count, such as 0,3")
     explain.add_argument(
         "--importance", default="grad_value", help="measure of the weighted method"
@@ -230,9 +232,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     recipe = _recipe(options.recipe)
     from jaxrel.models.weights import find_folder
 
+    folder = find_folder(options.model)
+    if options.card and not (folder / "settings.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no settings.json, which a model card quotes; it is written by "
+            f"jaxrel train {options.recipe}"
+        )
     result = recipe.evaluate(_load(options.model), split=options.split, scenes=options.scenes)
     if options.card:
-        folder = find_folder(options.model)
         (folder / "README.md").write_text(recipe.card(folder, result), encoding="utf-8")
     print(json.dumps({"model": options.model, **result}, indent=2))
 

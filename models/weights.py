@@ -343,12 +343,8 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
     Raises:
       FileExistsError: something of that name exists and is no model folder.
     """
+    replaces = check_new_folder(folder)
     target = Path(folder).expanduser().resolve()
-    replaces = target.is_dir() and any(target.iterdir())
-    if (target.exists() and not target.is_dir()) or (replaces and not (target / CONFIG).is_file()):
-        raise FileExistsError(
-            f"{target} exists and is no model folder (no {CONFIG} in it); pass a new folder"
-        )
     target.parent.mkdir(parents=True, exist_ok=True)
     unique = uuid.uuid4().hex[:8]
     draft = target.with_name(f".{target.name}.{unique}.draft")
@@ -366,6 +362,17 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
             draft.replace(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_new_folder(folder: str | os.PathLike) -> bool:
+    """Raise the error that `new_folder` would, before any work; return whether it replaces."""
+    target = Path(folder).expanduser().resolve()
+    replaces = target.is_dir() and any(target.iterdir())
+    if (target.exists() and not target.is_dir()) or (replaces and not (target / CONFIG).is_file()):
+        raise FileExistsError(
+            f"{target} exists and is no model folder (no {CONFIG} in it); pass a new folder"
+        )
+    return replaces
 
 
 def _keep_other_files(old: Path, new: Path) -> None:

@@ -45,8 +45,11 @@ def test_bootstrap_interval_has_the_width_of_the_standard_error():
 ERRORS = {
     "numbers": (lambda: metrics.share_inside(np.ones((2, 2, 2)), MASK), "2 maps and 1 masks"),
     "cells": (lambda: metrics.share_inside(np.ones((1, 3, 3)), MASK), "3 x 3 cells do not divide"),
-    "no values": (lambda: metrics.bootstrap(np.zeros(0)), "expected finite values, got 0"),
-    "NaN": (lambda: metrics.bootstrap(np.array([np.nan])), "some not finite"),
+    "no values": (
+        lambda: metrics.bootstrap(np.zeros(0)),
+        "expected one value per example, got none",
+    ),
+    "NaN": (lambda: metrics.bootstrap(np.array([np.nan])), "of 1 values some are not finite"),
 }
 
 

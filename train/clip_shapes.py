@@ -23,6 +23,7 @@ from jaxrel.metrics import Interval, bootstrap, chance, hits, share_inside
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from jaxrel.models.processor import Processor, image_processing
 from jaxrel.models.tokenizer import word_tokenizer
+from jaxrel.models.weights import check_new_folder
 from jaxrel.train.data.shapes import Scene, Shapes, vocabulary
 from jaxrel.train.data.shapes.language import with_article
 from jaxrel.train.settings import ClipShapes
@@ -112,8 +113,10 @@ def train(recipe: ClipShapes, folder: Path) -> CLIP:
       The trained model.
 
     Raises:
+      FileExistsError: the folder exists and is no model folder; said before any work.
       FloatingPointError: the loss is no longer finite; nothing is written.
     """
+    check_new_folder(folder)
     model = new_model(recipe)
     images, texts = load(recipe, model, "train", recipe.scenes)
     graph, params = nnx.split(model)

@@ -44,6 +44,11 @@ class ClipShapes:
             raise ValueError(
                 f"clip-shapes: batch {self.batch} is more than the {self.scenes} scenes"
             )
+        if self.context < 32:
+            raise ValueError(
+                f"clip-shapes: context must be at least 32, for captions of 29 words and their "
+                f"ends, got {self.context}"
+            )
         if not 0 <= self.full <= 1:
             raise ValueError(f"clip-shapes: full must be from 0 to 1, got {self.full}")
 

@@ -145,22 +145,47 @@ def weigh(
     Raises:
       ValueError: the shapes do not fit each other.
     """
+    return weigh_sum(carrier, after, before, after, importance)
+
+
+def weigh_sum(
+    carrier: Carrier,
+    total: Float[Array, "batch tokens width"],
+    before: Float[Array, "batch tokens width"],
+    after: Float[Array, "batch tokens width"],
+    importance: str | Measure = "grad_value",
+) -> tuple[Carrier, Float[Array, "batch tokens width"]]:
+    """Like `weigh`, but marks the residual sum itself; the other two are only read.
+
+    Args:
+      carrier: the carrier.
+      total: the sum of the residual stream and what attention adds to it.
+      before: the residual stream.
+      after: the attention output.
+      importance: the measure's name, or a function `(value, grad) -> importance`.
+
+    Returns:
+      The carrier and the sum, to be used in place of those given.
+
+    Raises:
+      ValueError: the shapes do not fit each other.
+    """
     if before.shape != after.shape or before.shape[:2] != carrier.keep.shape:
         raise ValueError(
             f"weigh: expected values (batch, tokens, width) of one shape and a carrier "
             f"(batch, tokens), got before {before.shape}, after {after.shape} and carrier "
             f"{carrier.keep.shape}"
         )
-    return _weigh(carrier, before, after, importance)
+    return _weigh(carrier, total, before, after, importance)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _weigh(carrier, before, after, importance):
-    return carrier, after
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weigh(carrier, total, before, after, importance):
+    return carrier, total
 
 
-def _weigh_forward(carrier, before, after, importance):
-    return (carrier, after), (before, after)
+def _weigh_forward(carrier, total, before, after, importance):
+    return (carrier, total), (before, after)
 
 
 def _weigh_backward(importance, values, cotangents):
@@ -168,7 +193,7 @@ def _weigh_backward(importance, values, cotangents):
     alpha, beta = layer_weights(before, after, grad, importance)
     dtype = relevance.keep.dtype
     weighed = Carrier(alpha.astype(dtype) * relevance.keep, beta.astype(dtype) * relevance.move)
-    return weighed, jnp.zeros_like(before), grad
+    return weighed, grad, jnp.zeros_like(before), jnp.zeros_like(after)
 
 
 _weigh.defvjp(_weigh_forward, _weigh_backward)

@@ -5,11 +5,17 @@ values that depend on the explained data, in which the softmax's axis is summed 
 covers Flax's attention modules (NNX and Linen), `jax.nn.dot_product_attention` where XLA
 computes it, grouped queries, and attention written with einsum or `@`. The sites of layers
 that follow one another, scanned or unrolled, form a stack.
+
+What structure cannot tell: axes of equal length. The batch is the product's first batch axis,
+and streams are [batch, tokens, width]; a model that has the tokens first is explained through
+`jax.vmap` over its examples.
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +34,21 @@ _MASKING = MOVES | {"select_n", "mul", "div"}
 _KNOWN_PROGRAMS = ("custom_jvp_call", "custom_vjp_call", "custom_lin", "scatter", "reduce", "sort")
 
 
+class Step(NamedTuple):
+    """A step on the way to a node: its number in its graph, and the node if it holds bodies."""
+
+    number: int
+    node: Node | None = None
+
+
+class Residual(NamedTuple):
+    """The residual sum around an attention: `total = before + after`."""
+
+    before: Value
+    after: Value
+    total: Value
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
     """One attention map in a graph. Axes are those of `value`; `heads` may be several or none."""
@@ -38,12 +59,10 @@ class Site:
     query: int
     key: int
     where: str
+    place: tuple["Step", ...]
     name: str | None = None
-    before: Value | None = None
-    after: Value | None = None
+    residual: "Residual | None" = None
     is_self: bool = True
-    scan: Node | None = None
-    length: int = 1
 
     def standard(self, x: Array) -> Array:
         """A map, or a gradient of its shape, as [batch, heads, query, key]."""
@@ -67,6 +86,34 @@ class Site:
         return 1 if axis is None else self.value.shape[axis]
 
     @property
+    def scans(self) -> tuple[Node, ...]:
+        """The scans around the site, outermost first."""
+        nodes = (step.node for step in self.place)
+        return tuple(node for node in nodes if node is not None and node.name == "scan")
+
+    @property
+    def in_cond(self) -> bool:
+        """Whether the site may not be reached at all."""
+        return any(step.node is not None and step.node.name == "cond" for step in self.place)
+
+    def moments(self) -> Iterator[tuple[int, ...]]:
+        """When each of the site's maps is computed: keys that sort by order of execution.
+
+        One key per map, in the order in which scans stack them.
+        """
+        lengths = [scan.params["length"] for scan in self.scans]
+        for indices in itertools.product(*map(range, lengths)):
+            turns = iter(zip(self.scans, indices, strict=True))
+            key: list[int] = []
+            for step in self.place:
+                key.append(step.number)
+                if step.node is not None and step.node.name == "scan":
+                    scan, index = next(turns)
+                    last = scan.params["length"] - 1
+                    key.append(last - index if scan.params["reverse"] else index)
+            yield tuple(key)
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """[batch, heads, query, key]."""
         heads = int(np.prod([self.value.shape[axis] for axis in self.heads]))
@@ -83,7 +130,7 @@ class Stack:
     @property
     def layers(self) -> int:
         """How many maps the stack holds."""
-        return sum(site.length for site in self.sites)
+        return sum(math.prod(scan.params["length"] for scan in s.scans) for s in self.sites)
 
     @property
     def is_self(self) -> bool:
@@ -94,7 +141,7 @@ class Stack:
     @property
     def has_residual(self) -> bool:
         """Whether the residual stream before each attention and its output were found."""
-        return all(site.before is not None and site.after is not None for site in self.sites)
+        return all(site.residual is not None for site in self.sites)
 
     def __str__(self):
         batch, heads, query, key = self.sites[0].shape
@@ -133,14 +180,14 @@ def find_stacks(traced: Traced, args: tuple, argnums: Any = None) -> tuple[Stack
     graph = traced.graph
     data = dependents(graph, _data_values(traced, args, argnums))
     batch = graph.outs[0].shape[0] if graph.outs and graph.outs[0].shape else None
-    found = list(_find_sites(graph, data, batch, None, 1))
     groups: list[list[Site]] = []
-    for site in found:
-        home = next((group for group in groups if _continues(graph, group[-1], site)), None)
-        if home is None:
-            groups.append([site])
+    for site in _find_sites(graph, data, batch, ()):
+        homes = [group for group in groups if _continues(graph, group[-1], site)]
+        same_stream = [group for group in homes if _same_stream(graph, group[-1], site)]
+        if len(same_stream or homes) == 1:
+            (same_stream or homes)[0].append(site)
         else:
-            home.append(site)
+            groups.append([site])
     return tuple(_named(groups))
 
 
@@ -148,9 +195,9 @@ def tagged_stack(traced: Traced, name: str) -> Stack | None:
     """The stack of maps tagged `name`, [batch, heads, query, key] each, or None.
 
     The residual stream before the attention and the attention's output are the values tagged
-    `name/before` and `name/after`.
+    `name/before` and `name/after`; they must be added in the same scan body.
     """
-    found = list(_tagged_sites(traced.graph, name, None, 1))
+    found = list(_tagged_sites(traced.graph, name, ()))
     return Stack(name, tuple(found)) if found else None
 
 
@@ -160,31 +207,32 @@ def _data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
         chosen = [not isinstance(arg, nnx.Module) for arg in args]
     else:
         numbers = {argnums} if isinstance(argnums, int) else set(argnums)
+        if not all(-len(args) <= number < len(args) for number in numbers):
+            raise ValueError(f"argnums {argnums} does not fit a call with {len(args)} arguments")
         chosen = [i in numbers or i - len(args) in numbers for i in range(len(args))]
     flags = [c for c, arg in zip(chosen, args, strict=True) for _ in jax.tree.leaves(arg)]
     return [value for value, flag in zip(traced.graph.ins, flags, strict=True) if flag]
 
 
 def _find_sites(
-    graph: Graph, data: frozenset[Value], batch: int | None, scan: Node | None, length: int
+    graph: Graph, data: frozenset[Value], batch: int | None, place: tuple[Step, ...]
 ) -> Iterator[Site]:
     users = graph.users()
     softmax = {node: scores for node, scores in softmaxes(graph) if scores in data}
-    for node in graph.nodes:
+    for number, node in enumerate(graph.nodes):
         if node in softmax:
-            yield from _site(graph, node, users, data, batch, scan, length)
+            here = (*place, Step(number))
+            yield from _site(graph, node, softmax[node], users, data, batch, here)
         elif node.is_control:
-            steps = node.params["length"] if node.name == "scan" else 1
-            outer = node if node.name == "scan" else scan
             for body in node.bodies:
-                yield from _find_sites(body, data, batch, outer, length * steps)
+                yield from _find_sites(body, data, batch, (*place, Step(number, node)))
         elif any(atom in data for atom in node.ins):
             _refuse_hidden(node, data)
 
 
 def _refuse_hidden(node: Node, data: frozenset[Value]) -> None:
     """Raise if a program that cannot be entered computes attention, or may."""
-    hidden = any(True for body in node.bodies for _ in _find_sites(body, data, None, None, 1))
+    hidden = any(True for body in node.bodies for _ in _find_sites(body, data, None, ()))
     known = node.name.startswith(_KNOWN_PROGRAMS)
     if hidden or (node.bodies and not known) or "attention" in node.name:
         what = "computes attention" if hidden else "may compute attention"
@@ -198,23 +246,31 @@ def _refuse_hidden(node: Node, data: frozenset[Value]) -> None:
 def _site(
     graph: Graph,
     softmax: Node,
+    scores: Value,
     users: dict[Value, list[Node]],
     data: frozenset[Value],
     batch: int | None,
-    scan: Node | None,
-    length: int,
+    place: tuple[Step, ...],
 ) -> Iterator[Site]:
-    product = _product(softmax.outs[0], users, data)
-    if product is None:
+    products = list(_products(softmax.outs[0], users, data))
+    if not products:
         return
-    node, value, name = product
+    node, value, name = products[0]
+    if any(other is not value for _, other, _ in products):
+        raise NotImplementedError(
+            f"the attention map of the softmax at {softmax.where()} is used in several forms "
+            "(masked or cast differently); compute the form once, and use it everywhere"
+        )
     side = node.ins.index(value)
     contract, batched = (dims[side] for dims in node.params["dimension_numbers"])
     free = [a for a in range(len(value.shape)) if a not in contract and a not in batched]
     if len(contract) != 1 or not free:
         return
-    query = next((axis for axis in reversed(free) if value.shape[axis] > 1), free[-1])
-    first, heads = _batch_axis(value, tuple(batched), batch)
+    # Among several free axes (query groups) the queries' is as long as the keys', or the last.
+    long = [axis for axis in free if value.shape[axis] > 1]
+    alike = [axis for axis in long if value.shape[axis] == value.shape[contract[0]]]
+    query = (alike or long or free)[-1]
+    first, heads = _batch_axis(value, tuple(batched), batch, node)
     site = Site(
         value=value,
         batch=first,
@@ -222,19 +278,18 @@ def _site(
         query=query,
         key=contract[0],
         where=node.where(),
+        place=place,
         name=name,
-        scan=scan,
-        length=length,
     )
-    before, after = _residual(node.outs[0], users, data)
-    if before is None or after is None:
+    residual = _residual(graph, node.outs[0], scores, users, data)
+    if residual is None:
         yield site
         return
     # Self-attention reads its values from the stream it is added to.
-    is_self = node.ins[1 - side] in dependents(graph, [origin(before, graph.producers())])
-    if not (_is_stream(before, site) and _is_stream(after, site)):
-        before = after = None
-    yield dataclasses.replace(site, before=before, after=after, is_self=is_self)
+    stream = origin(residual.before, graph.producers())
+    is_self = node.ins[1 - side] in dependents(graph, [stream])
+    known = _is_stream(residual.before, site) and _is_stream(residual.after, site)
+    yield dataclasses.replace(site, residual=residual if known else None, is_self=is_self)
 
 
 def _is_stream(value: Value, site: Site) -> bool:
@@ -244,53 +299,87 @@ def _is_stream(value: Value, site: Site) -> bool:
     return sizes == [size for size in (batch, tokens) if size != 1]
 
 
-def _product(
+def _products(
     value: Value, users: dict[Value, list[Node]], data: frozenset[Value], name: str | None = None
-) -> tuple[Node, Value, str | None] | None:
-    """The product of a softmax with values: (product, its operand, the tag on the way)."""
+) -> Iterator[tuple[Node, Value, str | None]]:
+    """The products of a softmax with values: (product, its operand, the tag on the way)."""
     for node in users.get(value, ()):
         if node.name == "dot_general" and all(atom in data for atom in node.ins):
-            return node, value, name
-        if node.name in _MASKING:
-            found = _product(node.outs[0], users, data, tag_name(node) or name)
-            if found is not None:
-                return found
-    return None
+            yield node, value, name
+        elif node.name in _MASKING:
+            yield from _products(node.outs[0], users, data, tag_name(node) or name)
 
 
 def _batch_axis(
-    value: Value, batched: tuple[int, ...], batch: int | None
+    value: Value, batched: tuple[int, ...], batch: int | None, product: Node
 ) -> tuple[int | None, tuple[int, ...]]:
     """Which of the product's batch axes is the batch of examples; the others are heads."""
-    several = len(batched) > 1
-    if batched and (several if batch is None else value.shape[batched[0]] == batch):
+    if batch is None:
+        return (batched[0], batched[1:]) if len(batched) > 1 else (None, batched)
+    if batched and value.shape[batched[0]] == batch:
         return batched[0], batched[1:]
-    return None, batched
+    if batch == 1:
+        return None, batched
+    raise ValueError(
+        f"the function returns {batch} scalars, one per example, but the attention map "
+        f"{value.shape} at {product.where()} has no first axis of {batch} examples (they may be "
+        "folded with heads or windows, or run one by one in a scan). Explain one example at a "
+        "time, as in jax.vmap(attention.relevance(lambda x: fun(x[None])[0]))(batch), or tag the "
+        "maps as [batch, heads, query, key]"
+    )
 
 
 def _residual(
-    out: Value, users: dict[Value, list[Node]], data: frozenset[Value]
-) -> tuple[Value | None, Value | None]:
-    """The residual stream before the attention and the output added to it, if it is added."""
-    value = out
-    while True:
-        if len(users.get(value, ())) != 1:
-            return None, None
+    graph: Graph,
+    out: Value,
+    scores: Value,
+    users: dict[Value, list[Node]],
+    data: frozenset[Value],
+) -> Residual | None:
+    """The sum of an attention's output with the stream that the attention looked from."""
+    producers = graph.producers()
+    value, after = out, None
+    while len(users.get(value, ())) == 1:
         (node,) = users[value]
-        active = [atom for atom in node.ins if atom in data]
+        active = [atom for atom in node.ins if isinstance(atom, Value) and atom in data]
         if node.name in ("add", "add_any") and len(active) == 2:
             other = active[1] if active[0] is value else active[0]
-            same = other.shape == value.shape and other is not value
-            return (other, value) if same else (None, None)
-        if len(active) != 1 or node.name not in _MASKING | {"add", "dot_general"}:
-            return None, None
+            if other is value or other.shape != value.shape:
+                return None
+            after = value if after is None else after
+            if scores in dependents(graph, [origin(other, producers)]):
+                return Residual(other, after, node.outs[0])
+        elif len(active) != 1 or node.name not in _MASKING | {"add", "dot_general"}:
+            return None
         value = node.outs[0]
+    return None
 
 
 def _continues(graph: Graph, last: Site, site: Site) -> bool:
     if (site.name, site.shape, site.is_self) != (last.name, last.shape, last.is_self):
         return False
     return site.name is not None or site.value in dependents(graph, [last.value])
+
+
+def _same_stream(graph: Graph, last: Site, site: Site) -> bool:
+    """Whether the residual stream that a site is added to is the one of an earlier site."""
+    if last.name is not None:
+        return True
+    if last.residual is None or site.residual is None:
+        return False
+    producers = graph.producers()
+    waiting, seen = [site.residual.before], set()
+    while waiting:
+        value = waiting.pop()
+        if value is last.residual.total:
+            return True
+        if value in seen or value not in producers:
+            continue
+        seen.add(value)
+        node = producers[value]
+        if node.name in MOVES | {"add", "add_any"}:
+            waiting += [atom for atom in node.ins if isinstance(atom, Value)]
+    return False
 
 
 def _named(groups: list[list[Site]]) -> Iterator[Stack]:
@@ -304,14 +393,20 @@ def _named(groups: list[list[Site]]) -> Iterator[Stack]:
         yield Stack(name, tuple(group))
 
 
-def _tagged_sites(graph: Graph, name: str, scan: Node | None, length: int) -> Iterator[Site]:
+def _tagged_sites(graph: Graph, name: str, place: tuple[Step, ...]) -> Iterator[Site]:
     tags = [(tag_name(node), node) for node in graph.nodes]
     # One map, one residual and one output per layer, in the same order.
-    maps = [node for tag, node in tags if tag == name]
     before = [node.outs[0] for tag, node in tags if tag == f"{name}/before"]
     after = [node.outs[0] for tag, node in tags if tag == f"{name}/after"]
-    complete = len(before) == len(after) == len(maps)
-    for index, node in enumerate(maps):
+    sums = [_sum_of(graph, *pair) for pair in zip(before, after, strict=False)]
+    complete = len(before) == len(after) == sum(tag == name for tag, _ in tags)
+    residuals = iter(sums if complete else ())
+    for number, node in enumerate(graph.nodes):
+        if node.is_control:
+            for body in node.bodies:
+                yield from _tagged_sites(body, name, (*place, Step(number, node)))
+        if tag_name(node) != name:
+            continue
         rank = len(node.outs[0].shape)
         if rank not in (3, 4):
             raise ValueError(
@@ -326,15 +421,27 @@ def _tagged_sites(graph: Graph, name: str, scan: Node | None, length: int) -> It
             query=rank - 2,
             key=rank - 1,
             where=node.where(),
+            place=(*place, Step(number)),
             name=name,
-            before=before[index] if complete else None,
-            after=after[index] if complete else None,
-            scan=scan,
-            length=length,
+            residual=next(residuals, None),
         )
+
+
+def _sum_of(graph: Graph, before: Value, after: Value) -> Residual | None:
+    """The addition of two tagged values, which may have been moved or retyped in between."""
+    producers = graph.producers()
+
+    def leads_back(atom: Any, target: Value) -> bool:
+        while isinstance(atom, Value) and atom is not target:
+            node = producers.get(atom)
+            if node is None or node.name not in MOVES:
+                return False
+            atom = node.ins[0]
+        return atom is target
+
     for node in graph.nodes:
-        if node.is_control:
-            steps = node.params["length"] if node.name == "scan" else 1
-            outer = node if node.name == "scan" else scan
-            for body in node.bodies:
-                yield from _tagged_sites(body, name, outer, length * steps)
+        if node.name in ("add", "add_any"):
+            for x, y in (node.ins, node.ins[::-1]):
+                if leads_back(x, before) and leads_back(y, after):
+                    return Residual(before, after, node.outs[0])
+    return None

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from jaxrel.attention.accumulate import equal, row, weighted
 from jaxrel.attention.baselines import grad_cam, no_aggregation, raw, rollout
-from jaxrel.attention.carrier import accumulate, seed, weigh
+from jaxrel.attention.carrier import accumulate, seed, weigh_sum
 from jaxrel.attention.importance import measure
 from jaxrel.attention.maps import readout_index, relevance_dtype
 from jaxrel.attention.sites import Site, Stack, find_stacks, tagged_stack
@@ -107,9 +107,11 @@ def value_and_relevance(
 
     def explained(*args):
         traced = trace(fun, *args)
-        check_scalar_outputs(traced, "attention.relevance")
+        _check_scalars(traced)
         stacks = _choose(traced, args, attention, argnums, "weighted" in methods)
         readouts = {s.name: _readout(readout, s) for s in stacks}
+        if not streaming:
+            _check_branches(stacks, methods, layers)
         if streaming:
             out, result = _stream(traced, stacks, methods[0], readouts, importance)
             result = {methods[0]: result}
@@ -133,9 +135,34 @@ def check_methods(method: str | Sequence[str]) -> tuple[str, ...]:
     return methods
 
 
+def _check_scalars(traced: Traced) -> None:
+    check_scalar_outputs(traced, "attention.relevance")
+    shape = traced.graph.outs[0].shape
+    if len(shape) > 1:
+        raise TypeError(
+            f"attention.relevance: the function returned shape {shape}; return the scalar to "
+            "explain, or one per example, as in lambda x: fun(x)[:, target]"
+        )
+
+
+def _check_branches(stacks: list[Stack], methods: tuple[str, ...], layers: Any) -> None:
+    """A branch not taken has a zero map: nothing to a sum, but wrong where layers are counted."""
+    counted = [name for name in methods if name not in ("equal", "weighted", "rollout")]
+    for stack in stacks:
+        if any(site.in_cond for site in stack.sites) and (counted or layers is not None):
+            what = f"method {counted[0]!r}" if counted else "a choice of layers"
+            raise NotImplementedError(
+                f"attention.relevance: {what} counts the layers of {stack.name!r}, some of which "
+                f"lie in a cond and may not run ({stack.sites[0].where}); use 'equal', "
+                "'weighted' or 'rollout' over all layers"
+            )
+
+
 def _choose_form(form: str, methods: tuple, readout: Any, some: Mapping[str, Any]) -> bool:
     everything = all(choice is None for choice in some.values())
-    can = len(methods) == 1 and methods[0] in STREAMING and readout is not None and everything
+    rows = readout.values() if isinstance(readout, Mapping) else (readout,)
+    row = all(index is not None for index in rows)
+    can = len(methods) == 1 and methods[0] in STREAMING and row and everything
     if form == "streaming" and not can:
         raise ValueError(
             "form='streaming' computes one read-out row of one of the methods "
@@ -163,7 +190,10 @@ def _choose(
         names = [attention] if isinstance(attention, str) else list(attention)
     stacks = []
     for name in names:
-        stack = tagged_stack(traced, name) or found.get(name)
+        # Tags of a whole residual sum say more than structure; a tag of the map alone, less.
+        tagged = None if attention is None else tagged_stack(traced, name)
+        whole = tagged is not None and tagged.has_residual
+        stack = tagged if whole else found.get(name) or tagged
         if stack is None:
             raise ValueError(
                 f"attention.relevance: no attention is named {name!r}; there is {_listing(found)}"
@@ -179,7 +209,8 @@ def _choose(
                 f"attention.relevance: method 'weighted' needs the residual stream around "
                 f"{name!r}, and none was found near {stack.sites[0].where}; tag the stream "
                 f"before the attention {name + '/before'!r} and the attention's output "
-                f"{name + '/after'!r}, or use method 'equal'"
+                f"{name + '/after'!r} where they are added (all in one scan or remat body), say "
+                "with argnums which arguments are data, or use method 'equal'"
             )
         stacks.append(stack)
     return stacks
@@ -209,9 +240,10 @@ def _stream(
     for stack in stacks:
         for site in stack.sites:
             touches[site.value] = Touch(_accumulate_at(stack.name, site))
-            if method == "weighted" and site.before is not None:
+            if method == "weighted" and site.residual is not None:
+                before, after, total = site.residual
                 touch = _weigh_at(stack.name, site, measure(importance))
-                touches[site.after] = Touch(touch, (site.before,))
+                touches[total] = Touch(touch, (before, after))
 
     def run(carriers):
         result = evaluate(traced.graph, traced.args, Edits(touches=touches), carrier=carriers)
@@ -238,10 +270,10 @@ def _accumulate_at(name: str, site: Site) -> Callable:
 def _weigh_at(name: str, site: Site, importance: Callable) -> Callable:
     batch, _, tokens, _ = site.shape
 
-    def touch(carriers, after, before):
-        before, flat = (x.reshape(batch, tokens, -1) for x in (before, after))
-        carrier, weighed = weigh(carriers[name], before, flat, importance)
-        return {**carriers, name: carrier}, weighed.reshape(after.shape)
+    def touch(carriers, total, before, after):
+        rows = [x.reshape(batch, tokens, -1) for x in (total, before, after)]
+        carrier, weighed = weigh_sum(carriers[name], rows[0], rows[1], rows[2], importance)
+        return {**carriers, name: carrier}, weighed.reshape(total.shape)
 
     return touch
 
@@ -254,13 +286,13 @@ def _stacked(
     some: Mapping[str, Any],
     importance: Any,
 ) -> tuple[Any, dict]:
-    wanted = ("value", "before", "after") if "weighted" in methods else ("value",)
-    taps = {
-        getattr(site, what): f"{stack.name}:{index}:{what}"
-        for stack in stacks
-        for index, site in enumerate(stack.sites)
-        for what in wanted
-    }
+    wanted = ("value", "before", "after", "total") if "weighted" in methods else ("value",)
+    sites = [site for stack in stacks for site in stack.sites]
+    taps: dict[Any, str] = {}
+    for what in wanted:
+        for site in sites:
+            # One value may serve twice: a stream is often the sum of the layer before.
+            taps.setdefault(_value(site, what), f"{len(taps)}:{what}")
     out, values, grads = taps_with_grad(traced, taps, "attention.relevance")
     result: dict = {method: {} for method in methods}
     for stack in stacks:
@@ -272,7 +304,7 @@ def _stacked(
                     grad,
                     before=_layers(stack, taps, values, "before"),
                     after=_layers(stack, taps, values, "after"),
-                    value_grad=_layers(stack, taps, grads, "after"),
+                    value_grad=_layers(stack, taps, grads, "total"),
                     importance=importance,
                     **some,
                 )
@@ -292,18 +324,21 @@ _MATRIX: dict[str, Callable] = {
 }
 
 
+def _value(site: Site, what: str) -> Any:
+    return site.value if what == "value" else getattr(site.residual, what)
+
+
 def _layers(stack: Stack, taps: Mapping, found: Mapping, what: str) -> Any:
     """Tapped values of a stack as [layers, batch, ...], in order of execution."""
-    by_loop: dict[Any, list] = {}
+    values, moments = [], []
     for site in stack.sites:
-        x = found[taps[getattr(site, what)]]
-        x = x.reshape(site.length, *getattr(site, what).shape)
-        if site.scan is not None and site.scan.params["reverse"]:
-            x = x[::-1]
-        # Sites that share a scan's body take turns; a site outside any scan is its own loop.
-        by_loop.setdefault(site.scan or site, []).append(_standard(site, x, what))
-    loops = [jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]) for xs in by_loop.values()]
-    return jnp.concatenate(loops)
+        value = _value(site, what)
+        x = found[taps[value]]
+        values.append(_standard(site, x.reshape(-1, *value.shape), what))
+        moments += list(site.moments())
+    stacked = jnp.concatenate(values)
+    order = sorted(range(len(moments)), key=moments.__getitem__)
+    return stacked if order == list(range(len(order))) else stacked[np.asarray(order)]
 
 
 def _standard(site: Site, x: Any, what: str) -> Any:

@@ -37,8 +37,10 @@ def bootstrap(
       ValueError: no values, or some are not finite.
     """
     values = np.asarray(values, np.float64)
-    if not values.size or not np.isfinite(values).all():
-        raise ValueError(f"bootstrap: expected finite values, got {values.size}, some not finite")
+    if not values.size:
+        raise ValueError("bootstrap: expected one value per example, got none")
+    if not np.isfinite(values).all():
+        raise ValueError(f"bootstrap: of {values.size} values some are not finite")
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])

@@ -46,15 +46,18 @@ def _follow_control(node: Node, found: set[Value]) -> None:
 
 
 def _follow_while(node: Node, found: set[Value]) -> None:
-    _, body = node.bodies
-    skip = node.params["cond_nconsts"]
-    consts = node.params["body_nconsts"]
-    operands = zip(node.ins[skip:], body.ins, strict=True)
+    test, body = node.bodies
+    tested, constants = node.params["cond_nconsts"], node.params["body_nconsts"]
+    operands = zip(node.ins[tested:], body.ins, strict=True)
     found.update(inner for atom, inner in operands if atom in found)
-    _loop(body, consts, len(body.outs), found)
-    found.update(out for out, inner in zip(node.outs, body.outs, strict=True) if inner in found)
-    if any(atom in found for atom in node.ins[:skip]):
+    _loop(body, constants, len(body.outs), found)
+    # How often the loop runs depends on what its test reads.
+    reads = [*node.ins[:tested], *body.outs]
+    found.update(inner for atom, inner in zip(reads, test.ins, strict=True) if atom in found)
+    _follow(test, found)
+    if test.outs[0] in found:
         found.update(node.outs)
+    found.update(out for out, inner in zip(node.outs, body.outs, strict=True) if inner in found)
 
 
 def _loop(body: Graph, consts: int, carries: int, found: set[Value]) -> None:

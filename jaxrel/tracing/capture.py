@@ -16,8 +16,9 @@ def capture(fun: Callable, names: str | Sequence[str] | None = None) -> Callable
 
     A value tagged inside a `scan` (of the layers, say) comes out stacked: `[layers, ...]`.
     A name used several times outside a scan (layers in a Python loop) is stacked in order of
-    execution, so both ways of writing a model give the same array. A value tagged inside a
-    `cond` is zero when its branch was not taken.
+    execution, so both ways of writing a model give the same array. Where several values of one
+    scan's body share a name, all of the first come before all of the second. A value tagged
+    inside a `cond` is zero when its branch was not taken.
 
     Args:
       fun: any JAX function that calls `jaxrel.tag` or `jax.ad_checkpoint.checkpoint_name`.
@@ -145,7 +146,7 @@ def _stack(name: str, found: list[tuple[Any, bool]]) -> Any:
     shapes = [value.shape[1:] for value in layers]
     if len(set(shapes)) > 1:
         raise ValueError(
-            f"capture: values of different shapes are tagged {name!r} and cannot be stacked: "
+            f"values of different shapes are tagged {name!r} and cannot be stacked: "
             f"{', '.join(map(str, shapes))}; give them names of their own"
         )
     return jnp.concatenate(layers)
