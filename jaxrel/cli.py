@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     doctor = commands.add_parser("doctor", help="print versions, devices and what is missing")
     doctor.set_defaults(run=_doctor)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)
     return parser
 
 
@@ -151,7 +153,7 @@ def _explain(options: argparse.Namespace) -> None:
     from jaxrel.pictures import read_pictures
 
     named = METHODS if options.method == "all" else options.method.split(",")
-    methods = check_methods([name.strip() for name in named])
+    methods = check_methods([name.strip() for name in named if name.strip()])
     pictures = read_pictures(options.picture)
     texts = options.text
     if len(texts) > 1 and len(pictures) > 1 and len(texts) != len(pictures):
@@ -178,8 +180,13 @@ def _explain(options: argparse.Namespace) -> None:
         print(json.dumps(_as_json(options, explanations, files), indent=2))
         return
     for i, target in enumerate(explanations[0].target):
-        print(f"{target}: score {explanations[0].score[i]:.2f}")
+        print(f"{_name(options, i)}, {target}: score {explanations[0].score[i]:.2f}")
     print("wrote " + " and ".join(map(str, files)))
+
+
+def _name(options: argparse.Namespace, example: int) -> str:
+    pictures = options.picture
+    return pictures[example] if len(pictures) > 1 else pictures[0]
 
 
 def _load(name: str) -> Any:
@@ -198,6 +205,7 @@ def _as_json(options: argparse.Namespace, explanations: Sequence, files: list[Pa
                 "settings": one.settings,
                 "examples": [
                     {
+                        "picture": _name(options, i),
                         "target": one.target[i],
                         "score": float(one.score[i]),
                         "image": one.image[i].tolist(),

@@ -367,6 +367,9 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
 def check_new_folder(folder: str | os.PathLike) -> bool:
     """Raise the error that `new_folder` would, before any work; return whether it replaces."""
     target = Path(folder).expanduser().resolve()
+    above = next(parent for parent in target.parents if parent.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is a file, so {target} cannot be made; name a folder")
     replaces = target.is_dir() and any(target.iterdir())
     if (target.exists() and not target.is_dir()) or (replaces and not (target / CONFIG).is_file()):
         raise FileExistsError(

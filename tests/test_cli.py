@@ -121,7 +121,7 @@ def test_many_pictures_and_one_text_or_one_each(run, tmp_path):
     texts = [part for word in ("red", "blue", "square") for part in ("--text", f"a {word}")]
     status, printed, _ = run(*pictures, *texts)
     assert status == 0
-    assert [line.split(":")[0] for line in printed.splitlines()[:3]] == [
+    assert [line.split(": score")[0].split(", ")[1] for line in printed.splitlines()[:3]] == [
         "a red",
         "a blue",
         "a square",
@@ -201,6 +201,16 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
 def test_debug_shows_where(picture):
     with pytest.raises(ValueError, match="unknown attention method"):
         cli.main(["--debug", "explain", str(picture), "--text", "a", "--method", "x"])
+
+
+def test_train_refuses_a_folder_that_is_no_model_before_any_work(capsys, tmp_path):
+    make_picture(tmp_path / "scene.png")
+    for out, text in (
+        (tmp_path, "is no model folder"),
+        (tmp_path / "scene.png" / "x", "is a file"),
+    ):
+        assert cli.main(["train", "clip-shapes", "--out", str(out)]) == 2
+        assert text in capsys.readouterr().err
 
 
 def test_train_refuses_bad_settings_before_any_work(capsys, tmp_path):
@@ -302,7 +312,7 @@ OPTIONS = {
     "long text": (("--text", "a red circle above a blue square"), "8"),
     "unknown words only": (("--text", "xyzzy plugh"), "xyzzy"),
     "method": (("--text", "a", "--method", "magic"), "unknown attention method 'magic'"),
-    "no method": (("--text", "a", "--method", ""), "unknown attention method ''"),
+    "no method": (("--text", "a", "--method", ""), "no attention method given"),
     "layer": (("--text", "a", "--layers", "7"), "7"),
     "layers": (("--text", "a", "--layers", "last"), "expected whole numbers with commas"),
     "head": (("--text", "a", "--heads", "5"), "5"),

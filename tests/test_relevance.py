@@ -513,3 +513,166 @@ def test_operations_with_known_programs_are_no_obstacle():
         return scanned(jax.nn.silu(x[:, order]))
 
     assert attention.relevance(model)(X).shape == (BATCH, TOKENS)
+
+
+# -- models that structure must not mistake -----------------------------------------------------
+
+LEFT = RNG.normal(size=(6, WIDTH, WIDTH)).astype(np.float32) / WIDTH**0.5
+
+
+def attend(x, i, memory=None, name=None):
+    """Single-head attention of its own weights; `memory` makes it cross-attention."""
+    keys = x if memory is None else memory
+    attn = jax.nn.softmax((x @ LEFT[i]) @ keys.swapaxes(-1, -2))
+    return (jaxrel.tag(attn, name) if name else attn) @ keys
+
+
+def test_encoder_and_decoder_of_one_length_are_two_stacks():
+    def model(encoder, decoder):
+        for i in (0, 1):
+            encoder = encoder + attend(encoder, i)
+        for i in (2, 3):
+            decoder = decoder + attend(decoder, i)
+            decoder = decoder + attend(decoder, i + 2, memory=encoder)
+        return decoder[:, 0].sum(-1)
+
+    found = attention.sites(model)(X, X * 2)
+    assert sorted((s.layers, s.is_self) for s in found) == [(2, False), (2, True), (2, True)]
+
+
+@pytest.mark.parametrize("reverse", [(False, False), (True, False), (False, True)])
+def test_loops_in_loops_stack_in_order_of_execution(reverse):
+    """A local layer twice, then a global one, three times: unrolled, in the same order."""
+    outer, inner = reverse
+
+    def body(x, i):
+        local = lambda x, j: (x + attend(x, j), None)
+        x, _ = lax.scan(local, x, jnp.arange(2), reverse=inner)
+        return x + attend(x, i), None
+
+    weights = jnp.asarray(LEFT)
+
+    def attend(x, i):
+        # A small step, so that nine layers do not blow the stream up.
+        return jax.nn.softmax((x @ weights[i]) @ x.swapaxes(-1, -2)) @ x * 0.1
+
+    def nested(x):
+        return lax.scan(body, x, jnp.arange(2, 5), reverse=outer)[0][:, 0].sum(-1)
+
+    def flat(x):
+        for i in range(2, 5)[:: -1 if outer else 1]:
+            for j in range(2)[:: -1 if inner else 1]:
+                x = x + attend(x, j)
+            x = x + attend(x, i)
+        return x[:, 0].sum(-1)
+
+    for method in ("equal", "weighted", "raw", "no_aggregation"):
+        got = attention.relevance(nested, method=method, form="stacked")(X)
+        want = attention.relevance(flat, method=method, form="stacked")(X)
+        # float32 through nine layers; another order of layers is off by parts in ten.
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-5)
+
+
+def test_a_choice_of_layers_in_a_cond_is_refused():
+    def model(x):
+        layer = lambda x, i: (lax.cond(i == 1, lambda x: x + attend(x, 0), lambda x: x, x), None)
+        return lax.scan(layer, x, jnp.arange(3))[0][:, 0].sum(-1)
+
+    want = attention.relevance(lambda x: (x + attend(x, 0))[:, 0].sum(-1), method="equal")(X)
+    got = attention.relevance(model, method="equal")(X)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # float32, other fusion
+    with pytest.raises(NotImplementedError, match=r"'raw' counts the layers .* may not run"):
+        attention.relevance(model, method="raw")(X)
+
+
+def test_the_residual_may_be_computed_after_the_attention():
+    def model(x):
+        low = x.astype(jnp.bfloat16)
+        x = attend(low.astype(jnp.float32), 0) + low.astype(jnp.float32)
+        return x[:, 0].sum(-1)
+
+    low = X.astype(jnp.bfloat16).astype(np.float32)
+    want = attention.relevance(lambda x: (x + attend(x, 0))[:, 0].sum(-1))(low)
+    np.testing.assert_allclose(attention.relevance(model)(X), want, rtol=1e-5, atol=1e-6)
+
+
+def test_parallel_blocks_and_two_attentions_are_self_attention():
+    parallel = lambda x: (x + (attend(x, 0) + jax.nn.gelu(x @ LEFT[1])))[:, 0].sum(-1)
+    (stack,) = attention.sites(parallel)(X)
+    assert (stack.is_self, stack.has_residual) == (True, True)
+    streamed, stacked = (
+        attention.relevance(parallel, form=form)(X) for form in ("streaming", "stacked")
+    )
+    np.testing.assert_allclose(streamed, stacked, rtol=1e-5, atol=1e-6)  # float32 rounding
+
+
+def test_a_tag_of_the_map_alone_takes_nothing_away():
+    def model(x, name=None):
+        for i in (0, 1):
+            x = x + attend(x, i, name=name)
+        return x[:, 0].sum(-1)
+
+    want = attention.relevance(model)(X)
+    tagged = lambda x: model(x, name="maps")
+    np.testing.assert_allclose(attention.relevance(tagged)(X), want, rtol=1e-6)
+    named = attention.relevance(lambda x: jax.vmap(lambda x: tagged(x[None])[0])(x))
+    np.testing.assert_allclose(named(X), want, rtol=1e-5, atol=1e-6)
+
+
+def test_query_groups_are_heads_wherever_their_axis_stands():
+    def grouped(x):
+        q = x.reshape(BATCH, TOKENS, 2, 2, -1)
+        k = q[:, :, :, 0]
+        attn = jax.nn.softmax(jnp.einsum("btkgd,bskd->btkgs", q, k))
+        out = jnp.einsum("btkgs,bskd->btkgd", attn, k)
+        return (x + out.reshape(x.shape))[:, 0].sum(-1)
+
+    (stack,) = attention.sites(grouped)(X)
+    assert stack.sites[0].shape == (BATCH, 4, TOKENS, TOKENS)
+
+
+LOUD = {
+    "logits": (
+        lambda: attention.relevance(lambda x: (x + attend(x, 0))[:, 0])(X),
+        TypeError,
+        r"returned shape \(2, 8\); return the scalar.*fun\(x\)\[:, target\]",
+    ),
+    "examples folded into heads": (
+        lambda: attention.relevance(
+            lambda x: scanned(x.reshape(1, BATCH * TOKENS, WIDTH)) * jnp.ones(BATCH)
+        )(X),
+        ValueError,
+        "returns 2 scalars, one per example, but the attention map .* has no first axis of 2",
+    ),
+    "examples one by one": (
+        lambda: attention.relevance(lambda x: lax.map(lambda x: scanned(x[None])[0], x))(X),
+        ValueError,
+        "one by one in a scan.*jax.vmap",
+    ),
+    "two forms of one map": (
+        lambda: attention.relevance(lambda x: (x + two_forms(x)).sum((1, 2)))(X),
+        NotImplementedError,
+        "used in several forms",
+    ),
+    "argnums": (
+        lambda: attention.relevance(scanned, argnums=3)(X),
+        ValueError,
+        "argnums 3 does not fit a call with 1 arguments",
+    ),
+    "readout": (
+        lambda: attention.relevance(scanned, readout="mean")(X),
+        ValueError,
+        "readout must be a token's index, or one per example, got 'mean'",
+    ),
+}
+
+
+def two_forms(x):
+    attn = jax.nn.softmax(x @ x.swapaxes(-1, -2))
+    return attn @ x + (attn * 0.5) @ (x * 2)
+
+
+@pytest.mark.parametrize(("call", "error", "text"), LOUD.values(), ids=LOUD.keys())
+def test_what_cannot_be_told_is_refused(call, error, text):
+    with pytest.raises(error, match=text):
+        call()

@@ -228,6 +228,8 @@ def _readout(readout: Any, stack: Stack) -> Any:
     if readout is None:
         return None
     batch, _, tokens, _ = stack.sites[0].shape
+    if isinstance(readout, str):
+        raise ValueError(f"readout must be a token's index, or one per example, got {readout!r}")
     readout = np.asarray(readout) if isinstance(readout, list | tuple) else readout
     return readout_index(readout, batch=batch, tokens=tokens)
 
