@@ -654,6 +654,14 @@ LOUD = {
         NotImplementedError,
         "used in several forms",
     ),
+    "two attentions in one sum": (
+        lambda: attention.relevance(
+            lambda x: (x + (attend(x, 0) + attend(x, 1)))[:, 0].sum(-1),
+            attention=("attention", "attention_1"),
+        )(X),
+        ValueError,
+        r"meet in one sum; add them to the stream one after the other, or use method 'equal'",
+    ),
     "argnums": (
         lambda: attention.relevance(scanned, argnums=3)(X),
         ValueError,

@@ -166,7 +166,9 @@ def sites(fun: Callable, *, argnums: int | Sequence[int] | None = None) -> Calla
 
     Raises:
       NotImplementedError: (when called) attention inside a kernel or a function with a
-        derivative of its own, where its maps cannot be reached.
+        derivative of its own, where its maps cannot be reached, or a map used in several forms.
+      ValueError: (when called) the batch of examples is not an axis of a map, or `argnums` does
+        not fit the call.
     """
 
     def listed(*args):

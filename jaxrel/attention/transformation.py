@@ -213,7 +213,23 @@ def _choose(
                 "with argnums which arguments are data, or use method 'equal'"
             )
         stacks.append(stack)
+    if weighted:
+        _check_sums(stacks)
     return stacks
+
+
+def _check_sums(stacks: list[Stack]) -> None:
+    """Alpha and beta weigh two branches; a sum of three has no such weights."""
+    sums: dict[Any, Site] = {}
+    for site in (site for stack in stacks for site in stack.sites):
+        total = site.residual and site.residual.total
+        if total in sums:
+            raise ValueError(
+                "attention.relevance: method 'weighted' weighs one attention against the stream, "
+                f"and those at {sums[total].where} and {site.where} meet in one sum; add them to "
+                "the stream one after the other, or use method 'equal'"
+            )
+        sums[total] = site
 
 
 def _listing(found: Mapping[str, Stack]) -> str:
