@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test notebooks bench lint clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml
@@ -22,6 +22,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto
+
+# Errors in a cell fail; the executed copies, with their pictures, go to $(OUT).
+notebooks: $(VENV)/.installed
+	mkdir -p $(OUT)
+	$(BIN)/jupyter execute colab/*.ipynb --timeout=600 --output='$(abspath $(OUT))/{notebook_name}'
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmarks

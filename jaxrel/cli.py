@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrel.attention import METHODS
+from jaxrel.explainer import METHODS
 
 DEFAULT_MODEL = "clip-shapes"
 # What is optional, and the extra that brings it.
@@ -153,7 +153,7 @@ def _explain(options: argparse.Namespace) -> None:
     from jaxrel.pictures import read_pictures
 
     named = METHODS if options.method == "all" else options.method.split(",")
-    methods = check_methods([name.strip() for name in named if name.strip()])
+    methods = check_methods([name.strip() for name in named if name.strip()], METHODS, "method")
     pictures = read_pictures(options.picture)
     texts = options.text
     if len(texts) > 1 and len(pictures) > 1 and len(texts) != len(pictures):

@@ -10,15 +10,33 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 from PIL import Image
 
+from jaxrel import attention
 from jaxrel.attention.importance import measure
 from jaxrel.attention.transformation import check_methods, value_and_relevance
 from jaxrel.explanation import Explanation
+from jaxrel.lrp import Composite, composites, everything, rules
+from jaxrel.lrp.composites import as_composite
+from jaxrel.lrp.conservation import value_and_measured_lrp
+
+# What is propagated to the embedded tokens, and there summed over features.
+BY_RULES = {
+    "lrp": composites.attn_lrp(),
+    "cp_lrp": composites.cp_lrp(),
+    "input_x_gradient": Composite([(everything(), rules.Gradient())]),
+}
+METHODS = (*attention.METHODS, *BY_RULES)
+SIGNED = frozenset({"partial_lrp", *BY_RULES})
 
 
 class Explainable(Protocol):
-    """What `explain` asks of a model."""
+    """What `explain` asks of a model.
+
+    For LRP, the model tags each stream's embedded content tokens, `[batch, tokens, width]`, with
+    `jaxrel.tag(x, "<stream>/tokens")`.
+    """
 
     @property
     def layout(self) -> Any:
@@ -59,6 +77,7 @@ def explain(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     importance: str = "grad_value",
+    lrp: Any = None,
     name: str = "",
 ) -> Any:
     """Explain how much each patch of a picture and each word of a sentence matters to a score.
@@ -71,10 +90,12 @@ def explain(
       image: a PIL picture, a uint8 `[height, width, 3]` array, or a list of them.
       text: a sentence or a list of sentences; see `model.pairs` for how both are matched.
       target: what to explain of these, in the model's terms; by default the matching pairs.
-      method: one of `jaxrel.attention.METHODS`, or several.
+      method: one of `jaxrel.explainer.METHODS`, or several: those of `jaxrel.attention`, and
+        'lrp' (AttnLRP), 'cp_lrp' and 'input_x_gradient', which propagate to the embedded tokens.
       layers: the layers that count, such as `[-1]` for the last alone; all, by default.
       heads: the attention heads that count; all, by default.
       importance: the measure of the weighted method.
+      lrp: other rules for the method 'lrp': see `jaxrel.lrp`.
       name: the model's name, for the record.
 
     Returns:
@@ -84,28 +105,38 @@ def explain(
       TypeError, ValueError: bad pictures, text, target, method, layers or measure; the message
         says what was expected. Relevance that is not finite (a model with NaN weights).
     """
-    methods = check_methods(method)
+    methods = check_methods(method, METHODS, "method")
     measure(importance)
+    propagated = {one: BY_RULES[one] for one in methods if one in BY_RULES}
+    if lrp is not None:
+        propagated = {
+            one: as_composite(lrp) if one == "lrp" else c for one, c in propagated.items()
+        }
+    if set(methods) <= set(BY_RULES) and (layers is not None or heads is not None):
+        raise ValueError(
+            "layers and heads choose attention maps; method "
+            f"{', '.join(methods)} goes through all of the model"
+        )
     inputs = model.pairs(model.prepare(image=image, text=text), target)
     streams = {stream.name: stream for stream in model.layout.streams}
-    score, relevance = _explained(
+    score, relevance, reports = _explained(
         model,
         inputs,
         model.readout(inputs),
-        methods=methods,
-        streams=tuple(streams),
+        methods=tuple(one for one in methods if one in attention.METHODS),
+        propagated=tuple(propagated.items()),
+        streams=tuple(streams.values()),
         layers=None if layers is None else tuple(layers),
         heads=None if heads is None else tuple(heads),
         importance=importance,
     )
-    score, relevance = jax.device_get((score, relevance))
+    score, relevance, reports = jax.device_get((score, relevance, reports))
     content = jax.device_get(model.content(inputs))
     shared: dict[str, Any] = {
         "target": tuple(model.describe(inputs)),
         "score": score,
         "tokens": tuple(map(tuple, model.tokens(inputs))),
         "pictures": _seen(model, image, len(score)),
-        "signed": False,
         "model": name,
     }
     explanations = [
@@ -113,38 +144,60 @@ def explain(
             **shared,
             **_modalities(streams.values(), relevance[one], content),
             method=one,
+            signed=one in SIGNED,
             settings=_settings(one, layers, heads, importance),
-            report={
-                stream: _summary(relevance[one][stream], content[stream]) for stream in streams
-            },
+            report={stream: _summary(relevance[one][stream], content[stream]) for stream in streams}
+            | jax.tree.map(np.ndarray.item, reports.get(one, {})),
         )
         for one in methods
     ]
     return explanations[0] if isinstance(method, str) else explanations
 
 
-@functools.partial(jax.jit, static_argnames=("methods", "streams", "layers", "heads", "importance"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("methods", "propagated", "streams", "layers", "heads", "importance"),
+)
 def _explained(
     model: Any,
     inputs: Any,
     readout: Any,
     *,
     methods: tuple[str, ...],
-    streams: tuple[str, ...],
+    propagated: tuple[tuple[str, Composite], ...],
+    streams: tuple[Any, ...],
     layers: tuple[int, ...] | None,
     heads: tuple[int, ...] | None,
     importance: str,
 ) -> Any:
-    explained = value_and_relevance(
-        lambda model, inputs: model.score(inputs),
-        method=methods,
-        readout=readout,
-        attention=streams,
-        layers=layers,
-        heads=heads,
-        importance=importance,
-    )
-    return explained(model, inputs)
+    score, relevance, reports = None, {}, {}
+    if methods:
+        explained = value_and_relevance(
+            _score,
+            method=methods,
+            readout=readout,
+            attention=tuple(stream.name for stream in streams),
+            layers=layers,
+            heads=heads,
+            importance=importance,
+        )
+        score, relevance = explained(model, inputs)
+    for name, composite in propagated:
+        tags = tuple(f"{stream.name}/tokens" for stream in streams)
+        explained = value_and_measured_lrp(_score, composite, argnums=None, at=tags)
+        score, found, reports[name] = explained(model, inputs)
+        relevance[name] = {stream.name: _by_token(stream, found) for stream in streams}
+    return score, relevance, reports
+
+
+def _score(model: Any, inputs: Any) -> Any:
+    return model.score(inputs)
+
+
+def _by_token(stream: Any, found: Mapping[str, Any]) -> Any:
+    """Relevance of each token of a stream; those before the tagged content have none."""
+    relevance = found[f"{stream.name}/tokens"].sum(-1)
+    return jnp.pad(relevance, ((0, 0), (stream.tokens - relevance.shape[1], 0)))
 
 
 def _seen(model: Any, image: Any, rows: int) -> tuple[np.ndarray, ...]:
@@ -167,6 +220,8 @@ def _modalities(streams: Any, relevance: Mapping, content: Mapping) -> dict[str,
 def _settings(
     method: str, layers: Sequence[int] | None, heads: Sequence[int] | None, importance: str
 ) -> str:
+    if method in BY_RULES:
+        return "summed over the features of each token"
     chosen = [
         f"all {what}" if some is None else f"{what} {', '.join(map(str, some))}"
         for what, some in (("layers", layers), ("heads", heads))

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrel import capture_with_grad
+from jaxrel import capture_with_grad, tag
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.processor import Processor
 from jaxrel.models.transformer import ACTIVATIONS, Transformer, causal_mask, layer_norm
@@ -265,6 +265,7 @@ class VisionTower(nnx.Module):
         """Return all tokens before the last norm, and the attention maps (or None)."""
         patches = self.patch_embedding(image)
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
+        patches = tag(patches, "vision/tokens")
         first = jnp.broadcast_to(
             self.class_embedding[...], (patches.shape[0], 1, patches.shape[-1])
         )
@@ -310,7 +311,7 @@ class TextTower(nnx.Module):
     ]:
         """Return all tokens before the last norm, and the attention maps (or None)."""
         tokens = text.shape[-1]
-        x = self.token_embedding(text)
+        x = tag(self.token_embedding(text), "text/tokens")
         x = x + self.position_embedding[:tokens].astype(x.dtype)
         return self.transformer(
             x, causal_mask(tokens), remat=remat, return_attention=return_attention

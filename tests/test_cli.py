@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import jaxrel
-from jaxrel import attention, cli
+from jaxrel import cli
+from jaxrel.explainer import METHODS
 from jaxrel.models import (
     CLIP,
     CLIPConfig,
@@ -108,7 +109,7 @@ def test_all_methods_side_by_side_as_json(run, picture):
     status, printed, _ = run(picture, "--text", "a red circle", "--method", "all", "--json")
     assert status == 0
     result = json.loads(printed)
-    assert [one["method"] for one in result["explanations"]] == list(attention.METHODS)
+    assert [one["method"] for one in result["explanations"]] == list(METHODS)
     (example,) = result["explanations"][0]["examples"]
     assert np.shape(example["image"]) == (2, 2)
     assert [word for word, _ in example["words"]] == ["a", "red", "circle"]
@@ -160,7 +161,7 @@ def test_explain_equals_the_matrix_form_on_the_models_own_maps(model, picture):
     assert not result.text[0, 4:].any()
 
 
-@pytest.mark.parametrize("method", attention.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_batch_is_explained_as_one_by_one(model, method):
     images = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8) for i in range(3)]
     texts = ["a red circle", "a square", "a circle above a square"]

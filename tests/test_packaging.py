@@ -36,7 +36,9 @@ def test_every_package_is_listed():
 # Who may import whom, ground floor first; jaxrel.cli is the roof.
 FLOORS = {
     "jaxrel.tracing": (),
-    "jaxrel.attention": ("jaxrel.tracing",),
+    "jaxrel.lrp": ("jaxrel.tracing",),
+    "jaxrel.attention": ("jaxrel.tracing", "jaxrel.lrp"),
+    "jaxrel.gradients": ("jaxrel.tracing", "jaxrel.lrp"),
     "jaxrel.models": ("jaxrel.tag", "jaxrel.capture_with_grad"),
 }
 

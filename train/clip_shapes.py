@@ -17,8 +17,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 from tqdm.auto import tqdm, trange
 
-from jaxrel.attention import METHODS
-from jaxrel.explainer import explain
+from jaxrel.explainer import METHODS, explain
 from jaxrel.metrics import Interval, bootstrap, chance, hits, share_inside
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from jaxrel.models.processor import Processor, image_processing

@@ -180,7 +180,7 @@ def sites(fun: Callable, *, argnums: int | Sequence[int] | None = None) -> Calla
 def find_stacks(traced: Traced, args: tuple, argnums: Any = None) -> tuple[Stack, ...]:
     """The stacks of a traced call."""
     graph = traced.graph
-    data = dependents(graph, _data_values(traced, args, argnums))
+    data = dependents(graph, data_values(traced, args, argnums))
     batch = graph.outs[0].shape[0] if graph.outs and graph.outs[0].shape else None
     groups: list[list[Site]] = []
     for site in _find_sites(graph, data, batch, ()):
@@ -203,7 +203,7 @@ def tagged_stack(traced: Traced, name: str) -> Stack | None:
     return Stack(name, tuple(found)) if found else None
 
 
-def _data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
+def data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
     """Inputs that count as data: the named arguments, or all that are no NNX module."""
     if argnums is None:
         chosen = [not isinstance(arg, nnx.Module) for arg in args]

@@ -1,5 +1,6 @@
 """Attention relevance of a function: nothing to prepare, one forward and one backward pass."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,13 +12,18 @@ from jaxrel.attention.accumulate import equal, row, weighted
 from jaxrel.attention.baselines import grad_cam, no_aggregation, raw, rollout
 from jaxrel.attention.carrier import accumulate, seed, weigh_sum
 from jaxrel.attention.importance import measure
+from jaxrel.attention.map_relevance import map_relevance
 from jaxrel.attention.maps import readout_index, relevance_dtype
-from jaxrel.attention.sites import Site, Stack, find_stacks, tagged_stack
+from jaxrel.attention.sites import Site, Stack, data_values, find_stacks, tagged_stack
+from jaxrel.lrp.composites import as_composite, attn_lrp
+from jaxrel.lrp.transformation import labelled
 from jaxrel.tracing.capture import check_scalar_outputs, taps_with_grad
 from jaxrel.tracing.evaluate import Edits, Touch, evaluate
 from jaxrel.tracing.graph import Traced, trace
 
-METHODS = ("equal", "weighted", "raw", "rollout", "grad_cam", "no_aggregation")
+# These read the relevance of the maps by LRP, in a backward pass of its own.
+BY_LRP = ("equal_lrp", "partial_lrp")
+METHODS = ("equal", "weighted", "raw", "rollout", "grad_cam", "no_aggregation", *BY_LRP)
 STREAMING = ("equal", "weighted")
 
 
@@ -31,6 +37,7 @@ def relevance(
     heads: slice | Sequence[int] | None = None,
     importance: str | Callable = "grad_value",
     form: Literal["auto", "streaming", "stacked"] = "auto",
+    rules: Any = None,
     argnums: int | Sequence[int] | None = None,
 ) -> Callable:
     """Make a function return the relevance of its tokens instead of its output.
@@ -55,6 +62,9 @@ def relevance(
       importance: the measure of the weighted method: 'grad_value', 'norm', 'abs_grad_value',
         or a function `(value, grad) -> [batch, tokens]`.
       form: 'streaming' or 'stacked' insists on one; 'auto' streams where it can.
+      rules: for the methods that read the maps' relevance by LRP, 'equal_lrp' (on one stream
+        the same as transformer attribution, Chefer et al. 2021 CVPR) and 'partial_lrp' (Voita
+        et al. 2019, signed): see `jaxrel.lrp`; AttnLRP by default.
       argnums: which arguments hold the data (what tells an attention map from a weight): by
         default every argument that is not an NNX module.
 
@@ -78,6 +88,7 @@ def relevance(
         heads=heads,
         importance=importance,
         form=form,
+        rules=rules,
         argnums=argnums,
     )
 
@@ -97,11 +108,13 @@ def value_and_relevance(
     heads: slice | Sequence[int] | None = None,
     importance: str | Callable = "grad_value",
     form: Literal["auto", "streaming", "stacked"] = "auto",
+    rules: Any = None,
     argnums: int | Sequence[int] | None = None,
 ) -> Callable:
     """Like `relevance`, but the function returns `(fun(*args), relevance)`."""
     methods = check_methods(method)
     measure(importance)
+    composite = attn_lrp() if rules is None else as_composite(rules)
     some = {"layers": layers, "heads": heads}
     streaming = _choose_form(form, methods, readout, some)
 
@@ -116,7 +129,14 @@ def value_and_relevance(
             out, result = _stream(traced, stacks, methods[0], readouts, importance)
             result = {methods[0]: result}
         else:
-            out, result = _stacked(traced, stacks, methods, readouts, some, importance)
+            maps = None
+            if set(methods) & {*BY_LRP}:
+                data = data_values(traced, args, argnums)
+                paths = [path for _, path, _ in labelled(fun, args)]
+                maps = functools.partial(
+                    map_relevance, traced, rules=composite, data=data, paths=paths
+                )
+            out, result = _stacked(traced, stacks, methods, readouts, some, importance, maps)
         if attention is None or isinstance(attention, str):
             result = {name: maps[stacks[0].name] for name, maps in result.items()}
         return out, result[method] if isinstance(method, str) else result
@@ -124,14 +144,16 @@ def value_and_relevance(
     return explained
 
 
-def check_methods(method: str | Sequence[str]) -> tuple[str, ...]:
-    """The methods asked for, as a tuple; ValueError naming those that exist."""
+def check_methods(
+    method: str | Sequence[str], known: Sequence[str] = METHODS, what: str = "attention method"
+) -> tuple[str, ...]:
+    """The methods asked for, as a tuple; ValueError naming those that are known."""
     methods = (method,) if isinstance(method, str) else tuple(method)
     for name in methods:
-        if name not in METHODS:
-            raise ValueError(f"unknown attention method {name!r}; there are {', '.join(METHODS)}")
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; there are {', '.join(known)}")
     if not methods:
-        raise ValueError(f"no attention method given; there are {', '.join(METHODS)}")
+        raise ValueError(f"no {what} given; there are {', '.join(known)}")
     return methods
 
 
@@ -303,6 +325,7 @@ def _stacked(
     readouts: Mapping,
     some: Mapping[str, Any],
     importance: Any,
+    maps: Callable | None,
 ) -> tuple[Any, dict]:
     wanted = ("value", "before", "after", "total") if "weighted" in methods else ("value",)
     sites = [site for stack in stacks for site in stack.sites]
@@ -312,9 +335,12 @@ def _stacked(
             # One value may serve twice: a stream is often the sum of the layer before.
             taps.setdefault(_value(site, what), f"{len(taps)}:{what}")
     out, values, grads = taps_with_grad(traced, taps, "attention.relevance")
+    found = (
+        {} if maps is None else maps({_value(site, "value"): taps[site.value] for site in sites})
+    )
     result: dict = {method: {} for method in methods}
     for stack in stacks:
-        attn, grad = (_layers(stack, taps, found, "value") for found in (values, grads))
+        attn, grad = (_layers(stack, taps, which, "value") for which in (values, grads))
         for method in methods:
             if method == "weighted":
                 matrix = weighted(
@@ -326,6 +352,9 @@ def _stacked(
                     importance=importance,
                     **some,
                 )
+            elif method in BY_LRP:
+                relevance = _layers(stack, taps, found, "value")
+                matrix = _MATRIX[method](relevance, grad, **some)
             else:
                 matrix = _MATRIX[method](attn, grad, **some)
             index = readouts[stack.name]
@@ -339,6 +368,8 @@ _MATRIX: dict[str, Callable] = {
     "rollout": lambda attn, grad, **some: rollout(attn, **some),
     "grad_cam": grad_cam,
     "no_aggregation": no_aggregation,
+    "equal_lrp": equal,
+    "partial_lrp": lambda relevance, grad, **some: raw(relevance, **some),
 }
 
 

@@ -1,14 +1,14 @@
 """`capture` and `capture_with_grad`: tagged values, and the gradients by them, as outputs."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import numpy as jnp
 
-from jaxrel.tracing.evaluate import Edits, evaluate, tap_shapes
-from jaxrel.tracing.graph import Graph, Traced, Value, tag_name, trace
+from jaxrel.tracing.evaluate import Edits, Step, evaluate, tap_shapes
+from jaxrel.tracing.graph import Graph, Node, Traced, Value, tag_name, trace
 
 
 def capture(fun: Callable, names: str | Sequence[str] | None = None) -> Callable:
@@ -38,8 +38,8 @@ def capture(fun: Callable, names: str | Sequence[str] | None = None) -> Callable
     def captured(*args, **kwargs):
         traced = trace(fun, *args, **kwargs)
         tagged = find_tags(traced.graph, names, "capture")
-        result = evaluate(traced.graph, traced.args, Edits(taps=_tap_names(tagged)))
-        return traced.unflatten(result.outs), _gather(traced.graph, tagged, result.taps)
+        result = evaluate(traced.graph, traced.args, Edits(taps=tap_names(tagged)))
+        return traced.unflatten(result.outs), gather(tagged, result.taps)
 
     return captured
 
@@ -74,20 +74,28 @@ def capture_with_grad(fun: Callable, names: str | Sequence[str]) -> Callable:
                     f"capture_with_grad: the value tagged {name!r} has dtype {value.aval.dtype}, "
                     "and a gradient needs a real floating-point one"
                 )
-        out, values, grads = taps_with_grad(traced, _tap_names(tagged), "capture_with_grad")
-        graph = traced.graph
-        return out, _gather(graph, tagged, values), _gather(graph, tagged, grads)
+        out, values, grads = taps_with_grad(traced, tap_names(tagged), "capture_with_grad")
+        return out, gather(tagged, values), gather(tagged, grads)
 
     return captured
 
 
-def taps_with_grad(traced: Traced, taps: dict[Value, str], caller: str) -> tuple[Any, dict, dict]:
-    """Output, tapped values and gradients of `sum(out)` by them, each stacked over scans."""
+def taps_with_grad(
+    traced: Traced,
+    taps: Mapping[Value, str],
+    caller: str,
+    steps: Mapping[Node, Step] | None = None,
+) -> tuple[Any, dict, dict]:
+    """Output, tapped values and gradients of `sum(out)` by them, each stacked over scans.
+
+    With `steps`, the nodes that they name are computed, and differentiated, as they say.
+    """
     check_scalar_outputs(traced, caller)
     shapes = tap_shapes(traced.graph, taps)
 
     def run(probes):
-        result = evaluate(traced.graph, traced.args, Edits(taps=taps), probes=probes)
+        edits = Edits(steps=steps or {}, taps=taps)
+        result = evaluate(traced.graph, traced.args, edits, probes=probes)
         return result.outs[0], result.taps
 
     zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
@@ -126,14 +134,15 @@ def find_tags(
     return [(name, value) for name, value in found if name in names]
 
 
-def _tap_names(tagged: Sequence[tuple[str, Value]]) -> dict[Value, str]:
-    # A name may be used many times; a tap's name is unique.
+def tap_names(tagged: Sequence[tuple[str, Value]]) -> dict[Value, str]:
+    """A name for each tagged value's tap: tags may be used many times, a tap's name once."""
     return {value: f"{index}:{name}" for index, (name, value) in enumerate(tagged)}
 
 
-def _gather(graph: Graph, tagged: Sequence[tuple[str, Value]], taps: dict) -> dict[str, Any]:
+def gather(tagged: Sequence[tuple[str, Value]], taps: Mapping[str, Any]) -> dict[str, Any]:
+    """By tag, what `tap_names` handed out, stacked as `capture` says."""
     values: dict[str, list] = {}
-    for value, key in _tap_names(tagged).items():
+    for value, key in tap_names(tagged).items():
         scanned = taps[key].ndim > len(value.shape)
         values.setdefault(key.split(":", 1)[1], []).append((taps[key], scanned))
     return {name: _stack(name, found) for name, found in values.items()}

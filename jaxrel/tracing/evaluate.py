@@ -57,6 +57,7 @@ class Edits:
             any(value in edited for value in graph.ins)
             or any(node in self.steps for node in graph.nodes)
             or any(out in edited for node in graph.nodes for out in node.outs)
+            or any(node.cuts for node in graph.nodes)
             or any(self.reach(body) for node in graph.nodes for body in node.bodies)
         )
 
@@ -113,11 +114,11 @@ def evaluate(
 
     for value, arg in zip(graph.ins, args, strict=True):
         write(value, arg)
-    for node in graph.nodes:
+    for node in _needed(graph, edits) if edits.steps else graph.nodes:
         if node in edits.steps:
             step = edits.steps[node]
             outs = step.function(*map(read, step.ins))
-        elif any(map(edits.reach, node.bodies)):
+        elif node.cuts or any(map(edits.reach, node.bodies)):
             inner = _enter(node)(node, list(map(read, node.ins)), edits, probes or {}, carrier)
             outs, carrier = inner.outs, inner.carrier
             taps |= inner.taps
@@ -128,6 +129,21 @@ def evaluate(
     return Evaluated([read(atom) for atom in graph.outs], taps, carrier)
 
 
+def _needed(graph: Graph, edits: Edits) -> list[Node]:
+    """The nodes without those that only replaced steps would have read."""
+    edited = {*edits.taps, *edits.touches}
+    reads = [value for touch in edits.touches.values() for value in touch.reads]
+    needed = {atom for atom in (*graph.outs, *reads) if isinstance(atom, Value)}
+    nodes = []
+    for node in reversed(graph.nodes):
+        keep = any(out in needed or out in edited for out in node.outs)
+        if keep or node.equation.effects or any(map(edits.reach, node.bodies)):
+            ins = edits.steps[node].ins if node in edits.steps else node.ins
+            needed.update(atom for atom in ins if isinstance(atom, Value))
+            nodes.append(node)
+    return nodes[::-1]
+
+
 def tap_shapes(graph: Graph, taps: Mapping[Value, str]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every tap, with the leading axes that scans give it."""
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
@@ -135,8 +151,10 @@ def tap_shapes(graph: Graph, taps: Mapping[Value, str]) -> dict[str, jax.ShapeDt
         if value in taps:
             shapes[taps[value]] = jax.ShapeDtypeStruct(value.shape, value.aval.dtype)
     for node in graph.nodes:
-        for body in node.bodies:
-            lead = (node.params["length"],) if node.name == "scan" else ()
+        leads: list[tuple[tuple[int, ...], Graph]] = [((), body) for body in node.bodies]
+        if node.name == "scan":
+            leads = [((stop - start,), body) for start, stop, body in node.segments()]
+        for lead, body in leads:
             for name, inner in tap_shapes(body, taps).items():
                 shapes[name] = jax.ShapeDtypeStruct(lead + inner.shape, inner.dtype)
         for out in node.outs:
@@ -173,12 +191,33 @@ def _probes_of(node: Node, edits: Edits, probes: Mapping[str, Any]) -> dict[str,
 
 
 def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
-    (body,) = node.bodies
     consts, carries = node.params["num_consts"], node.params["num_carry"]
     fixed, state, xs = args[:consts], args[consts : consts + carries], args[consts + carries :]
+    whole = len(node.bodies) == 1
+    taps: dict[str, Any] = {}
+    found = []
+    for start, stop, body in node.segments():
+        part = xs if whole else [x[start:stop] for x in xs]
+        state, ys, carrier, inner = _segment(
+            node, body, stop - start, (fixed, state, part), edits, probes, carrier
+        )
+        taps |= inner
+        found.append(ys)
+    found = found[::-1] if node.params["reverse"] else found
+    ys = found[0] if whole else [jnp.concatenate(parts) for parts in zip(*found, strict=True)]
+    return Evaluated([*state, *ys], taps, carrier)
+
+
+def _segment(
+    node: Node, body: Graph, length: int, args: tuple, edits: Edits, probes: Mapping, carrier: Any
+) -> tuple[list, list, Any, dict]:
+    fixed, state, xs = args
+    carries = len(state)
     # A scan's state has one type throughout, so Python numbers take the body's.
-    types = body.ins[consts : consts + carries]
+    types = body.ins[len(fixed) : len(fixed) + carries]
     state = [_strong(x, v) for x, v in zip(state, types, strict=True)]
+    names = tap_shapes(body, edits.taps)
+    probes = {name: probe for name, probe in probes.items() if name in names}
 
     def step(loop, x):
         (state, carrier), (xs, probes) = loop, x
@@ -189,12 +228,12 @@ def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -
     (state, carrier), (ys, taps) = lax.scan(
         step,
         (state, carrier),
-        (xs, _probes_of(node, edits, probes)),
-        length=node.params["length"],
+        (xs, probes),
+        length=length,
         reverse=node.params["reverse"],
         unroll=node.params["unroll"],
     )
-    return Evaluated([*state, *ys], taps, carrier)
+    return state, ys, carrier, taps
 
 
 def _strong(x: Any, value: Value) -> Any:

@@ -7,6 +7,8 @@ of values says unambiguously which of them, in whichever body, is meant.
 """
 
 import dataclasses
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +21,11 @@ from jaxrel.tracing.tags import tag_p
 
 # Calls that group operations and mean nothing else.
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
+# Where a model's author did not write: the innermost line that is not there is the user's.
+_FRAMEWORKS = re.compile(
+    r"(site|dist)-packages[/\\](jax|flax|equinox|haiku|penzai|optax|jaxtyping|beartype)[/\\]"
+    r"|[/\\]jaxrel[/\\]tracing[/\\]|[/\\](contextlib|functools)\.py$|^<@beartype"
+)
 # Control flow whose bodies the evaluator can run again with changes inside.
 CONTROL = frozenset({"scan", "while", "cond", "remat2", "checkpoint"})
 
@@ -56,12 +63,19 @@ Atom = Value | Constant
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """One operation: `outs = primitive(*ins, **params)`, with its bodies if it has any."""
+    """One operation: `outs = primitive(*ins, **params)`, with its bodies if it has any.
+
+    A scan cut into segments (see `rewrite.cut_scan`) has one body per segment, and `cuts` are
+    the segments' bounds along the scanned axis: (0, 1, length), say. `callers` are the equations
+    of the grouping calls that held the operation, innermost first.
+    """
 
     equation: Any
     ins: tuple[Atom, ...]
     outs: tuple[Value, ...]
     bodies: tuple["Graph", ...] = ()
+    cuts: tuple[int, ...] = ()
+    callers: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:
@@ -78,8 +92,19 @@ class Node:
         """Whether the evaluator can change what is inside the bodies."""
         return self.name in CONTROL
 
+    def segments(self) -> list[tuple[int, int, "Graph"]]:
+        """The (start, stop, body) of a scan, in order of execution; usually one."""
+        bounds = self.cuts or (0, self.params["length"])
+        found = [*zip(bounds[:-1], bounds[1:], self.bodies, strict=True)]
+        return found[::-1] if self.params["reverse"] else found
+
     def where(self) -> str:
-        """The user's source line: 'file.py:12:4 (function)'."""
+        """The user's source line: 'file.py:12 (function)'; frameworks' own lines are passed."""
+        for equation in (self.equation, *self.callers):
+            traceback = equation.source_info.traceback
+            for frame in () if traceback is None else traceback.frames:
+                if not _FRAMEWORKS.search(frame.file_name):
+                    return f"{_short(frame.file_name)}:{frame.line_num} ({frame.function_name})"
         return source_info_util.summarize(self.equation.source_info)
 
     def bind(self, *values) -> list:
@@ -153,7 +178,9 @@ def build(closed: jex.ClosedJaxpr) -> Graph:
     nodes: list[Node] = []
     constants: dict[Value, Any] = {}
 
-    def inline(jaxpr: jex.Jaxpr, consts: Sequence, atoms: Sequence[Atom]) -> list[Atom]:
+    def inline(
+        jaxpr: jex.Jaxpr, consts: Sequence, atoms: Sequence[Atom], callers: tuple[Any, ...] = ()
+    ) -> list[Atom]:
         env: dict[Any, Atom] = dict(zip(jaxpr.invars, atoms, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             value = env[var] = Value(var.aval)
@@ -166,18 +193,26 @@ def build(closed: jex.ClosedJaxpr) -> Graph:
             ins = tuple(read(atom) for atom in equation.invars)
             if equation.primitive.name in INLINED:
                 (inner,) = _jaxprs(equation.params)
-                inlined = inline(inner.jaxpr, inner.consts, ins)
+                inlined = inline(inner.jaxpr, inner.consts, ins, (equation, *callers))
                 env.update(zip(equation.outvars, inlined, strict=True))
                 continue
             outs = tuple(Value(var.aval) for var in equation.outvars)
             env.update(zip(equation.outvars, outs, strict=True))
             bodies = tuple(build(body) for body in _jaxprs(equation.params))
-            nodes.append(Node(equation, ins, outs, bodies))
+            nodes.append(Node(equation, ins, outs, bodies, callers=callers))
         return [read(atom) for atom in jaxpr.outvars]
 
     ins = tuple(Value(var.aval) for var in closed.jaxpr.invars)
     outs = inline(closed.jaxpr, closed.consts, ins)
     return Graph(ins, tuple(nodes), tuple(outs), constants)
+
+
+def _short(file: str) -> str:
+    """A path as seen from the working directory, if it lies below."""
+    if "ipykernel" in file:
+        return "cell"
+    relative = os.path.relpath(file) if os.path.isabs(file) else file
+    return file if relative.startswith("..") else relative
 
 
 def _jaxprs(params: dict[str, Any]) -> Iterator[jex.ClosedJaxpr]:

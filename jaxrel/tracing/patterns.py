@@ -28,11 +28,13 @@ def softmaxes(graph: Graph) -> Iterator[tuple[Node, Value]]:
     """
     producers = graph.producers()
     for node in graph.nodes:
-        exp = _quotient(node, producers) if node.name == "div" else None
-        if node.name == "exp" and _minus_logsumexp(node, producers):
-            exp = node
-        if exp is not None and isinstance(exp.ins[0], Value):
-            yield node, exp.ins[0]
+        scores: Atom | None = None
+        if node.name == "div" and (exp := _quotient(node, producers)) is not None:
+            scores = exp.ins[0]
+        elif node.name == "exp":
+            scores = _minus_logsumexp(node, producers)
+        if isinstance(scores, Value):
+            yield node, scores
 
 
 def trace_back(
@@ -59,29 +61,42 @@ def origin(value: Value, producers: dict[Value, Node]) -> Value:
 
 
 def _quotient(div: Node, producers: dict[Value, Node]) -> Node | None:
-    masked = MOVES | {"select_n"}
-    numerator = trace_back(div.ins[0], producers, masked)
+    """The exponential of exp(.) / sum(exp(.)), masked or not."""
     total = trace_back(div.ins[1], producers)
-    if numerator is None or total is None:
+    if total is None or total.name != "reduce_sum":
         return None
-    if numerator.name != "exp" or total.name != "reduce_sum":
-        return None
-    return numerator if trace_back(total.ins[0], producers, masked) is numerator else None
+    below = _exponentials(total.ins[0], producers)
+    above = _exponentials(div.ins[0], producers)
+    return above[0] if len(above) == 1 and above == below else None
 
 
-def _minus_logsumexp(exp: Node, producers: dict[Value, Node]) -> bool:
+def _exponentials(atom: Atom, producers: dict[Value, Node]) -> list[Node]:
+    """The exponentials that a value is, behind moves and masks (selects and products)."""
+    node = trace_back(atom, producers)
+    if node is None:
+        return []
+    if node.name == "exp":
+        return [node]
+    if node.name not in ("select_n", "mul"):
+        return []
+    cases = node.ins[1:] if node.name == "select_n" else node.ins
+    found = (exp for case in cases for exp in _exponentials(case, producers))
+    return list(dict.fromkeys(found))
+
+
+def _minus_logsumexp(exp: Node, producers: dict[Value, Node]) -> Atom | None:
+    """The scores s of exp(s - logsumexp(s))."""
     sub = trace_back(exp.ins[0], producers)
     if sub is None or sub.name != "sub":
-        return False
+        return None
     log = _find_log(sub.ins[1], producers)
     if log is None:
-        return False
+        return None
     # jax.nn.logsumexp takes the logarithm of an absolute value.
     total = trace_back(log.ins[0], producers, MOVES | {"abs"})
     if total is None or total.name != "reduce_sum":
-        return False
-    inner = trace_back(total.ins[0], producers)
-    return inner is not None and inner.name == "exp"
+        return None
+    return sub.ins[0] if _exponentials(total.ins[0], producers) else None
 
 
 def _find_log(atom: Atom, producers: dict[Value, Node]) -> Node | None:

@@ -1,0 +1,486 @@
+"""Gradient methods, each a function transformation as `jaxrel.lrp` is one.
+
+What these have in common. The function returns one real array whose first axis is the batch,
+`[batch]` or `[batch, classes]`, say; examples do not mix. `seed` chooses what of it is explained:
+an array of the output's shape, the cotangent that goes backward, or a function of the output
+that returns one; by default ones, and so the gradient of `sum(out)`. With `seed = one_hot(class)`
+each example explains a class of its own. Nothing is differentiated through the seed.
+
+Results have the structure of the explained argument and are float32 (float64 for float64
+values); integers in it get zeros. Wrap the transformed function in `jit`: tracing happens at
+every call.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from jaxrel.lrp import composites
+from jaxrel.lrp.transformation import as_seed, explained_arguments, modified_gradient
+from jaxrel.tracing.analysis import dependents
+from jaxrel.tracing.capture import check_scalar_outputs, find_tags, taps_with_grad
+from jaxrel.tracing.evaluate import evaluate, tap_shapes
+from jaxrel.tracing.graph import Traced, Value, trace
+
+Argnums = int | Sequence[int]
+
+
+def gradient(fun: Callable, *, argnums: Argnums = 0) -> Callable:
+    """The gradient of a function's output by its input (Simonyan et al. 2014).
+
+    It says what a small change of the input would change; `input_x_gradient`, what the input
+    itself contributes.
+
+    Args:
+      fun: a JAX function that returns one real array.
+      argnums: the argument or arguments that are explained.
+
+    Returns:
+      A function `(*args, seed=None)`; see the module for the seed and the result.
+
+    Raises:
+      TypeError: (when called) the output is not one real array; nothing explained is real.
+      ValueError: (when called) an argument that is not there; a seed of the wrong shape.
+    """
+
+    def explained(*args, seed: Any = None):
+        call = _Call.of("gradient", fun, argnums, args)
+        return call.gather(call.gradient(call.xs(), seed))
+
+    return explained
+
+
+def input_x_gradient(fun: Callable, *, argnums: Argnums = 0) -> Callable:
+    """The input times the gradient (Shrikumar et al. 2016).
+
+    For functions that scale with their input, such as ReLU networks without biases, it sums to
+    the explained output. The arguments, results and errors are those of `gradient`.
+    """
+
+    def explained(*args, seed: Any = None):
+        call = _Call.of("input_x_gradient", fun, argnums, args)
+        xs = call.xs()
+        gradients = call.gradient(xs, seed)
+        return call.gather([_wide(x) * g for x, g in zip(xs, gradients, strict=True)])
+
+    return explained
+
+
+def smooth_grad(
+    fun: Callable,
+    *,
+    argnums: Argnums = 0,
+    noise: float = 0.15,
+    samples: int = 32,
+    squared: bool = False,
+) -> Callable:
+    """The mean gradient at noisy copies of the input (Smilkov et al. 2017, section 3).
+
+    Gaussian noise with a standard deviation of `noise * (max(x) - min(x))`, where the range is
+    each example's own in each array. All examples of a batch get the same draws, scaled, so that
+    an explanation does not depend on what else is in the batch. One compiled loop: the memory is
+    that of one gradient, whatever the number of samples.
+
+    Args:
+      fun: as in `gradient`. If it returns a scalar, the whole input is one example.
+      argnums: as in `gradient`. The explained arrays have the batch as their first axis.
+      noise: the noise's standard deviation, relative to the range; the paper uses 0.1 to 0.2.
+      samples: the number of noisy copies.
+      squared: average the squared gradients (SmoothGrad-squared, Hooker et al. 2019).
+
+    Returns:
+      A function `(key, *args, seed=None)`; `key` is a PRNG key, `argnums` count the arguments
+      after it. A seed that is a function is called once, with the output at the input itself.
+
+    Raises:
+      TypeError: (when called) as for `gradient`; `key` is not a PRNG key.
+      ValueError: `noise` is negative or `samples` less than 1; (when called) as for `gradient`;
+        the batch sizes of the input and the output differ.
+    """
+    if not noise >= 0:
+        raise ValueError(f"smooth_grad: noise must be 0 or more, got {noise}")
+    _check_count("smooth_grad", "samples", samples)
+
+    def explained(key: Any, *args, seed: Any = None):
+        _check_key(key)
+        call = _Call.of("smooth_grad", fun, argnums, args)
+        xs, seed = call.xs(), call.fixed(seed)
+        scales = [noise * span for span in call.ranges()]
+        batched = len(call.out.shape) > 0
+
+        def step(total, key):
+            keys = jax.random.split(key, len(xs))
+            noisy = [
+                x + (scale * _draw(key, x, batched)).astype(x.dtype)
+                for key, x, scale in zip(keys, xs, scales, strict=True)
+            ]
+            gradients = call.gradient(noisy, seed)
+            return _add(total, [g * g for g in gradients] if squared else gradients), None
+
+        total, _ = lax.scan(step, _zeros(xs), jax.random.split(key, samples))
+        return call.gather([x / samples for x in total])
+
+    return explained
+
+
+def integrated_gradients(
+    fun: Callable, *, argnums: Argnums = 0, steps: int = 64, baseline: Any = 0.0
+) -> Callable:
+    """Gradients integrated on the straight line from a baseline (Sundararajan et al. 2017).
+
+    `(x - b) * mean over a of grad(b + a (x - b))` (equations 1 and 3), with `a` at the midpoints
+    of `steps` equal intervals. Complete: it sums to the explained output at the input less that
+    at the baseline, up to an error that falls with the square of `steps` where the function is
+    smooth. One compiled loop: the memory is that of one gradient, whatever the number of steps.
+
+    Args:
+      fun: as in `gradient`.
+      argnums: as in `gradient`; several arguments move on the line together.
+      steps: the number of gradients.
+      baseline: what stands for the absence of a signal: a number, an array that broadcasts to
+        the explained argument, or a pytree of these whose structure is the argument's or a
+        prefix of it (a tuple, for several arguments).
+
+    Returns:
+      A function `(*args, seed=None)`; see the module. A seed that is a function is called once,
+      with the output at the input itself.
+
+    Raises:
+      TypeError: (when called) as for `gradient`.
+      ValueError: `steps` is less than 1; (when called) as for `gradient`; a baseline that does
+        not fit.
+    """
+    _check_count("integrated_gradients", "steps", steps)
+
+    def explained(*args, seed: Any = None):
+        call = _Call.of("integrated_gradients", fun, argnums, args)
+        xs, seed = call.xs(), call.fixed(seed)
+        starts = call.baseline(baseline)
+        ways = [_wide(x) - start for x, start in zip(xs, starts, strict=True)]
+
+        def step(total, a):
+            points = [
+                (start + a.astype(way.dtype) * way).astype(x.dtype)
+                for x, start, way in zip(xs, starts, ways, strict=True)
+            ]
+            return _add(total, call.gradient(points, seed)), None
+
+        total, _ = lax.scan(step, _zeros(xs), (jnp.arange(steps) + 0.5) / steps)
+        return call.gather([way * x / steps for way, x in zip(ways, total, strict=True)])
+
+    return explained
+
+
+def guided_backprop(fun: Callable, *, argnums: Argnums = 0) -> Callable:
+    """Guided backpropagation (Springenberg et al. 2015, section 3.4).
+
+    The gradient, but every activation function passes only positive cotangents on. It shows
+    edges rather than reasons: it depends little on the seed, and little on the weights above
+    (Adebayo et al. 2018).
+
+    Args:
+      fun: a JAX function that returns one real array.
+      argnums: the argument or arguments that are explained.
+
+    Returns:
+      A function `(*args, seed=None)`; see the module for the seed and the result.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: (when called) as for `jaxrel.lrp`.
+    """
+    return _modified("guided_backprop", fun, composites.guided_backprop(), argnums)
+
+
+def deconvnet(fun: Callable, *, argnums: Argnums = 0) -> Callable:
+    """The deconvolutional network's backward pass (Zeiler and Fergus 2014).
+
+    The gradient, but every activation function's derivative is replaced: it passes positive
+    cotangents on, whatever its input was. The arguments, results and errors are those of
+    `guided_backprop`.
+    """
+    return _modified("deconvnet", fun, composites.deconvnet(), argnums)
+
+
+def grad_cam(fun: Callable, layer: str, *, size: tuple[int, int] | None = None) -> Callable:
+    """Grad-CAM: where a layer's feature maps speak for the output (Selvaraju et al. 2017).
+
+    `max(sum over c of w_c A_c, 0)` with `w_c` the mean over positions of the gradient by `A_c`
+    (equations 1 and 2). One forward and one backward pass.
+
+    Args:
+      fun: a JAX function that returns one real array. In it, `A = jaxrel.tag(A, layer)` marks
+        the feature maps `[batch, h, w, channels]`, or tokens `[batch, tokens, channels]`.
+      layer: the tag's name.
+      size: resize the maps to (H, W), bilinearly; by default they have the layer's resolution.
+
+    Returns:
+      A function `(*args, seed=None)`, which returns maps, 0 or more, `[batch, h, w]` or
+      `[batch, tokens]`, in float32 (float64 for float64 values). See the module for the seed.
+
+    Raises:
+      TypeError: (when called) the output or what is tagged is not one real array.
+      ValueError: `size` is not two positive integers; (when called) no value, or several, or
+        one in a scan, has the tag; the value has other axes, or the output does not depend on
+        it; a seed of the wrong shape; `size` was given for tokens.
+      NotImplementedError: (when called) as for `jaxrel.capture`.
+    """
+    return _grad_cam("grad_cam", fun, layer, size)
+
+
+def guided_grad_cam(fun: Callable, layer: str, *, argnums: int = 0) -> Callable:
+    """Guided backpropagation times Grad-CAM (Selvaraju et al. 2017, section 3.2).
+
+    The details are those of `guided_backprop`, the place is that of `grad_cam`, resized to the
+    picture bilinearly. Two forward and two backward passes.
+
+    Args:
+      fun: as in `grad_cam`, with feature maps `[batch, h, w, channels]`.
+      layer: the tag's name.
+      argnums: the argument that holds the picture, `[batch, height, width, channels]`.
+
+    Returns:
+      A function `(*args, seed=None)`, which returns relevance of the picture's shape. See the
+      module for the seed.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: (when called) as for `guided_backprop` and
+        `grad_cam`; the explained argument is not one array with these four axes.
+    """
+    guided = _modified("guided_grad_cam", fun, composites.guided_backprop(), argnums)
+
+    def explained(*args, seed: Any = None):
+        details = guided(*args, seed=seed)
+        shape = getattr(details, "shape", None)
+        if shape is None or len(shape) != 4:
+            raise ValueError(
+                "guided_grad_cam: the explained argument must be pictures [batch, height, width, "
+                f"channels], got {jax.tree.map(jnp.shape, details)}"
+            )
+        place = _grad_cam("guided_grad_cam", fun, layer, shape[1:3])(*args, seed=seed)
+        return details * place[..., None]
+
+    return explained
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A traced call, as a function of the real arrays that are explained."""
+
+    name: str
+    traced: Traced
+    # The explained leaves among all leaves of the arguments, and how to put them back.
+    chosen: tuple[int, ...]
+    tree: Any
+
+    @classmethod
+    def of(cls, name: str, fun: Callable, argnums: Argnums, args: tuple) -> "_Call":
+        many = explained_arguments(name, argnums, args)
+        traced = trace(fun, *args)
+        check_scalar_outputs(traced, name)
+        leaves = iter(range(len(traced.args)))
+        places = [[next(leaves) for _ in jax.tree.leaves(arg)] for arg in args]
+        whole = tuple(args[index] for index in many)
+        explained = whole[0] if isinstance(argnums, int) else whole
+        chosen = tuple(place for index in many for place in places[index])
+        call = cls(name, traced, chosen, jax.tree.structure(explained))
+        if not call.real():
+            kinds = ", ".join(sorted({str(traced.args[i].dtype) for i in chosen}))
+            raise TypeError(
+                f"{name}: the explained argument holds no real numbers ({kinds or 'nothing'}); "
+                "explain a real one, such as the embedding of integer tokens"
+            )
+        return call
+
+    @property
+    def out(self) -> Any:
+        """Shape and dtype of the output."""
+        return self.traced.graph.outs[0].aval
+
+    def real(self) -> list[int]:
+        """The explained leaves that are real numbers."""
+        return [i for i in self.chosen if jnp.issubdtype(self.traced.args[i].dtype, jnp.floating)]
+
+    def xs(self) -> list:
+        """The real arrays that are explained."""
+        return [self.traced.args[i] for i in self.real()]
+
+    def __call__(self, xs: list) -> Any:
+        """The output for other values of them."""
+        values = list(self.traced.args)
+        for i, x in zip(self.real(), xs, strict=True):
+            values[i] = x
+        return evaluate(self.traced.graph, values).outs[0]
+
+    def gradient(self, xs: list, seed: Any) -> list:
+        """The gradient at `xs`, wide enough to be summed."""
+        out, pullback = jax.vjp(self, xs)
+        (gradients,) = pullback(_cotangent(self.name, out, seed))
+        return [_wide(g) for g in gradients]
+
+    def fixed(self, seed: Any) -> Any:
+        """The seed for the unchanged input: what is explained must not change on the way."""
+        return _cotangent(self.name, self(self.xs()), seed) if callable(seed) else seed
+
+    def ranges(self) -> list:
+        """max - min of each array: of each example, or of all where the output is a scalar."""
+        found = []
+        for x in self.xs():
+            if self.out.shape and x.shape[:1] != self.out.shape[:1]:
+                raise ValueError(
+                    f"{self.name}: the input has shape {x.shape} and the output "
+                    f"{self.out.shape}; the first axis of both must be the batch, as noise is "
+                    "relative to each example's range. For a function of one example, "
+                    "give it a batch of one: lambda x: fun(x[0])[None], called with x[None]"
+                )
+            axes = tuple(range(1 if self.out.shape else 0, x.ndim))
+            x = _wide(x)
+            found.append(x.max(axes, keepdims=True) - x.min(axes, keepdims=True))
+        return found
+
+    def baseline(self, baseline: Any) -> list:
+        """The baseline of every real array, of its shape."""
+        whole = jax.tree.unflatten(self.tree, self.chosen)
+        try:
+            leaves = jax.tree.leaves(jax.tree.broadcast(baseline, whole))
+            shapes = [self.traced.args[i].shape for i in self.chosen]
+            spread = [jnp.broadcast_to(b, s) for b, s in zip(leaves, shapes, strict=True)]
+        except ValueError as error:
+            shapes = jax.tree.map(lambda i: self.traced.args[i].shape, whole)
+            raise ValueError(
+                f"{self.name}: the baseline, {jax.tree.map(jnp.shape, baseline)}, does not "
+                f"broadcast to the explained argument, {shapes}"
+            ) from error
+        found = dict(zip(self.chosen, spread, strict=True))
+        xs = zip(self.real(), self.xs(), strict=True)
+        return [found[i].astype(_wide(x).dtype) for i, x in xs]
+
+    def gather(self, relevance: list) -> Any:
+        """Relevance in the structure of what is explained."""
+        found = dict(zip(self.real(), relevance, strict=True))
+        args = self.traced.args
+        leaves = [
+            found[i] if i in found else jnp.zeros(args[i].shape, jnp.float32) for i in self.chosen
+        ]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def _modified(name: str, fun: Callable, composite: Any, argnums: Argnums) -> Callable:
+    modified = modified_gradient(fun, composite, argnums=argnums)
+
+    def explained(*args, seed: Any = None):
+        start = None if seed is None else lambda out: _cotangent(name, out, seed)
+        return jax.tree.map(_wide, modified(*args, seed=start))
+
+    return explained
+
+
+def _grad_cam(name: str, fun: Callable, layer: str, size: Any) -> Callable:
+    size = None if size is None else tuple(size)
+    if size is not None and not (len(size) == 2 and all(_is_count(n) for n in size)):
+        raise ValueError(f"{name}: size must be (height, width), two positive ints, got {size}")
+
+    def explained(*args, seed: Any = None):
+        def seeded(*args):
+            out = fun(*args)
+            leaves = jax.tree.leaves(out)
+            if len(leaves) != 1:  # said by the check of the output
+                return out
+            return leaves[0] * lax.stop_gradient(_cotangent(name, leaves[0], seed))
+
+        traced = trace(seeded, *args)
+        value = _feature_maps(name, traced, layer, size)
+        _, values, gradients = taps_with_grad(traced, {value: layer}, name)
+        maps = _wide(values[layer])
+        positions = tuple(range(1, maps.ndim - 1))
+        weights = _wide(gradients[layer]).mean(positions, keepdims=True)
+        cam = jnp.maximum((weights * maps).sum(-1), 0)
+        return cam if size is None else jax.image.resize(cam, (len(cam), *size), "bilinear")
+
+    return explained
+
+
+def _feature_maps(name: str, traced: Traced, layer: str, size: Any) -> Value:
+    """The one value with the tag, checked."""
+    check_scalar_outputs(traced, name)
+    graph = traced.graph
+    tagged = [value for _, value in find_tags(graph, layer, name)]
+    value = tagged[0]
+    if len(tagged) > 1:
+        raise ValueError(
+            f"{name}: {len(tagged)} values are tagged {layer!r}; give the layer that is wanted "
+            "a name of its own"
+        )
+    shape = tap_shapes(graph, {value: layer})[layer].shape
+    if len(shape) > len(value.shape):
+        raise ValueError(
+            f"{name}: {layer!r} is tagged inside a scan, in each of its {shape[0]} steps; tag what "
+            "is wanted after the scan"
+        )
+    if not jnp.issubdtype(value.aval.dtype, jnp.floating):
+        raise TypeError(f"{name}: {layer!r} holds {value.aval.dtype}, not real numbers")
+    out = graph.outs[0]
+    batch_differs = out.shape and value.shape[:1] != out.shape[:1]
+    if len(value.shape) not in (3, 4) or batch_differs:
+        raise ValueError(
+            f"{name}: {layer!r} must be feature maps [batch, h, w, channels] or tokens "
+            f"[batch, tokens, channels], got shape {value.shape} for an output of shape "
+            f"{out.shape}"
+        )
+    if size is not None and len(value.shape) == 3:
+        raise ValueError(
+            f"{name}: {layer!r} holds tokens, shape {value.shape}, and only feature maps "
+            "[batch, h, w, channels] can be resized; reshape the tokens to a grid and tag that"
+        )
+    if out not in dependents(graph, [value]):
+        raise ValueError(
+            f"{name}: the output does not depend on the value tagged {layer!r}; go on with what "
+            f"tag returns: x = jaxrel.tag(x, {layer!r})"
+        )
+    return value
+
+
+def _cotangent(name: str, out: Any, seed: Any) -> Any:
+    """What goes backward from the output."""
+    if seed is None:
+        return jnp.ones_like(out)
+    return as_seed(name, out, seed, "cotangent").astype(out.dtype)
+
+
+def _wide(x: Any) -> Any:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _zeros(xs: list) -> list:
+    return [jnp.zeros_like(_wide(x)) for x in xs]
+
+
+def _add(total: list, more: list) -> list:
+    return [x + y for x, y in zip(total, more, strict=True)]
+
+
+def _draw(key: Any, x: Any, batched: bool) -> Any:
+    """Gaussian noise for one example, to be shared by all of them."""
+    return jax.random.normal(key, x.shape[1:] if batched else x.shape, _wide(x).dtype)
+
+
+def _check_key(key: Any) -> None:
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and key.ndim == 0) and not (dtype == jnp.uint32 and key.ndim == 1):
+        got = jax.typeof(key).str_short() if dtype is not None else type(key).__name__
+        raise TypeError(
+            f"smooth_grad: the first argument must be a PRNG key, jax.random.key(0), got {got}"
+        )
+
+
+def _check_count(name: str, what: str, count: Any) -> None:
+    if not _is_count(count):
+        raise ValueError(f"{name}: {what} must be an int, 1 or more, got {count!r}")
+
+
+def _is_count(count: Any) -> bool:
+    return isinstance(count, int) and not isinstance(count, bool) and count >= 1

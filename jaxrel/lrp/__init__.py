@@ -1,0 +1,23 @@
+"""LRP as a transformation: rules, composites, the plan, and `lrp` itself."""
+
+from jaxrel.lrp import composites, rules
+from jaxrel.lrp.composites import Composite, everything, first, layer, op, path
+from jaxrel.lrp.conservation import conservation
+from jaxrel.lrp.plan import plan
+from jaxrel.lrp.transformation import lrp, modified_gradient, value_and_lrp
+
+__all__ = [
+    "Composite",
+    "composites",
+    "conservation",
+    "everything",
+    "first",
+    "layer",
+    "lrp",
+    "modified_gradient",
+    "op",
+    "path",
+    "plan",
+    "rules",
+    "value_and_lrp",
+]

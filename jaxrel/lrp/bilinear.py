@@ -1,0 +1,46 @@
+"""Any operation that is linear in its input and in its weight: what a rule works with."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+
+class Bilinear:
+    """z = op(x, w): a matrix product, an einsum, a convolution, at either operand position.
+
+    Attributes:
+      nonneg: x is known to be >= 0 (it comes from a ReLU, say), which halves the work of rules
+        that treat signs apart.
+      relu_after: only a ReLU reads the output, so no relevance comes back to z < 0.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Array, Array], Array],
+        x: Any,
+        *,
+        nonneg: bool = False,
+        relu_after: bool = False,
+    ) -> None:
+        """`function` without its bias; `x` an array or a ShapeDtypeStruct of the input."""
+        self._function = function
+        # Itself, for its type: an array's sharding is part of that.
+        self._x = x
+        self.nonneg = nonneg
+        self.relu_after = relu_after
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """The operation, without its bias."""
+        return self._function(x, w)
+
+    def T(self, w: Array, s: Array) -> Array:
+        """The transpose in x: sum_j w_ij s_j, in the shape of x."""
+        out = jax.eval_shape(self._function, self._x, w)
+        transpose = jax.linear_transpose(lambda x: self._function(x, w), self._x)
+        return transpose(s.astype(out.dtype))[0]
+
+    def swapped(self, w: Any) -> "Bilinear":
+        """The same operation read the other way: the weight is the input, x the weight."""
+        return Bilinear(lambda w, x: self._function(x, w), w)

@@ -1,0 +1,190 @@
+"""A second channel for rules that give relevance to inputs of zero: Flat, WSquare, ZBox.
+
+Cotangents are relevance / value, which cannot say that a black pixel is relevant. So each
+explained input gets a companion of zeros, the probe, which goes through the same moves and past
+the same constant shifts and scales (a pixel normalisation) up to the first linear operation;
+there the rule's relevance is the probe's cotangent, and comes back through the moves' transposes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+from jax import numpy as jnp
+
+from jaxrel.tracing.evaluate import Step
+from jaxrel.tracing.facts import AFFINE, Fact, Facts, active_ins, is_elementwise
+from jaxrel.tracing.graph import Graph, Node, Value, build, tag_name
+from jaxrel.tracing.patterns import MOVES
+
+_MOVING = MOVES | frozenset(
+    """rev slice dynamic_slice split pad gather concatenate stack unstack tile scatter scatter-add
+    scatter_add dynamic_update_slice optimization_barrier device_put""".split()
+)
+# What these do to a value says nothing of where its relevance belongs.
+_PASSED = AFFINE | frozenset({"max", "min", "clamp"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """A graph with probes.
+
+    Attributes:
+      graph: the graph, with one more input per explained one, in order.
+      probes: the probe of each wanted value that has one. Values behind a nonlinear or a linear
+        operation have none, nor has the state of a loop after its first iteration.
+      steps: how the nodes that were added are computed.
+    """
+
+    graph: Graph
+    probes: dict[Value, Value]
+    steps: dict[Node, Step]
+
+
+def add_probes(
+    graph: Graph, facts: Facts, explained: Sequence[Value], wanted: Iterable[Value]
+) -> Probed:
+    """Give the explained inputs probes that reach the wanted values.
+
+    Args:
+      graph: the graph; its inputs hold `explained`.
+      facts: of its values; those of the new ones are added.
+      explained: inputs that carry relevance.
+      wanted: inputs of operations with a direct rule.
+    """
+    mirror = _Mirror(facts, frozenset(wanted))
+    return Probed(mirror.graph(graph, explained), mirror.found, mirror.steps)
+
+
+class _Mirror:
+    def __init__(self, facts: Facts, wanted: frozenset[Value]):
+        self.facts, self.wanted = facts, wanted
+        self.found: dict[Value, Value] = {}
+        self.steps: dict[Node, Step] = {}
+
+    def graph(self, graph: Graph, followed: Sequence[Value], stale: Iterable[Value] = ()) -> Graph:
+        """The graph with a probe for each of the followed inputs, as its last inputs.
+
+        Those of stale inputs are there, but lead nowhere.
+        """
+        extra = [self._new(value) for value in followed]
+        probes = dict(zip(followed, extra, strict=True))
+        for value in stale:
+            probes.pop(value, None)
+        nodes: list[Node] = []
+        for node in graph.nodes:
+            nodes += self._node(node, probes)
+        self.found |= {value: probe for value, probe in probes.items() if value in self.wanted}
+        return Graph((*graph.ins, *extra), tuple(nodes), graph.outs, graph.constants)
+
+    def _new(self, like: Value) -> Value:
+        value = Value(like.aval)
+        self.facts[value] = Fact(root=value)
+        return value
+
+    def _node(self, node: Node, probes: dict[Value, Value]) -> list[Node]:
+        """The node, and what its probe needs; new probes are noted."""
+        active = active_ins(self.facts, node)
+        if node.name in ("scan", "remat2", "checkpoint", "cond"):
+            inside = any(self._wants(body) for body in node.bodies)
+            return self._control(node, probes) if inside else [node]
+        known = [value for value in active if value in probes]
+        if not known or node.is_control:
+            return [node]
+        if node.name in _MOVING or tag_name(node):
+            places = tuple(i for i, atom in enumerate(node.ins) if atom in known)
+            return [node, self._mirror(node, probes, places, _tangent(node, places))]
+        if len(active) == 1 and is_elementwise(node) and node.name in _PASSED:
+            (x,) = active
+            shape = node.outs[0].shape
+            if shape == x.shape:
+                probes[node.outs[0]] = probes[x]
+                return [node]
+            spread = _spread(len(node.ins), shape)
+            return [node, self._mirror(node, probes, (node.ins.index(x),), spread)]
+        return [node]
+
+    def _mirror(
+        self, node: Node, probes: dict[Value, Value], places: tuple[int, ...], function: Callable
+    ) -> Node:
+        """A node that does to probes what another does to the inputs at these places."""
+        outs = tuple(map(self._new, node.outs))
+        moved = [atom for i in places if isinstance(atom := node.ins[i], Value)]
+        mirror = Node(node.equation, (*node.ins, *(probes[v] for v in moved)), outs)
+        self.steps[mirror] = Step(mirror.ins, function)
+        probes |= zip(node.outs, outs, strict=True)
+        return mirror
+
+    def _wants(self, body: Graph) -> bool:
+        reads = (atom for node in body.walk() for atom in node.ins)
+        return any(atom in self.wanted for atom in reads if isinstance(atom, Value))
+
+    def _control(self, node: Node, probes: dict[Value, Value]) -> list[Node]:
+        skip = 1 if node.name == "cond" else 0
+        places = [
+            (i, atom)
+            for i, atom in enumerate(node.ins)
+            if isinstance(atom, Value) and atom in probes and self.facts[atom].active
+        ]
+        if node.name != "scan":
+            bodies = tuple(
+                self.graph(body, [body.ins[i - skip] for i, _ in places]) for body in node.bodies
+            )
+            ins = (*node.ins, *(probes[atom] for _, atom in places))
+            return [dataclasses.replace(node, ins=ins, bodies=bodies)]
+        return self._scan(node, places, probes)
+
+    def _scan(
+        self, node: Node, places: list[tuple[int, Value]], probes: dict[Value, Value]
+    ) -> list[Node]:
+        """Probes ride as scanned inputs: those of constants and of the first state, repeated."""
+        consts, carries = node.params["num_consts"], node.params["num_carry"]
+        added: list[Node] = []
+        extra: list[Value] = []
+        for i, atom in places:
+            probe = probes[atom]
+            if i < consts + carries:
+                probe = self._repeated(node, probe, added)
+            extra.append(probe)
+        state = [i for i, _ in places if consts <= i < consts + carries]
+        start, stop, _ = node.segments()[0]
+        bodies = []
+        for body in node.bodies:
+            # Only the first iteration's state is the input; later ones compute theirs.
+            first = body is node.segments()[0][2] and stop - start == 1
+            stale = [] if first else [body.ins[i] for i in state]
+            bodies.append(self.graph(body, [body.ins[i] for i, _ in places], stale))
+        whole = dataclasses.replace(node, ins=(*node.ins, *extra), bodies=tuple(bodies))
+        return [*added, whole]
+
+    def _repeated(self, node: Node, probe: Value, added: list[Node]) -> Value:
+        """The probe, once for each iteration of a scan."""
+        length, like = node.params["length"], jax.ShapeDtypeStruct(probe.shape, probe.aval.dtype)
+        repeat = build(jax.make_jaxpr(lambda x: jnp.broadcast_to(x, (length, *x.shape)))(like))
+        (value,) = repeat.outs
+        (one,) = repeat.nodes
+        assert isinstance(value, Value)
+        self.facts[value] = Fact(root=value)
+        added.append(dataclasses.replace(one, ins=(probe,)))
+        return value
+
+
+def _tangent(node: Node, places: tuple[int, ...]) -> Callable:
+    """The node, of probes in the places of its inputs; linear in them."""
+
+    def function(*args):
+        ins, probes = list(args[: len(node.ins)]), args[len(node.ins) :]
+
+        def moved(*xs):
+            for i, x in zip(places, xs, strict=True):
+                ins[i] = x
+            return node.bind(*ins)
+
+        return jax.jvp(moved, tuple(ins[i] for i in places), probes)[1]
+
+    return function
+
+
+def _spread(inputs: int, shape: tuple[int, ...]) -> Callable:
+    """The probe, broadcast as the value it goes with."""
+    return lambda *args: [jnp.broadcast_to(args[inputs], shape)]

@@ -1,0 +1,331 @@
+"""Facts about every value of a graph, in all bodies, found before anything is run.
+
+A fact flows forward along the data, through loops to a fixpoint. `Fact` lists what is known.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax import numpy as jnp
+
+from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value, tag_name
+from jaxrel.tracing.patterns import MOVES
+
+# One output value per position, computed from the inputs at that position alone. Tags are not
+# among them, so that a tagged value is never in the middle of what counts as one function.
+ELEMENTWISE = frozenset(
+    """abs neg sign exp exp2 expm1 log log1p tanh tan sin cos sinh cosh asin acos atan asinh acosh
+    atanh logistic sqrt rsqrt cbrt square integer_pow pow erf erfc erf_inv lgamma digamma floor
+    ceil round max min add sub mul div rem select_n clamp convert_element_type copy
+    reduce_precision add_any nextafter atan2""".split()
+)
+# Elementwise and affine in the one input that varies.
+AFFINE = frozenset(
+    "add sub neg mul div copy convert_element_type reduce_precision add_any select_n".split()
+)
+REDUCTIONS = frozenset(
+    """reduce_sum reduce_max reduce_min reduce_prod reduce_window_sum reduce_window_max cumsum
+    cummax cumprod cumlogsumexp""".split()
+)
+LINEAR = frozenset({"dot_general", "conv_general_dilated"})
+_COMPARISONS = frozenset("eq ne lt le gt ge and or not xor is_finite".split())
+_SUMS = frozenset({"add", "sub", "add_any"})
+# Each output is the input at its place, moved.
+_SIDE_BY_SIDE = frozenset("sort optimization_barrier device_put psum psum2 pmax pmin".split())
+_SHAPES = MOVES | frozenset(
+    """rev slice dynamic_slice split concatenate stack unstack tile pad gather sort
+    stop_gradient optimization_barrier device_put""".split()
+)
+_NONNEG = frozenset("exp exp2 logistic square abs sqrt rsqrt erfc".split())
+_NONNEG_IF_ALL = _SHAPES | REDUCTIONS | LINEAR | frozenset("add mul div add_any min".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """What is known of a value.
+
+    Attributes:
+      active: it depends, differentiably, on what is explained.
+      paths: the parameters that an inactive value is made of.
+      nonneg: it is nowhere negative.
+      fresh: an active value with no linear operation between it and what is explained.
+      stat: everything active in it comes from a reduction (a mean, a variance).
+      gate: 'sigmoid' or 'activation' if it comes from such a function, elementwise; else ''.
+      root: the value it is an elementwise function of (itself, if of none or of several).
+      nonlinear: that function is not affine. Also of comparisons, and of masks made of them.
+      literal: it is made of numbers written into the program, such as weights of a resize.
+    """
+
+    active: bool = False
+    paths: frozenset[str] = frozenset()
+    nonneg: bool = False
+    fresh: bool = False
+    stat: bool = False
+    gate: str = ""
+    root: Value | None = None
+    nonlinear: bool = False
+    literal: bool = False
+
+
+Facts = dict[Value, Fact]
+
+
+def analyse(
+    graph: Graph,
+    ins: Sequence[Fact],
+    *,
+    sources: Iterable[Value] = (),
+    barriers: Iterable[Node] = (),
+    names: Callable[[Any], str | None] = lambda constant: None,
+) -> Facts:
+    """The facts of every value, given those of the graph's inputs.
+
+    Args:
+      graph: from `trace`.
+      ins: one per input.
+      sources: more values that are explained, wherever in the graph.
+      barriers: nodes whose outputs count as constants.
+      names: the parameter path of an array that the function closed over, if it has one.
+    """
+    analysis = _Analysis(frozenset(sources), frozenset(barriers), names)
+    analysis.run(graph, ins)
+    return analysis.facts
+
+
+def fact_of(facts: Mapping[Value, Fact], atom: Atom) -> Fact:
+    """The fact of a value or of a literal."""
+    if isinstance(atom, Constant):
+        value = np.asarray(atom.value)
+        nonneg = value.dtype.kind in "biuf" and bool(np.all(value >= 0))
+        return Fact(nonneg=nonneg, literal=True)
+    return facts[atom]
+
+
+def active_ins(facts: Mapping[Value, Fact], node: Node) -> list[Value]:
+    """The node's inputs that carry relevance, a value used twice named twice."""
+    return [a for a in node.ins if isinstance(a, Value) and facts[a].active]
+
+
+def is_elementwise(node: Node) -> bool:
+    """Whether each output position depends on that position of the inputs alone."""
+    if len(node.outs) != 1:
+        return False
+    shape = node.outs[0].shape
+    if node.name == "custom_jvp_call":
+        (body,) = node.bodies
+        return all(
+            is_elementwise(inner) and all(_spans(atom, shape) for atom in inner.ins)
+            for inner in body.nodes
+        )
+    return node.name in ELEMENTWISE
+
+
+def is_relu(node: Node) -> bool:
+    """Whether the node is max(x, 0), written so or as `jax.nn.relu`."""
+    if node.name == "custom_jvp_call":
+        (body,) = node.bodies
+        return len(body.nodes) == 1 and is_relu(body.nodes[0])
+    return node.name == "max" and any(
+        isinstance(atom, Constant) and np.all(np.asarray(atom.value) == 0) for atom in node.ins
+    )
+
+
+def inexact(value: Value) -> bool:
+    """Whether the value is of a real or complex floating-point type."""
+    return jnp.issubdtype(value.aval.dtype, jnp.inexact)
+
+
+def _spans(atom: Atom, shape: tuple[int, ...]) -> bool:
+    return atom.shape in ((), shape)
+
+
+class _Analysis:
+    def __init__(self, sources, barriers, names):
+        self.facts: Facts = {}
+        self._sources, self._barriers, self._names = sources, barriers, names
+
+    def run(self, graph: Graph, ins: Sequence[Fact]) -> list[Fact]:
+        for value, fact in zip(graph.ins, ins, strict=True):
+            self._write(value, dataclasses.replace(fact, root=value, nonlinear=False))
+        for value, constant in graph.constants.items():
+            path = self._names(constant)
+            self._write(value, Fact(paths=frozenset({path} if path else ())))
+        for node in graph.nodes:
+            ins = [fact_of(self.facts, atom) for atom in node.ins]
+            outs = self._control(node, ins) if node.is_control else self._outs(node, ins)
+            for value, fact in zip(node.outs, outs, strict=True):
+                self._write(value, fact, barrier=node in self._barriers)
+        return [fact_of(self.facts, atom) for atom in graph.outs]
+
+    def _write(self, value: Value, fact: Fact, barrier: bool = False) -> None:
+        active = fact.active and inexact(value) and not barrier
+        fact = dataclasses.replace(fact, active=active, root=fact.root or value)
+        if not active and fact.fresh:
+            fact = dataclasses.replace(fact, fresh=False)
+        if value in self._sources and not active:
+            fact = Fact(active=True, fresh=True, nonneg=fact.nonneg, root=value)
+        self.facts[value] = fact
+
+    def _outs(self, node: Node, ins: list[Fact]) -> list[Fact]:
+        if node.name in _SIDE_BY_SIDE and len(ins) == len(node.outs) > 1:
+            return [_outside(fact) for fact in ins]
+        active = [fact for fact in ins if fact.active]
+        nonneg = _nonneg(node, ins)
+        if not active or node.name == "stop_gradient":
+            return [self._constant(node, ins, nonneg) for _ in node.outs]
+        linear = node.name in LINEAR and not all(f.active or f.literal for f in ins)
+        fact = Fact(
+            active=True,
+            nonneg=nonneg,
+            fresh=not linear and all(fact.fresh for fact in active),
+            stat=_stat(node, active),
+            gate=_gate(node, active) if len(node.outs) == 1 else "",
+        )
+        root = self._root(node, ins)
+        if root is not None:
+            affine = _affine(node, ins) and not any(fact.nonlinear for fact in active)
+            fact = dataclasses.replace(fact, root=root, nonlinear=not affine)
+        return [fact for _ in node.outs]
+
+    def _constant(self, node: Node, ins: list[Fact], nonneg: bool) -> Fact:
+        """The fact of what carries no relevance."""
+        masks = {fact.root for fact in ins if fact.nonlinear and not fact.active}
+        elementwise = is_elementwise(node) or node.name in _COMPARISONS
+        masked = elementwise and bool(masks)
+        return Fact(
+            paths=frozenset().union(*(fact.paths for fact in ins if not fact.active)),
+            nonneg=nonneg,
+            root=masks.pop() if masked and len(masks) == 1 else None,
+            nonlinear=masked,
+            literal=all(fact.literal for fact in ins),
+        )
+
+    def _root(self, node: Node, ins: list[Fact]) -> Value | None:
+        """The one value of which the node's output is an elementwise function."""
+        known = is_elementwise(node) or node.name in _COMPARISONS
+        active = active_ins(self.facts, node)
+        if not known or any(v.shape != node.outs[0].shape for v in active):
+            return None
+        facts = [self.facts[value] for value in active]
+        roots = {fact.root for fact in facts}
+        if len(roots) != 1 or self._begins_anew(node, ins, facts):
+            return None
+        return roots.pop()
+
+    def _begins_anew(self, node: Node, ins: list[Fact], active: list[Fact]) -> bool:
+        """Whether what follows is no part of the activation that led here.
+
+        A bias or a scale with a value for each feature, or learned, after an activation is an
+        operation of its own.
+        """
+        if len(active) > 1 or not active[0].nonlinear or node.name not in (*_SUMS, "mul", "div"):
+            return False
+        others = [(a, f) for a, f in zip(node.ins, ins, strict=True) if not f.active]
+        return any((a.shape != () or f.paths) and not f.nonlinear for a, f in others)
+
+    def _control(self, node: Node, ins: list[Fact]) -> list[Fact]:
+        if node.name == "scan":
+            return self._scan(node, ins)
+        if node.name == "while":
+            return self._while(node, ins)
+        operands = ins[1:] if node.name == "cond" else ins
+        branches = [self.run(body, operands) for body in node.bodies]
+        return [_outside(join(*facts)) for facts in zip(*branches, strict=True)]
+
+    def _scan(self, node: Node, ins: list[Fact]) -> list[Fact]:
+        consts, carries = node.params["num_consts"], node.params["num_carry"]
+        fixed, state, xs = ins[:consts], ins[consts : consts + carries], ins[consts + carries :]
+        stacked: list[list[Fact]] = []
+        for start, stop, body in node.segments():
+            while True:
+                outs = self.run(body, [*fixed, *state, *xs])
+                new = [_outside(fact) for fact in outs[:carries]]
+                if stop - start == 1:
+                    state = new
+                    break
+                joined = [_outside(join(a, b)) for a, b in zip(state, new, strict=True)]
+                if joined == state:
+                    break
+                state = joined
+            stacked.append([_outside(fact) for fact in outs[carries:]])
+        return [*state, *(join(*facts) for facts in zip(*stacked, strict=True))]
+
+    def _while(self, node: Node, ins: list[Fact]) -> list[Fact]:
+        test, body = node.bodies
+        tested, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
+        fixed, state = ins[tested : tested + consts], ins[tested + consts :]
+        while True:
+            outs = [_outside(fact) for fact in self.run(body, [*fixed, *state])]
+            joined = [_outside(join(a, b)) for a, b in zip(state, outs, strict=True)]
+            if joined == state:
+                break
+            state = joined
+        self.run(test, [*ins[:tested], *state])
+        return state
+
+
+def join(*facts: Fact) -> Fact:
+    """What is known of a value that may be any of several."""
+    active = [fact for fact in facts if fact.active]
+    gates = {fact.gate for fact in active}
+    return Fact(
+        active=bool(active),
+        paths=frozenset().union(*(fact.paths for fact in facts)),
+        nonneg=all(fact.nonneg for fact in facts),
+        literal=all(fact.literal for fact in facts),
+        fresh=bool(active) and all(fact.fresh for fact in active),
+        stat=bool(active) and all(fact.stat for fact in active),
+        gate=gates.pop() if len(gates) == 1 else "",
+    )
+
+
+def _outside(fact: Fact) -> Fact:
+    """A fact that leaves its body, where it is a function of values not seen outside."""
+    return dataclasses.replace(fact, root=None, nonlinear=False)
+
+
+def _nonneg(node: Node, ins: list[Fact]) -> bool:
+    if node.name == "custom_jvp_call":
+        return is_relu(node)
+    if node.name in _NONNEG or (node.name == "integer_pow" and node.params["y"] % 2 == 0):
+        return True
+    if node.name == "max":
+        return any(fact.nonneg for fact in ins)
+    if node.name in ("gather", "dynamic_slice", "sort") or tag_name(node):
+        return ins[0].nonneg
+    if node.name == "select_n":
+        return all(fact.nonneg for fact in ins[1:])
+    if node.name == "mul" and node.ins[0] is node.ins[1]:
+        return True
+    return node.name in _NONNEG_IF_ALL and all(fact.nonneg for fact in ins)
+
+
+def _stat(node: Node, active: list[Fact]) -> bool:
+    if node.name in REDUCTIONS:
+        return True
+    flows = node.name in ELEMENTWISE or node.name in MOVES
+    return flows and all(fact.stat for fact in active)
+
+
+def _gate(node: Node, active: list[Fact]) -> str:
+    if node.name == "logistic":
+        return "sigmoid"
+    if len(active) > 1:
+        # x * sigmoid(x) is an activation of x; a product of two signals is no gate.
+        same = len({fact.root for fact in active}) == 1
+        return "activation" if same and is_elementwise(node) else ""
+    if node.name in _SHAPES or (is_elementwise(node) and node.name in AFFINE):
+        return active[0].gate
+    return "activation" if is_elementwise(node) else ""
+
+
+def _affine(node: Node, ins: list[Fact]) -> bool:
+    if node.name not in AFFINE or any(fact.nonlinear and not fact.active for fact in ins):
+        return False
+    if node.name == "mul":
+        return sum(fact.active for fact in ins) == 1
+    if node.name == "div":
+        return not ins[1].active
+    return True

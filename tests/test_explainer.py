@@ -1,0 +1,79 @@
+"""`explain` by LRP: signed, by token, with an account of the relevance."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxrel
+from jaxrel import composites
+from jaxrel.models import CLIP
+
+TAGS = ("vision/tokens", "text/tokens")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return CLIP.from_pretrained("clip-shapes")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.open("train/data/samples/red-circle.png")
+
+
+def by_hand(model, picture, text, rules):
+    inputs = model.pairs(model.prepare(image=picture, text=text))
+    explain = jaxrel.lrp(lambda m, x: m.score(x), rules, argnums=None, at=TAGS)
+    found = jax.jit(explain)(model, inputs)
+    return [np.asarray(found[tag].sum(-1)) for tag in TAGS]
+
+
+@pytest.mark.parametrize(
+    ("method", "rules"),
+    [
+        ("lrp", composites.attn_lrp()),
+        ("cp_lrp", composites.cp_lrp()),
+        ("input_x_gradient", jaxrel.rules.Gradient()),
+    ],
+)
+def test_explanation_by_rules(model, picture, method, rules):
+    one = jaxrel.explain(model, image=picture, text="a red circle", method=method)
+    image, text = by_hand(model, picture, "a red circle", rules)
+    assert one.signed
+    # float32: the report's measures are fused into the same program.
+    np.testing.assert_allclose(one.image.reshape(1, -1), image, rtol=1e-4, atol=1e-5)
+    words = [value for _, value in one.words(0)]
+    np.testing.assert_allclose(words, text[0, 1:4], rtol=1e-4, atol=1e-5)
+    account = one.report["relevance"]
+    lost = account["bias"] + account["stabiliser"] + account["rule"]
+    np.testing.assert_allclose(account["output"], one.score[0], rtol=1e-5)
+    np.testing.assert_allclose(account["output"] - lost, account["input"], rtol=1e-4, atol=1e-4)
+    assert sum(one.report["rules"].values()) > 40
+    assert one.settings == "summed over the features of each token"
+
+
+def test_lrp_finds_the_object(model, picture):
+    maps = jaxrel.explain(model, image=picture, text="a red circle", method=("lrp", "weighted"))
+    peaks = [np.unravel_index(one.image[0].argmax(), one.image[0].shape) for one in maps]
+    # The circle lies over the middle of the picture, rows 4 and 5 of 8.
+    assert all(row in (4, 5) for row, _ in peaks)
+
+
+def test_other_rules(model, picture):
+    mine = [(jaxrel.path("*mlp*") | jaxrel.path("*expand*"), jaxrel.rules.Gamma(0.5))]
+    mine = jaxrel.Composite(mine) + composites.attn_lrp()
+    one = jaxrel.explain(model, image=picture, text="a red circle", method="lrp", lrp=mine)
+    image, _ = by_hand(model, picture, "a red circle", mine)
+    np.testing.assert_allclose(one.image.reshape(1, -1), image, rtol=1e-3, atol=1e-4)
+    assert "dense: Gamma(gamma=0.5)" in one.report["rules"]
+
+
+def test_layers_are_for_attention(model, picture):
+    with pytest.raises(ValueError, match=r"layers and heads choose attention maps; method lrp"):
+        jaxrel.explain(model, image=picture, text="a red circle", method="lrp", layers=[0])
+
+
+def test_unknown_method(model, picture):
+    with pytest.raises(ValueError, match=r"unknown method 'lpr'; there are equal, .*cp_lrp"):
+        jaxrel.explain(model, image=picture, text="a red circle", method="lpr")
