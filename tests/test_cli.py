@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import jaxrel
-from jaxrel import cli
+from jaxrel import attention, cli
 from jaxrel.explainer import METHODS
 from jaxrel.models import (
     CLIP,
@@ -200,7 +200,7 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
 
 
 def test_debug_shows_where(picture):
-    with pytest.raises(ValueError, match="unknown attention method"):
+    with pytest.raises(ValueError, match="unknown method"):
         cli.main(["--debug", "explain", str(picture), "--text", "a", "--method", "x"])
 
 
@@ -312,8 +312,8 @@ OPTIONS = {
     "white text": (("--text", " \n"), "the text is empty"),
     "long text": (("--text", "a red circle above a blue square"), "8"),
     "unknown words only": (("--text", "xyzzy plugh"), "xyzzy"),
-    "method": (("--text", "a", "--method", "magic"), "unknown attention method 'magic'"),
-    "no method": (("--text", "a", "--method", ""), "no attention method given"),
+    "method": (("--text", "a", "--method", "magic"), "unknown method 'magic'"),
+    "no method": (("--text", "a", "--method", ""), "no method given"),
     "layer": (("--text", "a", "--layers", "7"), "7"),
     "layers": (("--text", "a", "--layers", "last"), "expected whole numbers with commas"),
     "head": (("--text", "a", "--heads", "5"), "5"),
