@@ -16,6 +16,10 @@ from PIL import Image
 from jaxrel import attention
 from jaxrel.attention.importance import measure
 from jaxrel.attention.transformation import check_methods, value_and_relevance
+from jaxrel.attention.two_stream_methods import (
+    TWO_STREAM_METHODS,
+    value_and_two_stream_relevance,
+)
 from jaxrel.explanation import Explanation
 from jaxrel.lrp import Composite, composites, everything, rules
 from jaxrel.lrp.composites import as_composite
@@ -28,6 +32,8 @@ BY_RULES = {
     "input_x_gradient": Composite([(everything(), rules.Gradient())]),
 }
 METHODS = (*attention.METHODS, *BY_RULES)
+# Of models whose streams attend to each other.
+TWO_STREAM = (*TWO_STREAM_METHODS, *BY_RULES)
 SIGNED = frozenset({"partial_lrp", *BY_RULES})
 
 
@@ -40,13 +46,20 @@ class Explainable(Protocol):
 
     @property
     def layout(self) -> Any:
-        """The streams of tokens: name, modality, tokens, grid and prefix of each."""
+        """The streams of tokens: name, modality, tokens, grid and prefix of each.
+
+        A `schedule` that is not empty says how two streams attend to each other, the first of
+        them read out: see `attention.value_and_two_stream_relevance`.
+        """
 
     def prepare(self, *, image: Any, text: Any) -> Mapping[str, Any]:
         """Pictures and sentences as the model's inputs."""
 
     def pairs(self, inputs: Mapping[str, Any], target: Any = None) -> Mapping[str, Any]:
-        """Inputs with one row per example to explain."""
+        """Inputs with one row per example to explain.
+
+        Where rows are not pictures one to one, "example" says which picture each belongs to.
+        """
 
     def score(self, inputs: Mapping[str, Any]) -> Any:
         """The scalar to explain, one per row."""
@@ -71,7 +84,7 @@ def explain(
     model: Any,
     *,
     image: Any,
-    text: Any,
+    text: Any = None,
     target: Any = None,
     method: str | Sequence[str] = "weighted",
     layers: Sequence[int] | None = None,
@@ -82,18 +95,23 @@ def explain(
 ) -> Any:
     """Explain how much each patch of a picture and each word of a sentence matters to a score.
 
-    For CLIP the score is the similarity of the picture and the sentence. Everything is one
-    compiled program: one forward and one backward pass for all examples and all methods.
+    For CLIP the score is the similarity of the picture and the sentence, for CLIPMapper the
+    logit of an answer to a question, or of each word of a caption. Everything is one compiled
+    program: one forward and one backward pass for all examples and all methods that need no LRP.
 
     Args:
       model: a model that speaks the protocol `Explainable`, such as `jaxrel.models.CLIP`.
       image: a PIL picture, a uint8 `[height, width, 3]` array, or a list of them.
-      text: a sentence or a list of sentences; see `model.pairs` for how both are matched.
-      target: what to explain of these, in the model's terms; by default the matching pairs.
-      method: one of `jaxrel.explainer.METHODS`, or several: those of `jaxrel.attention`, and
-        'lrp' (AttnLRP), 'cp_lrp' and 'input_x_gradient', which propagate to the embedded tokens.
-      layers: the layers that count, such as `[-1]` for the last alone; all, by default.
-      heads: the attention heads that count; all, by default.
+      text: a sentence, question or caption, or a list of them; see `model.pairs` for how
+        pictures and texts are matched. None where the model writes the text (captions).
+      target: what to explain of these, in the model's terms: by default the matching pairs, the
+        most probable answer, all words of the caption.
+      method: one of `jaxrel.explainer.METHODS` (of a model whose streams attend to each other,
+        `TWO_STREAM`), or several: those of `jaxrel.attention`, and 'lrp' (AttnLRP), 'cp_lrp' and
+        'input_x_gradient', which propagate to the embedded tokens.
+      layers: the layers that count, such as `[-1]` for the last alone; all, by default. Not of
+        models whose streams attend to each other.
+      heads: the attention heads that count; as `layers`.
       importance: the measure of the weighted method.
       lrp: other rules for the method 'lrp': see `jaxrel.lrp`.
       name: the model's name, for the record.
@@ -105,27 +123,35 @@ def explain(
       TypeError, ValueError: bad pictures, text, target, method, layers or measure; the message
         says what was expected. Relevance that is not finite (a model with NaN weights).
     """
-    methods = check_methods(method, METHODS, "method")
+    layout = model.layout
+    schedule = getattr(layout, "schedule", ())
+    methods = check_methods(method, TWO_STREAM if schedule else METHODS, "method")
     measure(importance)
     propagated = {one: BY_RULES[one] for one in methods if one in BY_RULES}
     if lrp is not None:
         propagated = {
             one: as_composite(lrp) if one == "lrp" else c for one, c in propagated.items()
         }
+    if schedule and (layers is not None or heads is not None):
+        raise ValueError(
+            "layers and heads choose attention maps of a model whose streams attend to "
+            f"themselves; in {type(model).__name__} they attend to each other, and all maps count"
+        )
     if set(methods) <= set(BY_RULES) and (layers is not None or heads is not None):
         raise ValueError(
             "layers and heads choose attention maps; method "
             f"{', '.join(methods)} goes through all of the model"
         )
     inputs = model.pairs(model.prepare(image=image, text=text), target)
-    streams = {stream.name: stream for stream in model.layout.streams}
+    streams = {stream.name: stream for stream in layout.streams}
     score, relevance, reports = _explained(
         model,
         inputs,
         model.readout(inputs),
-        methods=tuple(one for one in methods if one in attention.METHODS),
+        methods=tuple(one for one in methods if one not in BY_RULES),
         propagated=tuple(propagated.items()),
         streams=tuple(streams.values()),
+        schedule=schedule,
         layers=None if layers is None else tuple(layers),
         heads=None if heads is None else tuple(heads),
         importance=importance,
@@ -136,7 +162,7 @@ def explain(
         "target": tuple(model.describe(inputs)),
         "score": score,
         "tokens": tuple(map(tuple, model.tokens(inputs))),
-        "pictures": _seen(model, image, len(score)),
+        "pictures": _seen(model, image, len(score), inputs.get("example")),
         "model": name,
     }
     explanations = [
@@ -156,7 +182,15 @@ def explain(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("methods", "propagated", "streams", "layers", "heads", "importance"),
+    static_argnames=(
+        "methods",
+        "propagated",
+        "streams",
+        "schedule",
+        "layers",
+        "heads",
+        "importance",
+    ),
 )
 def _explained(
     model: Any,
@@ -166,12 +200,21 @@ def _explained(
     methods: tuple[str, ...],
     propagated: tuple[tuple[str, Composite], ...],
     streams: tuple[Any, ...],
+    schedule: tuple[Any, ...],
     layers: tuple[int, ...] | None,
     heads: tuple[int, ...] | None,
     importance: str,
 ) -> Any:
     score, relevance, reports = None, {}, {}
-    if methods:
+    if methods and schedule:
+        (name,) = readout
+        explained = value_and_two_stream_relevance(
+            _score, schedule, method=methods, readout=readout[name], importance=importance
+        )
+        score, found = explained(model, inputs)
+        names = [stream.name for stream in streams]
+        relevance = {one: dict(zip(names, rows, strict=True)) for one, rows in found.items()}
+    elif methods:
         explained = value_and_relevance(
             _score,
             method=methods,
@@ -200,9 +243,11 @@ def _by_token(stream: Any, found: Mapping[str, Any]) -> Any:
     return jnp.pad(relevance, ((0, 0), (stream.tokens - relevance.shape[1], 0)))
 
 
-def _seen(model: Any, image: Any, rows: int) -> tuple[np.ndarray, ...]:
+def _seen(model: Any, image: Any, rows: int, example: Any) -> tuple[np.ndarray, ...]:
     pictures = list(image) if isinstance(image, list | tuple) else [image]
     seen = [np.asarray(model.seen(picture)) for picture in pictures]
+    if example is not None:
+        return tuple(seen[i] for i in np.asarray(example))
     return tuple(seen) if len(seen) == rows else tuple(seen * rows)
 
 

@@ -15,7 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrel import capture_with_grad, tag
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.processor import Processor
-from jaxrel.models.transformer import ACTIVATIONS, Transformer, causal_mask, layer_norm
+from jaxrel.models.transformer import (
+    ACTIVATIONS,
+    Transformer,
+    causal_mask,
+    key_mask,
+    layer_norm,
+)
 from jaxrel.models.weights import (
     CONFIG,
     Parameter,
@@ -227,10 +233,13 @@ def _one(value: Any, name: str) -> int:
 
 
 class VisionTower(nnx.Module):
-    """A picture to a class token and patch tokens (Dosovitskiy et al. 2021)."""
+    """A picture to a class token and patch tokens (Dosovitskiy et al. 2021).
+
+    With a `projection` it also embeds them; None leaves those parameters out.
+    """
 
     def __init__(
-        self, config: VisionConfig, projection: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self, config: VisionConfig, projection: int | None, dtype: jnp.dtype, *, rngs: nnx.Rngs
     ) -> None:
         width, normal = config.width, jax.random.normal
         self.patch_embedding = nnx.Conv(
@@ -249,20 +258,25 @@ class VisionTower(nnx.Module):
         )
         self.pre_norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
         self.transformer = _transformer(config, "vision", dtype, rngs)
-        self.post_norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
-        self.projection = _projection(width, projection, dtype, rngs)
+        if projection is not None:
+            self.post_norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+            self.projection = _projection(width, projection, dtype, rngs)
 
     def __call__(
         self,
         image: Float[Array, "batch height width 3"],
         *,
+        keep: Bool[Array, "batch tokens"] | None = None,
         remat: bool = False,
         return_attention: bool = False,
     ) -> tuple[
         Float[Array, "batch tokens features"],
         Float[Array, "layers batch heads tokens tokens"] | None,
     ]:
-        """Return all tokens before the last norm, and the attention maps (or None)."""
+        """Return all tokens before the last norm, and the attention maps (or None).
+
+        Tokens that are not kept are hidden from all others in every layer.
+        """
         patches = self.patch_embedding(image)
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
         patches = tag(patches, "vision/tokens")
@@ -271,7 +285,9 @@ class VisionTower(nnx.Module):
         )
         x = jnp.concatenate([first.astype(patches.dtype), patches], axis=1)
         x = x + self.position_embedding[...].astype(x.dtype)
-        return self.transformer(self.pre_norm(x), remat=remat, return_attention=return_attention)
+        return self.transformer(
+            self.pre_norm(x), key_mask(keep), remat=remat, return_attention=return_attention
+        )
 
     def embed(self, tokens: Float[Array, "batch tokens features"]) -> Float[Array, "batch embed"]:
         """Return the normalised embedding read from the class token."""
@@ -279,10 +295,13 @@ class VisionTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """Token ids to text tokens, each of which sees those before it."""
+    """Token ids to text tokens, each of which sees those before it.
+
+    With a `projection` it also embeds them; None leaves those parameters out.
+    """
 
     def __init__(
-        self, config: TextConfig, projection: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self, config: TextConfig, projection: int | None, dtype: jnp.dtype, *, rngs: nnx.Rngs
     ) -> None:
         width = config.width
         self.token_embedding = nnx.Embed(
@@ -296,26 +315,30 @@ class TextTower(nnx.Module):
             0.01 * jax.random.normal(rngs.params(), (config.context, width))
         )
         self.transformer = _transformer(config, "text", dtype, rngs)
-        self.final_norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
-        self.projection = _projection(width, projection, dtype, rngs)
+        if projection is not None:
+            self.final_norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+            self.projection = _projection(width, projection, dtype, rngs)
 
     def __call__(
         self,
         text: Int[Array, "batch tokens"],
         *,
+        keep: Bool[Array, "batch tokens"] | None = None,
         remat: bool = False,
         return_attention: bool = False,
     ) -> tuple[
         Float[Array, "batch tokens features"],
         Float[Array, "layers batch heads tokens tokens"] | None,
     ]:
-        """Return all tokens before the last norm, and the attention maps (or None)."""
+        """Return all tokens before the last norm, and the attention maps (or None).
+
+        Tokens that are not kept are hidden from all others in every layer.
+        """
         tokens = text.shape[-1]
+        mask = causal_mask(tokens) if keep is None else causal_mask(tokens) & key_mask(keep)
         x = tag(self.token_embedding(text), "text/tokens")
         x = x + self.position_embedding[:tokens].astype(x.dtype)
-        return self.transformer(
-            x, causal_mask(tokens), remat=remat, return_attention=return_attention
-        )
+        return self.transformer(x, mask, remat=remat, return_attention=return_attention)
 
     def embed(
         self, tokens: Float[Array, "batch tokens features"], end: Int[Array, " batch"]
@@ -374,7 +397,7 @@ class CLIP(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         self.config = config
         self.processor = processor or Processor()
-        _check_vocabulary(self.processor, config)
+        check_vocabulary(self.processor, config)
         self.vision = VisionTower(config.vision, config.projection, dtype, rngs=rngs)
         self.text = TextTower(config.text, config.projection, dtype, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale, jnp.float32))
@@ -408,7 +431,7 @@ class CLIP(nnx.Module):
         config = CLIPConfig.from_dict(read_config(folder, MODEL_TYPE))
         config = replace(config, dtype=dtype or config.dtype)
         processor = Processor.from_folder(folder, image_size=image_size)
-        _check_vocabulary(processor, config)
+        check_vocabulary(processor, config)
         shapes = {path: value.shape for path, value in _parameters(_abstract(config, None))}
         tensors = read_tensors(folder, allow_pickle=allow_pickle)
         parameters = read_parameters(tensors, PARAMETERS, shapes)
@@ -731,7 +754,8 @@ def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
     return matrix
 
 
-def _check_vocabulary(processor: Processor, config: CLIPConfig) -> None:
+def check_vocabulary(processor: Processor, config: CLIPConfig) -> None:
+    """Raise ValueError if the tokenizer has more tokens than the model."""
     tokenizer = processor.tokenizer
     if tokenizer is not None and len(tokenizer) > config.text.vocab_size:
         raise ValueError(

@@ -25,9 +25,17 @@ class Stream:
 
 @dataclass(frozen=True)
 class Layout:
-    """The streams of a model."""
+    """The streams of a model, and how they attend.
+
+    Args:
+      streams: the streams.
+      schedule: for two streams that attend to each other, in the terms of
+        `jaxrel.attention.two_streams`: tags of attention maps in the place of `Layers`. Stream s
+        is the one that is read out. Empty where every stream attends to itself alone.
+    """
 
     streams: tuple[Stream, ...]
+    schedule: tuple[tuple[tuple[tuple[str, str], ...], ...], ...] = ()
 
     def __getitem__(self, name: str) -> Stream:
         """Return the stream called `name`; KeyError names the streams there are."""

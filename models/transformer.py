@@ -10,6 +10,9 @@ from jaxtyping import Array, Bool, Float
 
 from jaxrel import tag
 
+# [..., query, key], True where a query sees a key; what is left out in front broadcasts.
+Mask = Bool[Array, "..."]
+
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x * sigmoid(1.702 x), the approximation of GELU (Hendrycks and Gimpel 2016) CLIP uses."""
@@ -36,8 +39,8 @@ def _linear(inputs: int, outputs: int, std: float, dtype: jnp.dtype, rngs: nnx.R
     )
 
 
-class SelfAttention(nnx.Module):
-    """Multi-head self-attention that returns its maps (Vaswani et al. 2017, section 3.2)."""
+class Attention(nnx.Module):
+    """Multi-head attention that returns its maps (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(
         self, width: int, heads: int, *, out_std: float, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -51,16 +54,17 @@ class SelfAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
-        mask: Bool[Array, "tokens tokens"] | None,
+        source: Float[Array, "batch keys width"],
+        mask: Mask | None,
         name: str,
-    ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens tokens"]]:
-        """Attend; the maps are float32, tagged `name` before they multiply the values."""
-        shape = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
+    ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens keys"]]:
+        """Attend from x to source; maps are float32, tagged before they multiply the values."""
         query, key, value = (
-            projection(x).reshape(shape) for projection in (self.query, self.key, self.value)
+            projection(y).reshape(*y.shape[:-1], self.heads, -1)
+            for projection, y in ((self.query, x), (self.key, source), (self.value, source))
         )
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-        logits = logits * shape[-1] ** -0.5
+        logits = logits * query.shape[-1] ** -0.5
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
         maps = tag(jax.nn.softmax(logits, axis=-1), name)
@@ -88,7 +92,7 @@ class Block(nnx.Module):
         residual_std = width**-0.5 * (2 * depth) ** -0.5
         self.activation = activation
         self.norm1 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
-        self.attention = SelfAttention(width, heads, out_std=residual_std, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, heads, out_std=residual_std, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.expand = _linear(width, mlp_width, (2 * width) ** -0.5, dtype, rngs)
         self.contract = _linear(mlp_width, width, residual_std, dtype, rngs)
@@ -96,12 +100,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
-        mask: Bool[Array, "tokens tokens"] | None,
+        mask: Mask | None,
         name: str,
     ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens tokens"]]:
         """Apply the layer; tags: `name` maps, `name/before` and `name/after` what is added."""
         x = tag(x, f"{name}/before")
-        attended, maps = self.attention(self.norm1(x), mask, name)
+        normed = self.norm1(x)
+        attended, maps = self.attention(normed, normed, mask, name)
         x = x + tag(attended, f"{name}/after")
         hidden = ACTIVATIONS[self.activation](self.expand(self.norm2(x)))
         return x + self.contract(hidden), maps
@@ -157,7 +162,7 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
-        mask: Bool[Array, "tokens tokens"] | None = None,
+        mask: Mask | None = None,
         *,
         remat: bool = False,
         return_attention: bool = False,
@@ -168,7 +173,8 @@ class Transformer(nnx.Module):
 
         Args:
           x: the residual stream.
-          mask: True where a query (row) sees a key (column); None: everywhere.
+          mask: True where a query (row) sees a key (column); None: everywhere. One for all
+            examples and heads, or with leading axes that broadcast to [batch, heads].
           remat: recompute each layer in the backward pass instead of storing it.
           return_attention: also return the attention maps.
 
@@ -185,6 +191,11 @@ class Transformer(nnx.Module):
             # Inside a scan nothing can merge the recomputation with the first computation.
             layer = jax.checkpoint(layer, prevent_cse=False)
         return jax.lax.scan(layer, x, parameters)
+
+
+def key_mask(keep: Bool[Array, "batch keys"] | None) -> Mask | None:
+    """A mask that hides the keys that are not kept from every query; None hides nothing."""
+    return None if keep is None else keep[:, None, None]
 
 
 def causal_mask(tokens: int) -> Bool[Array, "tokens tokens"]:

@@ -319,14 +319,19 @@ def read_parameters(
 
 
 def write_tensors(
-    folder: Path, parameters: Mapping[tuple[str, ...], np.ndarray], table: Sequence[Parameter]
+    folder: Path,
+    parameters: Mapping[tuple[str, ...], np.ndarray],
+    table: Sequence[Parameter],
+    *,
+    dtype: str = "float32",
 ) -> None:
-    """Write model.safetensors, float32, with the names of the table."""
+    """Write model.safetensors with the names of the table, in this dtype."""
     tensors: dict[str, np.ndarray] = {}
     for parameter in table:
         value = np.asarray(parameters[parameter.path])
         names = parameter.names(value.shape)
-        tensors |= zip(names, parameter.to_tensors(value), strict=True)
+        written = [tensor.astype(dtype) for tensor in parameter.to_tensors(value)]
+        tensors |= zip(names, written, strict=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 

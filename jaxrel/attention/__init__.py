@@ -6,16 +6,28 @@ their gradients.
 
 from jaxrel.attention.accumulate import equal, head_mean, row, weighted
 from jaxrel.attention.baselines import cross_rollout, grad_cam, no_aggregation, raw, rollout
-from jaxrel.attention.bimodal import CoAttention, Layers, Maps, bimodal, encoder_decoder
+from jaxrel.attention.bimodal import (
+    CoAttention,
+    Layers,
+    Maps,
+    bimodal,
+    encoder_decoder,
+    two_streams,
+)
 from jaxrel.attention.blockwise import blockwise
 from jaxrel.attention.carrier import Carrier
 from jaxrel.attention.importance import layer_weights, measure, weights
 from jaxrel.attention.maps import check_finite
 from jaxrel.attention.sites import Site, Stack, sites
 from jaxrel.attention.transformation import METHODS, relevance, value_and_relevance
+from jaxrel.attention.two_stream_methods import (
+    TWO_STREAM_METHODS,
+    value_and_two_stream_relevance,
+)
 
 __all__ = [
     "METHODS",
+    "TWO_STREAM_METHODS",
     "Carrier",
     "CoAttention",
     "Layers",
@@ -38,7 +50,9 @@ __all__ = [
     "rollout",
     "row",
     "sites",
+    "two_streams",
     "value_and_relevance",
+    "value_and_two_stream_relevance",
     "weighted",
     "weights",
 ]

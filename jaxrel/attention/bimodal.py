@@ -6,6 +6,7 @@ tokens; a layer is a function from streams to streams; a model is a scan over la
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,10 @@ class CoAttention(NamedTuple):
     s_self: Layers
     q_cross: Layers
     q_self: Layers
+
+
+Schedule = Sequence[Sequence[Mapping[str, Layers]]]
+_PAIRS = ("ss", "sq", "qq", "qs")
 
 
 class Maps(NamedTuple):
@@ -205,38 +210,23 @@ def bimodal(
         _checked(where, "cross.q_cross", cross.q_cross, qs, some, values=values),
         _checked(where, "cross.q_self", cross.q_self, qq, some, values=values),
     )
+    q_cross, q_self = (
+        jax.tree.map(lambda x: x[: count - 1], layers) for layers in (cross.q_cross, cross.q_self)
+    )
+    schedule = (
+        () if s is None else ({"ss": s},),
+        () if q is None else ({"qq": q},),
+        (
+            {"sq": cross.s_cross, "qs": q_cross},
+            {"ss": cross.s_self, "qq": q_self},
+        ),
+    )
     importance = importance if importance is None else measure(importance)
-    maps = _bimodal(s, q, cross, importance, normalise)
+    maps = _accumulate(tuple(filter(None, schedule)), tokens, others, importance, normalise)
     if readout is None:
         return maps
     token = readout_index(readout, batch=batch, tokens=tokens)
     return maps._replace(ss=maps.ss.at[jnp.arange(batch), token, token].set(0))
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _bimodal(s, q, cross, importance, normalise):
-    count, batch, _, tokens, others = cross.s_cross.attn.shape
-    dtype = relevance_dtype(*jax.tree.leaves((s, q, cross)))
-    streams = (
-        _self_layers(start(batch, tokens, others, dtype), s, importance),
-        _self_layers(start(batch, others, tokens, dtype), q, importance),
-    )
-
-    def both(streams, layer):
-        s, q = streams
-        s, q = (
-            cross_attention(s, q, *_update(layer.s_cross, importance), normalise=normalise),
-            cross_attention(q, s, *_update(layer.q_cross, importance), normalise=normalise),
-        )
-        s = self_attention(s, *_update(layer.s_self, importance))
-        q = self_attention(q, *_update(layer.q_self, importance))
-        return (s, q), None
-
-    (of_s, of_q), _ = jax.lax.scan(both, streams, jax.tree.map(lambda x: x[: count - 1], cross))
-    last_cross, last_self = jax.tree.map(lambda x: x[-1], (cross.s_cross, cross.s_self))
-    of_s = cross_attention(of_s, of_q, *_update(last_cross, importance), normalise=normalise)
-    of_s = self_attention(of_s, *_update(last_self, importance))
-    return Maps(ss=own(of_s), sq=of_s.other, qq=own(of_q), qs=of_q.other)
 
 
 def encoder_decoder(
@@ -277,23 +267,120 @@ def encoder_decoder(
         encoder = _checked(where, "encoder", encoder, qq, values=values)
     decoder = _checked(where, "decoder", decoder, ss, (count,), values=values)
     cross = _checked(where, "cross", cross, sq, values=values)
+    schedule = ((),) if encoder is None else (({"qq": encoder},),)
+    schedule = (*schedule, ({"ss": decoder}, {"sq": cross}))
     importance = importance if importance is None else measure(importance)
-    return _encoder_decoder(encoder, decoder, cross, importance, normalise)
+    return _accumulate(tuple(filter(None, schedule)), tokens, others, importance, normalise)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _encoder_decoder(encoder, decoder, cross, importance, normalise):
-    _, batch, _, tokens, others = cross.attn.shape
-    dtype = relevance_dtype(*jax.tree.leaves((encoder, decoder, cross)))
-    memory = _self_layers(start(batch, others, tokens, dtype), encoder, importance)
+def two_streams(
+    schedule: Schedule,
+    *,
+    importance: str | Measure | None = None,
+    normalise: bool = True,
+    residual: bool = True,
+) -> Maps:
+    """Relevance in any model of two streams, from the order in which they attend.
 
-    def layer(stream, maps):
-        to_itself, to_memory = (_update(kind, importance) for kind in maps)
-        stream = self_attention(stream, *to_itself)
-        return cross_attention(stream, memory, *to_memory, normalise=normalise), None
+    `bimodal` and `encoder_decoder` are two such orders. A schedule is a sequence of blocks,
+    which run one after the other. A block is a sequence of moments; its layers run one after
+    the other, and each goes through all moments. A moment is a mapping from a pair, "ss", "qq",
+    "sq" or "qs" (queries of the first letter's stream, keys of the second's), to the `Layers`
+    of that attention; all of a moment read the streams as they were before it. Chefer, Gur and
+    Wolf 2021, eq. 5 to 11; weighted as in `bimodal`.
 
-    stream, _ = jax.lax.scan(layer, start(batch, tokens, others, dtype), (decoder, cross))
-    return Maps(ss=own(stream), sq=stream.other, qq=own(memory), qs=memory.other)
+    Args:
+      schedule: the blocks. What does not reach stream s any more, in the last layer of a block,
+        may be absent there.
+      importance: as in `bimodal`.
+      normalise: as in `bimodal`.
+      residual: whether `ss` and `qq` hold what the residual branch alone carries. It is each
+        token's own (the identity, in equal accumulation) and outweighs the rest; without it, a
+        word that is itself read out compares with the words before it.
+
+    Returns:
+      The four maps, as in `bimodal`.
+
+    Raises:
+      ValueError: as in `bimodal`; also an unknown pair, or a stream whose tokens are never
+        told (no "sq" or "qs").
+    """
+    blocks = tuple(tuple(dict(moment) for moment in block) for block in schedule)
+    moments = [moment for block in blocks for moment in block]
+    for moment in moments:
+        if not moment or set(moment) - set(_PAIRS) or len({p[0] for p in moment}) < len(moment):
+            raise ValueError(
+                "two_streams: a moment maps pairs of streams, one for each stream that attends, "
+                f"to Layers; the pairs are {', '.join(_PAIRS)}; got {', '.join(moment) or 'none'}"
+            )
+    cross = [(p, moment[p]) for moment in moments for p in moment if p in ("sq", "qs")]
+    if not cross:
+        raise ValueError("two_streams: no stream attends to the other; use equal or weighted")
+    pair, layers = cross[0]
+    _, batch, queries, keys = _sizes("two_streams", pair, layers)
+    size = {pair[0]: queries, pair[1]: keys}
+    for block in blocks:
+        count = max(np.shape(x.attn)[0] for moment in block for x in moment.values())
+        for moment in block:
+            for pair, layers in moment.items():
+                sizes = (batch, size[pair[0]], size[pair[1]])
+                moment[pair] = _checked(
+                    "two_streams",
+                    pair,
+                    layers,
+                    sizes,
+                    (count, count - 1),
+                    values=importance is not None,
+                )
+    importance = importance if importance is None else measure(importance)
+    return _accumulate(blocks, size["s"], size["q"], importance, normalise, residual)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _accumulate(blocks, tokens, others, importance, normalise, residual=True):
+    batch, dtype = jax.tree.leaves(blocks)[0].shape[1], relevance_dtype(*jax.tree.leaves(blocks))
+    streams = {
+        "s": start(batch, tokens, others, dtype),
+        "q": start(batch, others, tokens, dtype),
+    }
+
+    def layer(streams, moments):
+        for moment in moments:
+            changed = {}
+            for pair, maps in moment.items():
+                mine, theirs = (streams[name] for name in pair)
+                update = _update(maps, importance)
+                changed[pair[0]] = (
+                    self_attention(mine, *update)
+                    if pair[0] == pair[1]
+                    else cross_attention(mine, theirs, *update, normalise=normalise)
+                )
+            streams = streams | changed
+        return streams, None
+
+    for block in blocks:
+        counts = [x.attn.shape[0] for moment in block for x in moment.values()]
+        first, last = _split(block, min(counts))
+        streams, _ = jax.lax.scan(layer, streams, first)
+        if min(counts) < max(counts):
+            streams, _ = layer(streams, last)
+    s, q = streams["s"], streams["q"]
+    ss, qq = (own(s), own(q)) if residual else (s.moved, q.moved)
+    return Maps(ss=ss, sq=s.other, qq=qq, qs=q.other)
+
+
+def _split(block: Any, count: int) -> tuple[Any, Any]:
+    """The first `count` layers of a block, and the one after them without what it lacks."""
+    first = jax.tree.map(lambda x: x[:count], block)
+    last = [
+        {
+            pair: jax.tree.map(lambda x: x[-1], maps)
+            for pair, maps in moment.items()
+            if maps.attn.shape[0] > count
+        }
+        for moment in block
+    ]
+    return first, last
 
 
 def _eye(stream: Stream) -> Array:
@@ -315,16 +402,6 @@ def _update(layer: Layers, importance: str | Measure | None) -> tuple[Any, Any, 
     if importance is None:
         return abar, 1.0, 1.0
     return abar, *layer_weights(layer.before, layer.after, layer.value_grad, importance)
-
-
-def _self_layers(stream: Stream, layers: Layers | None, importance: str | Measure | None) -> Stream:
-    if layers is None:
-        return stream
-
-    def layer(stream, maps):
-        return self_attention(stream, *_update(maps, importance)), None
-
-    return jax.lax.scan(layer, stream, layers)[0]
 
 
 def _sizes(where: str, name: str, cross: Layers) -> tuple[int, int, int, int]:

@@ -1,0 +1,365 @@
+"""The perturbation test: how a model fares when tokens go in the order of their relevance.
+
+Protocol `perturbation/1`, after Chefer, Gur and Wolf 2021, "Generic Attention-model
+Explainability". In the negative test the least relevant tokens go first, and a good explanation
+keeps the model right for long; in the positive test the most relevant go first, and a good
+explanation breaks it soon. Nothing here knows a model: what is measured is a function of the
+tokens that are kept.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+
+from jaxrel.metrics.statistics import Interval, Intervals, bootstrap_many
+
+PROTOCOL = "perturbation/1"
+
+# Shares of the removable tokens that are removed.
+STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+
+# The order of the second axis of `sweep`, and of the first axis of what `summary` takes.
+SIGNS = ("negative", "positive")
+
+Steps = Sequence[int | float]
+Relevance = Float[Array | np.ndarray, "batch tokens"]
+# Shapes and dtype are told apart here so that a wrong one meets our own error.
+Removable = Shaped[Array | np.ndarray, "examples positions"]
+Measure = Callable[[Bool[Array, "batch tokens"]], Shaped[Array, "..."]]
+
+
+def keep_masks(
+    relevance: Relevance, removable: Removable, *, positive: bool, steps: Steps = STEPS
+) -> Bool[Array, "steps batch tokens"]:
+    """The tokens that are kept at each step of the test.
+
+    At step p an example with n removable tokens keeps int((1 - p) * n) of them: those with the
+    highest score. The score is the relevance in the negative test and the negative of it in the
+    positive test. Of equal scores the token with the lower index is kept first, in both tests.
+    The counts are those of Python's float64, rounding included: int((1 - 0.8) * 5) is 0, since
+    1 - 0.8 is a little less than 0.2.
+
+    Args:
+      relevance: finite relevance, float; that of tokens which are not removable is not used.
+      removable: bool of the same shape; False for tokens that always stay (CLS, BOS, EOT) and
+        for padding, which is kept as it is.
+      positive: remove the most relevant tokens first, rather than the least.
+      steps: shares of the removable tokens to remove, rising from 0 to 1 at most; static.
+
+    Returns:
+      True where a token is kept. Pure, and made for `jax.jit`.
+
+    Raises:
+      ValueError: the shapes differ, `removable` is not bool, `steps` do not rise or leave
+        [0, 1], or the relevance of a removable token is not finite. Values cannot be looked at
+        under `jax.jit`; there, masks of an example with NaN mean nothing.
+    """
+    _check_steps("keep_masks", steps)
+    _check_tokens("keep_masks", relevance.shape, removable)
+    _check_finite("keep_masks", relevance, removable)
+    relevance, removable = jnp.asarray(relevance), jnp.asarray(removable)
+    return _keep(-relevance if positive else relevance, removable, tuple(steps))
+
+
+def sweep(
+    measure: Measure,
+    relevance: Float[Array | np.ndarray, "methods batch tokens"],
+    removable: Removable,
+    *,
+    steps: Steps = STEPS,
+    batch_size: int | None = None,
+) -> Float[Array, "methods signs steps batch"]:
+    """Measure a model at every step of both tests, for several methods.
+
+    One program whatever the number of methods and steps: `jax.jit` the call, with the model's
+    parameters among the arguments, and call it again for each batch. The masks of all steps are
+    made first: a byte per method, test, step, example and token.
+
+        @jax.jit
+        def run(params, inputs, relevance, removable):
+            return sweep(lambda keep: score(params, inputs, keep), relevance, removable)
+
+    Args:
+      measure: a JAX function from the kept tokens, bool `[batch, tokens]`, to one number (or
+        bool) per example, `[batch]`.
+      relevance: one map per method, of the same examples.
+      removable: as in `keep_masks`.
+      steps: as in `keep_masks`.
+      batch_size: how many masks are measured at a time (vmapped); None for one after another,
+        which needs the least memory.
+
+    Returns:
+      Values in float32 (float64 for float64 measures), the negative test first. An example's
+      values are NaN for a method whose relevance is not finite where that could not be told in
+      advance (under `jax.jit`); `summary` refuses them.
+
+    Raises:
+      ValueError: as `keep_masks`, or `measure` does not return one number per example.
+    """
+    _check_steps("sweep", steps)
+    _check_tokens("sweep", relevance.shape[1:], removable)
+    _check_finite("sweep", relevance, removable)
+    relevance, removable = jnp.asarray(relevance), jnp.asarray(removable)
+    found = jax.eval_shape(measure, jax.ShapeDtypeStruct(removable.shape, jnp.bool_))
+    if getattr(found, "shape", None) != removable.shape[:1]:
+        raise ValueError(
+            f"sweep: measure must return one number per example, [{len(removable)}], got "
+            f"{getattr(found, 'shape', type(found).__name__)}"
+        )
+    signed = jnp.stack([relevance, -relevance], axis=1)
+    keep = jax.vmap(jax.vmap(lambda score: _keep(score, removable, tuple(steps))))(signed)
+    flat = keep.reshape(-1, *removable.shape)
+    values = jax.lax.map(measure, flat, batch_size=batch_size).reshape(keep.shape[:-1])
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    usable = (jnp.isfinite(relevance) | ~removable).all(axis=-1)
+    return jnp.where(usable[:, None, None], values, jnp.nan)
+
+
+def auc(
+    values: Float[Array | np.ndarray, "*methods steps examples"], steps: Steps = STEPS
+) -> Float[Array | np.ndarray, "*methods examples"]:
+    """Area under each example's curve by the trapezoid rule, times 100.
+
+    The x of a step is the share p itself and nothing is normalised, so a measure that is 1 at
+    every step of the protocol has the area 100.
+
+    Args:
+      values: as `sweep` returns them; NumPy arrays give NumPy arrays.
+      steps: the shares p, as in `keep_masks`.
+
+    Raises:
+      ValueError: `steps` are fewer than two, do not rise, leave [0, 1], or are not as many as
+        those of `values`.
+    """
+    _check_curve("auc", steps, values.shape[-2])
+    widths = np.diff(np.asarray(steps, np.float64))[:, None]
+    return (widths * (values[..., 1:, :] + values[..., :-1, :])).sum(-2) * 50
+
+
+def random_relevance(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """The baseline that knows nothing: relevance uniform in [0, 1), a new draw per token."""
+    return jax.random.uniform(key, shape)
+
+
+def summary(
+    values: Mapping[str, Shaped[np.ndarray, "..."]],
+    *,
+    measure: str,
+    steps: Steps = STEPS,
+    baseline: str | None = "equal",
+    cost: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Curves, areas and paired differences with bootstrap 95% intervals over examples.
+
+    Values are used as they are: none is cut, left out or weighted. All methods meet the same
+    resamples. Each interval holds for itself: nothing is corrected for how many are compared.
+
+    Args:
+      values: `[2, steps, examples]` per method (negative, positive), of the same examples in
+        the same order; batches of `sweep` joined along the last axis.
+      measure: what was measured, such as "accuracy".
+      steps: the shares that `sweep` was given.
+      baseline: the method that others are compared with; None to compare with none.
+      cost: text per method for the table, such as "1 forward, 1 backward".
+      seed: of the resampling.
+
+    Returns:
+      What JSON can hold: `protocol`, `measure`, `steps`, `examples`, `baseline`, `methods`. Per
+      method, in the order given, and per test: `curve` (`mean`, `low`, `high`, a list over
+      steps each), `auc` (`mean`, `low`, `high`) and, for all but the baseline, `difference` (of
+      AUC on the same examples, less the baseline's); `cost` where one was given.
+
+    Raises:
+      ValueError: no methods, shapes that do not fit, values that are not finite, an unknown
+        baseline, or a cost of a method that has no values.
+    """
+    arrays = {name: np.asarray(one, np.float64) for name, one in values.items()}
+    _check_values(arrays, steps)
+    _check_known("baseline", [] if baseline is None else [baseline], arrays)
+    _check_known("cost", list(cost or {}), arrays)
+    stacked = np.stack(list(arrays.values()))
+    areas = np.asarray(auc(stacked, steps))
+    curves, aucs = bootstrap_many(stacked, seed=seed), bootstrap_many(areas, seed=seed)
+    result: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "measure": measure,
+        "steps": [float(step) for step in steps],
+        "examples": stacked.shape[-1],
+        "baseline": baseline,
+        "methods": {
+            name: {
+                sign: {"curve": _curve(curves, i, j), "auc": aucs.at(i, j)._asdict()}
+                for j, sign in enumerate(SIGNS)
+            }
+            for i, name in enumerate(arrays)
+        },
+    }
+    methods = result["methods"]
+    if baseline is not None:
+        differences = bootstrap_many(areas - areas[list(arrays).index(baseline)], seed=seed)
+        for i, name in enumerate(arrays):
+            for j, sign in enumerate(SIGNS):
+                if name != baseline:
+                    methods[name][sign]["difference"] = differences.at(i, j)._asdict()
+    for name, text in (cost or {}).items():
+        methods[name]["cost"] = text
+    return result
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The table of a summary, a row per method in the summary's order.
+
+    Differences are bold where their interval excludes 0, for better or for worse.
+
+    Args:
+      summary: as `summary` returns it, or read back from JSON.
+
+    Raises:
+      ValueError: it is of another protocol.
+    """
+    check_protocol("markdown", summary)
+    methods, baseline = summary["methods"], summary["baseline"]
+    costs = any("cost" in one for one in methods.values())
+    less = [] if baseline is None else [f"less {_cell(baseline)}'s"]
+    head = ["method", "negative AUC (higher is better)", *less]
+    head += ["positive AUC (lower is better)", *less, *(["cost"] if costs else [])]
+    rows = [head, ["---"] * len(head)]
+    for name, one in methods.items():
+        row = [_cell(name)]
+        for sign in SIGNS:
+            row.append(_area(Interval(**one[sign]["auc"])))
+            if less:
+                row.append(_difference(one[sign].get("difference")))
+        rows.append(row + ([_cell(one.get("cost", ""))] if costs else []))
+    caption = (
+        f"Perturbation test (`{summary['protocol']}`), {summary['measure']}, "
+        f"{summary['examples']} examples, bootstrap 95% intervals"
+    )
+    caption += "; bold: the interval of the difference excludes 0." if less else "."
+    return "\n".join([caption, "", *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def check_protocol(what: str, summary: Mapping[str, Any]) -> None:
+    """Refuse a summary that is not of this protocol."""
+    if (found := summary.get("protocol")) != PROTOCOL:
+        raise ValueError(
+            f"{what}: expected a summary of {PROTOCOL!r}, as perturbation.summary returns it, "
+            f"got protocol {found!r}"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _keep(
+    score: Float[Array, "batch tokens"],
+    removable: Bool[Array, "batch tokens"],
+    steps: tuple[int | float, ...],
+) -> Bool[Array, "steps batch tokens"]:
+    """Keep the highest scores; ties go to the lower index, since the sort is stable."""
+    order = jnp.argsort(jnp.where(removable, -score, jnp.inf), axis=-1, stable=True)
+    place = jnp.argsort(order, axis=-1)
+    kept = jnp.asarray(_counts(steps, score.shape[-1]))[:, removable.sum(-1)]
+    return ~removable | (place < kept[..., None])
+
+
+def _counts(steps: Steps, tokens: int) -> Int[np.ndarray, "steps {tokens}+1"]:
+    """How many are kept of 0, 1, ... tokens: int((1 - p) * n) in float64, on the host."""
+    shares = 1 - np.asarray(steps, np.float64)
+    return (shares[:, None] * np.arange(tokens + 1)).astype(np.int32)
+
+
+def _check_steps(what: str, steps: Steps) -> None:
+    if not len(steps) or not (np.diff(steps) > 0).all() or not 0 <= steps[0] <= steps[-1] <= 1:
+        raise ValueError(
+            f"{what}: steps must rise within [0, 1], as {STEPS} do, got {tuple(steps)}"
+        )
+
+
+def _check_curve(what: str, steps: Steps, found: int) -> None:
+    _check_steps(what, steps)
+    if len(steps) < 2:
+        raise ValueError(f"{what}: an area needs at least two steps, got {tuple(steps)}")
+    if len(steps) != found:
+        raise ValueError(
+            f"{what}: values at {found} steps, but {len(steps)} steps; give the steps of the sweep"
+        )
+
+
+def _check_tokens(what: str, shape: tuple[int, ...], removable: Removable) -> None:
+    if shape != removable.shape:
+        raise ValueError(
+            f"{what}: relevance of [batch, tokens] = {list(shape)} and removable of "
+            f"{list(removable.shape)} differ; give both for the same tokens"
+        )
+    if removable.dtype != np.bool_:
+        raise ValueError(
+            f"{what}: removable must be bool, True where a token may go, got {removable.dtype}"
+        )
+
+
+def _check_finite(
+    what: str, relevance: Float[Array | np.ndarray, "*methods batch tokens"], removable: Removable
+) -> None:
+    if isinstance(relevance, jax.core.Tracer) or isinstance(removable, jax.core.Tracer):
+        return
+    bad = np.asarray(~np.isfinite(relevance) & np.asarray(removable)).any(-1)
+    if bad.any():
+        raise ValueError(
+            f"{what}: relevance is not finite in {bad.sum()} of {bad.size} maps, first at index "
+            f"{tuple(np.argwhere(bad)[0].tolist())}; a token without a number has no place in "
+            "the order"
+        )
+
+
+def _check_values(values: Mapping[str, np.ndarray], steps: Steps) -> None:
+    if not values:
+        raise ValueError("summary: expected values per method, got no methods")
+    first = next(iter(values.values()))
+    for name, one in values.items():
+        if one.ndim != 3 or len(one) != len(SIGNS) or one.shape != first.shape:
+            shapes = {name: list(one.shape) for name, one in values.items()}
+            raise ValueError(
+                "summary: expected values [2 (negative, positive), steps, examples] alike for "
+                f"all methods, got {shapes}"
+            )
+        if not (finite := np.isfinite(one).all((0, 1))).all():
+            raise ValueError(
+                f"summary: values of {name!r} are not finite for {(~finite).sum()} of "
+                f"{finite.size} examples, first at example {int(np.argmin(finite))}; the measure "
+                "or the relevance gave NaN or infinity"
+            )
+    _check_curve("summary", steps, first.shape[1])
+
+
+def _check_known(what: str, names: Sequence[str], values: Mapping[str, np.ndarray]) -> None:
+    for name in names:
+        if name not in values:
+            raise ValueError(
+                f"summary: {what} {name!r} is not among the methods {', '.join(values)}"
+            )
+
+
+def _curve(curves: Intervals, method: int, sign: int) -> dict[str, list[float]]:
+    return {name: part[method, sign].tolist() for name, part in curves._asdict().items()}
+
+
+def _area(interval: Interval) -> str:
+    mean, low, high = interval
+    return f"{mean:z.2f} [{low:z.1f}, {high:z.1f}]"
+
+
+def _difference(difference: Mapping[str, float] | None) -> str:
+    if difference is None:
+        return ""
+    mean, low, high = Interval(**difference)
+    text = f"{mean:+z.2f} [{low:+z.2f}, {high:+z.2f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,761 @@
+"""CLIPmapper: CLIP's encoders, then a mapper over both streams (Huang et al. 2023).
+
+Stage 1 turns a picture into patch tokens and a text into word tokens, with the two towers of a
+CLIP model. Stage 2, the mapper, has single-modality self-attention and cross-modality
+co-attention in every layer. Two models are made of it: one answers questions, one captions.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrel import capture_with_grad
+from jaxrel.models.clip import (
+    CLIP,
+    CLIPConfig,
+    TextTower,
+    VisionTower,
+    check_vocabulary,
+    end_of_text,
+)
+from jaxrel.models.layout import Layout, Stream
+from jaxrel.models.mapper import Mapper, Maps
+from jaxrel.models.processor import Processor
+from jaxrel.models.transformer import ACTIVATIONS, Mask, causal_mask, key_mask, layer_norm
+from jaxrel.models.weights import (
+    CONFIG,
+    Parameter,
+    find_folder,
+    new_folder,
+    read_config,
+    read_parameters,
+    read_tensors,
+    write_tensors,
+)
+
+MODEL_TYPE = "clipmapper"
+TASKS = ("vqa", "caption")
+
+Inputs = Mapping[str, Array | np.ndarray]
+
+
+@dataclass(frozen=True)
+class CLIPMapperConfig:
+    """Sizes of a CLIPmapper.
+
+    Args:
+      task: "vqa" answers questions, "caption" writes captions.
+      clip: stage 1. Its common embedding space is not used.
+      answers: the answers, in the order of the logits (task "vqa").
+      several: whether several answers may be right: each has a probability of its own
+        (sigmoid), as VQA v2 needs it; otherwise one is right (softmax).
+      width: features per token in the mapper.
+      layers: of the mapper.
+      heads: attention heads; divides `width`.
+      mlp_width: hidden features of the MLPs.
+      activation: "quick_gelu" or "gelu".
+      layer_norm_eps: added to the variance in layer norms.
+
+    Raises:
+      ValueError: a size or a name is out of range, or the answers do not suit the task.
+    """
+
+    task: str = "vqa"
+    clip: CLIPConfig = field(default_factory=CLIPConfig)
+    answers: tuple[str, ...] = ()
+    several: bool = False
+    width: int = 768
+    layers: int = 6
+    heads: int = 12
+    mlp_width: int = 3072
+    activation: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"mapper: task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        for name in ("width", "layers", "heads", "mlp_width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"mapper: {name} must be a positive integer, got {value!r}")
+        if self.width % self.heads:
+            raise ValueError(
+                f"mapper: width {self.width} is not a multiple of its {self.heads} heads"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"mapper: unknown activation {self.activation!r}, known are "
+                f"{', '.join(ACTIVATIONS)}"
+            )
+        if (self.task == "vqa") != bool(self.answers):
+            raise ValueError(
+                f"mapper: task {self.task!r} with {len(self.answers)} answers; 'vqa' needs the "
+                "answers it chooses from, 'caption' has none"
+            )
+        if len(set(self.answers)) < len(self.answers):
+            twice = sorted({a for a in self.answers if self.answers.count(a) > 1})
+            raise ValueError(f"mapper: answers are repeated: {', '.join(twice[:5])}")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPMapperConfig":
+        """Read the content of a config.json, as `to_dict` writes it.
+
+        Raises:
+          ValueError: a key is missing or unknown, or a value is out of range.
+        """
+        mapper, stage1 = config.get("mapper_config"), config.get("clip_config")
+        if not isinstance(mapper, dict) or not isinstance(stage1, dict):
+            raise ValueError(f"{CONFIG}: expected objects clip_config and mapper_config")
+        known = {f.name for f in dataclasses.fields(cls)} - {"clip"}
+        if set(mapper) != known:
+            wrong = ", ".join(sorted(set(mapper) ^ known))
+            raise ValueError(
+                f"{CONFIG}: mapper_config must hold {', '.join(sorted(known))}; missing or "
+                f"unknown: {wrong}"
+            )
+        answers = tuple(mapper["answers"])
+        return cls(**(mapper | {"answers": answers}), clip=CLIPConfig.from_dict(stage1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the content of a config.json (without `remat` and `dtype`)."""
+        mapper = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "clip"
+        }
+        return {
+            "model_type": MODEL_TYPE,
+            "clip_config": self.clip.to_dict(),
+            "mapper_config": mapper | {"answers": list(self.answers)},
+        }
+
+
+class CLIPMapper(nnx.Module):
+    """What the question-answering and the captioning model share; `from_pretrained` gives either.
+
+    `inputs` is a dict {"image": float [batch, height, width, 3], normalised; "text": int [batch,
+    tokens]}, as `prepare` makes it. Optional are "image_keep" bool [batch, patches + 1] and
+    "text_keep" bool [batch, tokens]: tokens that are not kept are hidden from all others in
+    every attention layer.
+
+    The tags are the names of the attention maps, "vision" and "text" (stage 1), "image_single",
+    "text_single", "text_to_image", "image_to_text", "image_self" and "text_self" (stage 2), and
+    with these in front "/before" (the residual stream), and "/after" (what is added to it).
+
+    Args:
+      config: the sizes.
+      rngs: for the initial parameters (stream "params").
+      processor: tokenizer and picture preprocessing.
+
+    Raises:
+      ValueError: the tokenizer has more tokens than the model.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(
+        self, config: CLIPMapperConfig, *, rngs: nnx.Rngs, processor: Processor | None = None
+    ) -> None:
+        dtype = jnp.dtype(config.clip.dtype)
+        self.config = config
+        self.processor = processor or Processor()
+        check_vocabulary(self.processor, config.clip)
+        eps, stage1 = config.layer_norm_eps, config.clip
+        outputs = len(config.answers) or stage1.text.vocab_size
+        self.vision = VisionTower(stage1.vision, None, dtype, rngs=rngs)
+        self.text = TextTower(stage1.text, None, dtype, rngs=rngs)
+        self.vision_norm = layer_norm(stage1.vision.width, eps=eps, dtype=dtype, rngs=rngs)
+        self.text_norm = layer_norm(stage1.text.width, eps=eps, dtype=dtype, rngs=rngs)
+        self.vision_in = nnx.Linear(stage1.vision.width, config.width, dtype=dtype, rngs=rngs)
+        self.text_in = nnx.Linear(stage1.text.width, config.width, dtype=dtype, rngs=rngs)
+        self.mapper = Mapper(
+            config.width,
+            config.layers,
+            config.heads,
+            config.mlp_width,
+            co_attention=config.task == "vqa",
+            activation=config.activation,
+            eps=eps,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.final_norm = layer_norm(config.width, eps=eps, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(config.width, outputs, dtype=dtype, rngs=rngs)
+
+    def encode_image(
+        self,
+        image: Float[Array, "batch height width 3"],
+        keep: Bool[Array, "batch tokens"] | None = None,
+        *,
+        return_attention: bool = False,
+    ) -> tuple[Float[Array, "batch tokens features"], Maps]:
+        """Stage 1 of the picture: its tokens, and with `return_attention` the maps by name."""
+        tokens, maps = self.vision(
+            image,
+            keep=keep,
+            remat=self.config.clip.remat,
+            return_attention=return_attention,
+        )
+        return tokens, {} if maps is None else {"vision": maps}
+
+    def map(
+        self,
+        image: Float[Array, "batch tokens features"],
+        text: Int[Array, "batch words"],
+        *,
+        image_keep: Bool[Array, "batch tokens"] | None = None,
+        text_keep: Bool[Array, "batch words"] | None = None,
+        return_attention: bool = False,
+    ) -> tuple[Float[Array, "batch words features"], Maps]:
+        """Stage 1 of the text, and stage 2: the text's tokens, normalised for the head.
+
+        Args:
+          image: the picture's tokens, as `encode_image` returns them.
+          text: token ids.
+          image_keep: which of the picture's tokens are seen.
+          text_keep: which of the text's tokens are seen, beside the padding, which never is.
+          return_attention: also return the attention maps by name.
+        """
+        tokens, maps = self.text(
+            text,
+            keep=text_keep,
+            remat=self.config.clip.remat,
+            return_attention=return_attention,
+        )
+        out, mapped = self.mapper(
+            self.vision_in(self.vision_norm(image)),
+            self.text_in(self.text_norm(tokens)),
+            key_mask(image_keep),
+            self._text_mask(text, text_keep),
+            remat=self.config.clip.remat,
+            return_attention=return_attention,
+        )
+        return self.final_norm(out), {} if maps is None else {"text": maps, **mapped}
+
+    def _text_mask(self, text: Array, keep: Array | None) -> Mask:
+        """Which tokens of the text are seen in stage 2, and from where."""
+        if self.config.task == "caption":
+            mask = causal_mask(text.shape[1])
+            return mask if keep is None else mask & key_mask(keep)
+        end = end_of_text(text, self.config.clip.text.eos_token_id)
+        words = jnp.arange(text.shape[1]) <= end[:, None]
+        return key_mask(words if keep is None else words & keep)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike,
+        *,
+        dtype: str | None = None,
+        allow_pickle: bool = False,
+    ) -> "CLIPMapper":
+        """Load a model and its tokenizer and picture preprocessing.
+
+        Args:
+          name_or_folder: a bundled model, a folder that `save_pretrained` wrote, or a hub name.
+          dtype: of the computation, "float32" (default) or "bfloat16".
+          allow_pickle: read a pickled checkpoint where there is nothing else; needs torch.
+
+        Returns:
+          A `CLIPMapperVQA` or a `CLIPMapperCaption`, as config.json says.
+
+        Raises:
+          FileNotFoundError: no such model, or a file is missing.
+          OSError: the hub did not answer, or a file is truncated.
+          ValueError: config.json or the weights are not those of a CLIPmapper (of the task of
+            this class), do not belong together, are pickled, or hold values that are not finite.
+        """
+        folder = find_folder(name_or_folder)
+        config = CLIPMapperConfig.from_dict(read_config(folder, MODEL_TYPE))
+        config = replace(config, clip=replace(config.clip, dtype=dtype or config.clip.dtype))
+        kind = _KINDS[config.task]
+        if not issubclass(kind, cls):
+            raise ValueError(
+                f"{folder} holds a model for the task {config.task!r}, and {cls.__name__} does "
+                f"{cls.task!r}; load it with {kind.__name__} or CLIPMapper"
+            )
+        processor = Processor.from_folder(folder)
+        check_vocabulary(processor, config.clip)
+        model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), processor=processor))
+        shapes = {path: variable.shape for path, variable in _parameters(model)}
+        tensors = read_tensors(folder, allow_pickle=allow_pickle)
+        parameters = read_parameters(tensors, _table(shapes), shapes)
+        for path, variable in _parameters(model):
+            variable.set_value(jnp.asarray(parameters[path]))
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike, *, dtype: str = "float32") -> None:
+        """Write config.json, model.safetensors and the processor's files.
+
+        The folder appears as a whole, or, when something fails, not at all.
+
+        Args:
+          folder: a new folder, or an older model folder, which is replaced.
+          dtype: of the file: "float32", or "float16" for half the size.
+
+        Raises:
+          FileExistsError: the folder exists and is no model folder.
+        """
+        parameters = {path: np.asarray(value[...]) for path, value in _parameters(self)}
+        table = _table({path: value.shape for path, value in parameters.items()})
+        with new_folder(folder) as draft:
+            text = json.dumps(self.config.to_dict(), indent=2)
+            (draft / CONFIG).write_text(text + "\n", encoding="utf-8")
+            write_tensors(draft, parameters, table, dtype=dtype)
+            self.processor.save(draft)
+
+    def init_from_clip(self, stage1: CLIP) -> None:
+        """Take stage 1 from a CLIP model, in place: its towers without their last norms.
+
+        Args:
+          stage1: a CLIP whose towers have this model's sizes; of its text positions the first
+            are taken where it reads longer texts.
+
+        Raises:
+          ValueError: a size differs.
+        """
+        theirs = dict(nnx.to_flat_state(nnx.state(stage1, nnx.Param)))
+        for path, variable in _parameters(self):
+            if path[0] not in ("vision", "text"):
+                continue
+            value = theirs[path][...]
+            if path == ("text", "position_embedding"):
+                value = value[: variable.shape[0]]
+            if value.shape != variable.shape:
+                raise ValueError(
+                    f"init_from_clip: {'/'.join(path)} has shape {list(value.shape)} in the CLIP "
+                    f"and {list(variable.shape)} here; make the model from the CLIP's own config"
+                )
+            variable.set_value(value)
+
+    @property
+    def layout(self) -> Layout:
+        """What the axes of the attention maps mean, and in which order the streams attend.
+
+        Stream s is the text, which is read out, and stream q the picture.
+        """
+        vision, text = self.config.clip.vision, self.config.clip.text
+        reads = (("qs", "image_to_text"),) if self.config.task == "vqa" else ()
+        mapper = (
+            (("ss", "text_single"), ("qq", "image_single")),
+            (("sq", "text_to_image"), *(reads if self.config.layers > 1 else ())),
+            (("ss", "text_self"), *((("qq", "image_self"),) if self.config.layers > 1 else ())),
+        )
+        return Layout(
+            (
+                Stream("text", "text", text.context),
+                Stream("vision", "image", vision.tokens, vision.grid),
+            ),
+            schedule=(((("qq", "vision"),),), ((("ss", "text"),),), mapper),
+        )
+
+    def attention_gradients(
+        self, inputs: Inputs, target: Any = None
+    ) -> tuple[Float[Array, " batch"], Maps, Maps]:
+        """Return scores, attention maps and the scores' gradients by them, in one pass.
+
+        Args:
+          inputs: as `prepare` makes them.
+          target: see `score`.
+
+        Returns:
+          The scores, and two dicts by name: maps and gradients [layers, batch, heads, query,
+          key], float32.
+        """
+        names = [tag for block in self.layout.schedule for moment in block for _, tag in moment]
+        return capture_with_grad(lambda inputs: self.score(inputs, target), names)(inputs)
+
+    def content(self, inputs: Inputs) -> dict[str, Bool[Array, "batch tokens"]]:
+        """Return where the tokens are that stand for something: patches, and words."""
+        image, text = inputs["image"], jnp.asarray(inputs["text"])
+        patches = jnp.arange(self.config.clip.vision.tokens) >= 1
+        columns = jnp.arange(text.shape[1])
+        end = end_of_text(text, self.config.clip.text.eos_token_id)
+        return {
+            "vision": jnp.broadcast_to(patches, (len(image), len(patches))),
+            "text": (columns >= 1) & (columns < end[:, None]),
+        }
+
+    def tokens(self, inputs: Inputs) -> list[list[str]]:
+        """Return one string per text token to display it; "" stands for special tokens."""
+        return self.processor.tokens(np.asarray(inputs["text"]))
+
+    def seen(self, picture: Any) -> Any:
+        """Return the part of a picture that the model sees; `prepare` crops to the middle."""
+        return self.processor.seen(picture)
+
+    def _check(self, inputs: Inputs) -> None:
+        missing = [name for name in ("image", "text") if name not in inputs]
+        if missing:
+            raise ValueError(
+                f"inputs lack {' and '.join(missing)}; they hold {', '.join(inputs) or 'nothing'}. "
+                "Make them with model.prepare(image=..., text=...)"
+            )
+        image, text = inputs["image"], inputs["text"]
+        side, context = self.config.clip.vision.image_size, self.config.clip.text.context
+        if image.ndim != 4 or image.shape[1:] != (side, side, 3):
+            raise ValueError(
+                f"image must have shape [batch, {side}, {side}, 3], got {list(image.shape)}; use "
+                "model.prepare"
+            )
+        if not jnp.issubdtype(image.dtype, jnp.floating):
+            raise TypeError(
+                f"image must be normalised floats, got {image.dtype}; use model.prepare"
+            )
+        if text.ndim != 2 or not 1 <= text.shape[1] <= context:
+            raise ValueError(
+                f"text must be token ids of shape [batch, tokens] with at most {context} tokens, "
+                f"got {list(text.shape)}; use model.prepare"
+            )
+        if not jnp.issubdtype(text.dtype, jnp.integer):
+            raise TypeError(f"text must be integer token ids, got {text.dtype}; use model.prepare")
+        if len(image) != len(text):
+            raise ValueError(
+                f"{len(image)} pictures and {len(text)} texts: give one text per picture; "
+                "model.pairs repeats a single picture or text"
+            )
+        for name, stream in (("image_keep", "vision"), ("text_keep", "text")):
+            tokens = self.config.clip.vision.tokens if stream == "vision" else text.shape[1]
+            keep = inputs.get(name)
+            if keep is not None and (keep.dtype != bool or keep.shape != (len(text), tokens)):
+                raise ValueError(
+                    f"{name} must be bool [{len(text)}, {tokens}], one per token of the stream, "
+                    f"got {keep.dtype} {list(keep.shape)}"
+                )
+
+    def _features(
+        self, inputs: Inputs, return_attention: bool = False
+    ) -> tuple[Float[Array, "batch words features"], Maps]:
+        self._check(inputs)
+        image_keep, text_keep = inputs.get("image_keep"), inputs.get("text_keep")
+        image, seen = self.encode_image(
+            jnp.asarray(inputs["image"]), image_keep, return_attention=return_attention
+        )
+        words, maps = self.map(
+            image,
+            jnp.asarray(inputs["text"]),
+            image_keep=image_keep,
+            text_keep=text_keep,
+            return_attention=return_attention,
+        )
+        return words, {**seen, **maps}
+
+
+class CLIPMapperVQA(CLIPMapper):
+    """CLIPmapper that answers questions: one of a list of answers, read at the end token."""
+
+    task = "vqa"
+
+    def __call__(self, inputs: Inputs, *, return_attention: bool = False) -> Any:
+        """Return the answers' logits.
+
+        Args:
+          inputs: pictures and questions, one question per picture.
+          return_attention: also return the attention maps.
+
+        Returns:
+          float32 [batch, answers]; with `return_attention` a pair of it and the maps by name,
+          [layers, batch, heads, query, key].
+
+        Raises:
+          ValueError, TypeError: an input is missing or has a wrong shape or dtype.
+        """
+        words, maps = self._features(inputs, return_attention)
+        text = jnp.asarray(inputs["text"])
+        logits = self.answer_logits(words, text)
+        return (logits, maps) if return_attention else logits
+
+    def answer_logits(
+        self, words: Float[Array, "batch words features"], text: Int[Array, "batch words"]
+    ) -> Float[Array, "batch answers"]:
+        """Read the answers' logits at the question's end token; see `map`."""
+        end = end_of_text(text, self.config.clip.text.eos_token_id)
+        read = jnp.take_along_axis(words, end[:, None, None], axis=1)[:, 0]
+        return self.head(read).astype(jnp.float32)
+
+    def predict(self, inputs: Inputs) -> Float[Array, "batch answers"]:
+        """Return each answer's probability."""
+        logits = self(inputs)
+        return jax.nn.sigmoid(logits) if self.config.several else jax.nn.softmax(logits)
+
+    def score(self, inputs: Inputs, target: Any = None) -> Float[Array, " batch"]:
+        """Return the logit of one answer per question: the scalar that explanations explain.
+
+        Args:
+          inputs: pictures and questions; "answer" int [batch], if there, is the target.
+          target: the answers' indices, one per question; None: those of the inputs, or else
+            the most probable.
+        """
+        target = inputs.get("answer") if target is None else target
+        logits = self(inputs)
+        # An index has no gradient: the choice of the answer is not explained, its logit is.
+        chosen = logits.argmax(-1) if target is None else jnp.asarray(target)
+        return jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
+
+    def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
+        """Make inputs from pictures and questions, with the model's own preprocessing.
+
+        Args:
+          image: a PIL picture, a uint8 [height, width, 3] array, or a list of them.
+          text: a question or a list of questions.
+
+        Raises:
+          TypeError, ValueError: see `CLIP.prepare`.
+        """
+        ids = self.processor.text(text, self.config.clip.text.context)
+        return {"image": jnp.asarray(self.processor.image(image)), "text": jnp.asarray(ids)}
+
+    def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
+        """Bring inputs to one picture, question and answer per row.
+
+        Args:
+          inputs: pictures and questions.
+          target: the answer to explain, in words or as an index, one or one per question; the
+            most probable by default.
+
+        Raises:
+          ValueError: the numbers do not fit, or the model does not have this answer.
+        """
+        image, text = inputs["image"], inputs["text"]
+        rows = max(len(image), len(text))
+        if {len(image), len(text)} - {1, rows}:
+            raise ValueError(
+                f"{len(image)} pictures and {len(text)} questions make no pairs: give as many "
+                "pictures as questions, one picture, or one question"
+            )
+        image, text = (jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (image, text))
+        paired = {"image": image, "text": text}
+        if target is None:
+            answer = _predict(self, paired).argmax(-1)
+        else:
+            chosen = target if isinstance(target, list | tuple | np.ndarray) else [target]
+            answer = jnp.asarray([self._answer(one) for one in chosen])
+            if len(answer) not in (1, rows):
+                raise ValueError(f"{len(answer)} answers for {rows} questions; give one for each")
+            answer = jnp.broadcast_to(answer, rows)
+        return paired | {"answer": answer.astype(jnp.int32)}
+
+    def _answer(self, answer: Any) -> int:
+        answers = self.config.answers
+        if isinstance(answer, str) and answer in answers:
+            return answers.index(answer)
+        if not isinstance(answer, str) and 0 <= int(answer) < len(answers):
+            return int(answer)
+        shown = ", ".join(answers[:30]) + (", ..." if len(answers) > 30 else "")
+        raise ValueError(
+            f"this model has no answer {answer!r}; it has {len(answers)} answers: {shown}"
+        )
+
+    def describe(self, inputs: Inputs) -> list[str]:
+        """Return each row's answer, with its probability."""
+        answer = np.asarray(inputs["answer"])
+        probability = np.asarray(_predict(self, inputs))[np.arange(len(answer)), answer]
+        named = [self.config.answers[i] for i in answer]
+        return [f"{name} ({p:.0%})" for name, p in zip(named, probability, strict=True)]
+
+    def readout(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
+        """Return the token that the answer is read from: the question's end."""
+        end = end_of_text(inputs["text"], self.config.clip.text.eos_token_id)
+        return {"text": end}
+
+
+class CLIPMapperCaption(CLIPMapper):
+    """CLIPmapper that writes captions: each word from the picture and the words before it."""
+
+    task = "caption"
+
+    def __call__(self, inputs: Inputs, *, return_attention: bool = False) -> Any:
+        """Return the logits of the next word after each token of the captions.
+
+        Args:
+          inputs: pictures and captions, one caption per picture.
+          return_attention: also return the attention maps.
+
+        Returns:
+          float32 [batch, tokens, vocabulary]; with `return_attention` a pair of it and the maps
+          by name, [layers, batch, heads, query, key].
+
+        Raises:
+          ValueError, TypeError: an input is missing or has a wrong shape or dtype.
+        """
+        words, maps = self._features(inputs, return_attention)
+        logits = self.word_logits(words)
+        return (logits, maps) if return_attention else logits
+
+    def word_logits(
+        self, words: Float[Array, "batch words features"]
+    ) -> Float[Array, "batch words vocabulary"]:
+        """Logits of the word after each token; see `map`."""
+        return self.head(words).astype(jnp.float32)
+
+    def log_probability(self, inputs: Inputs) -> Float[Array, " batch"]:
+        """Return the mean log-probability of the caption's words and its end (teacher forcing)."""
+        text = jnp.asarray(inputs["text"])
+        logp = jax.nn.log_softmax(self(inputs)[:, :-1])
+        of_word = jnp.take_along_axis(logp, text[:, 1:, None], axis=-1)[..., 0]
+        end = end_of_text(text, self.config.clip.text.eos_token_id)
+        counted = jnp.arange(1, text.shape[1]) <= end[:, None]
+        return jnp.where(counted, of_word, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
+
+    def score(self, inputs: Inputs, target: Any = None) -> Float[Array, " batch"]:
+        """Return the logit of one word of each caption: the scalar that explanations explain.
+
+        Args:
+          inputs: pictures and captions; "position" int [batch], if there, is the target.
+          target: the position of the word in its caption, from 1 (0 is the start token).
+        """
+        position = inputs["position"] if target is None else jnp.asarray(target)
+        logits = self(inputs)
+        row = jnp.arange(len(logits))
+        return logits[row, position - 1, jnp.asarray(inputs["text"])[row, position]]
+
+    def generate(
+        self, image: Float[Array, "batch height width 3"], keep: Any = None
+    ) -> Int[Array, "batch tokens"]:
+        """Write a caption for each picture, the most probable word at each step (greedy).
+
+        Args:
+          image: normalised pictures.
+          keep: which of the picture's tokens are seen; all by default.
+
+        Returns:
+          Token ids with start and end, padded; a caption that has not ended when the context
+          is full ends there.
+        """
+        text = self.config.clip.text
+        start, pad = self._ids()
+        tokens, _ = self.encode_image(image, keep)
+        empty = jnp.full((len(image), text.context), pad, jnp.int32).at[:, 0].set(start)
+
+        def step(state, position):
+            ids, ended = state
+            words, _ = self.map(tokens, ids, image_keep=keep)
+            read = jax.lax.dynamic_index_in_dim(words, position - 1, 1, keepdims=False)
+            best = self.head(read).argmax(-1).astype(jnp.int32)
+            best = jnp.where(position == text.context - 1, text.eos_token_id, best)
+            best = jnp.where(ended, pad, best)
+            ids = jax.lax.dynamic_update_index_in_dim(ids, best, position, 1)
+            return (ids, ended | (best == text.eos_token_id)), None
+
+        ended = jnp.zeros(len(image), bool)
+        positions = jnp.arange(1, text.context)
+        return jax.lax.scan(step, (empty, ended), positions)[0][0]
+
+    def _ids(self) -> tuple[int, int]:
+        tokenizer = self.processor.tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "this model has no tokenizer, and does not know how captions start; load it with "
+                "from_pretrained, or pass processor=Processor(tokenizer, ...)"
+            )
+        pad = tokenizer.pad_token_id
+        return tokenizer.bos_token_id, tokenizer.eos_token_id if pad is None else pad
+
+    def predict(self, inputs: Inputs) -> list[str]:
+        """Return a caption for each picture, in words."""
+        ids = _generate(self, jnp.asarray(inputs["image"]))
+        return self.sentences(ids)
+
+    def sentences(self, ids: Int[Array | np.ndarray, "batch tokens"]) -> list[str]:
+        """Return captions in words."""
+        rows = self.processor.tokens(np.asarray(ids))
+        return [" ".join(filter(None, row)).replace(" ##", "") for row in rows]
+
+    def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
+        """Make inputs from pictures and captions; without a caption the model writes it.
+
+        Args:
+          image: a PIL picture, a uint8 [height, width, 3] array, or a list of them.
+          text: a caption or a list of captions to explain in the place of the model's own.
+
+        Raises:
+          TypeError, ValueError: see `CLIP.prepare`.
+        """
+        pixels = jnp.asarray(self.processor.image(image))
+        if text is None:
+            return {"image": pixels, "text": _generate(self, pixels)}
+        ids = self.processor.text(text, self.config.clip.text.context)
+        return {"image": pixels, "text": jnp.asarray(ids)}
+
+    def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
+        """Bring inputs to one row per word: its picture, its caption and its position.
+
+        Args:
+          inputs: pictures and captions, one caption per picture.
+          target: the positions of the words to explain, from 1, or one; all words by default.
+
+        Raises:
+          ValueError: the numbers do not fit, or a caption has no word there.
+        """
+        image, text = inputs["image"], np.asarray(inputs["text"])
+        if len(image) != len(text):
+            raise ValueError(
+                f"{len(image)} pictures and {len(text)} captions: give one caption per picture"
+            )
+        words = np.asarray(self.content(inputs)["text"]).sum(-1)
+        if not words.all():
+            raise ValueError(f"the caption of picture {int(words.argmin())} has no words")
+        asked = None if target is None else np.atleast_1d(np.asarray(target))
+        rows = []
+        for example, count in enumerate(words):
+            chosen = range(1, count + 1) if asked is None else asked
+            for position in chosen:
+                if not 1 <= position <= count:
+                    raise ValueError(
+                        f"the caption of picture {example} has words 1 to {count}, and no word "
+                        f"{position}"
+                    )
+                rows.append((example, position))
+        example, position = jnp.asarray(rows, jnp.int32).T
+        return {
+            "image": image[example],
+            "text": jnp.asarray(text)[example],
+            "position": position,
+            "example": example,
+        }
+
+    def describe(self, inputs: Inputs) -> list[str]:
+        """Return each row's word, and where it stands."""
+        rows, position = self.tokens(inputs), np.asarray(inputs["position"])
+        return [f"{row[i]} (word {i})" for row, i in zip(rows, position, strict=True)]
+
+    def readout(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
+        """Return the token that each word is predicted from: the one before it."""
+        return {"text": inputs["position"] - 1}
+
+    def content(self, inputs: Inputs) -> dict[str, Bool[Array, "batch tokens"]]:
+        """Return where the tokens are that stand for something: patches, and words before."""
+        content = super().content(inputs)
+        if "position" in inputs:
+            before = jnp.arange(content["text"].shape[1]) < inputs["position"][:, None]
+            content["text"] &= before
+        return content
+
+
+_KINDS: dict[str, type[CLIPMapper]] = {"vqa": CLIPMapperVQA, "caption": CLIPMapperCaption}
+
+
+@jax.jit
+def _predict(model: CLIPMapperVQA, inputs: Any) -> Array:
+    return model.predict(inputs)
+
+
+@jax.jit
+def _generate(model: CLIPMapperCaption, image: Array) -> Array:
+    return model.generate(image)
+
+
+def _parameters(model: CLIPMapper) -> list[tuple[Any, nnx.Variable]]:
+    return list(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+
+
+def _table(paths: Mapping[tuple[str, ...], Any]) -> Sequence[Parameter]:
+    """Tensors are named by their paths, and layers stay stacked: no other library has these."""
+    return [Parameter(path, ".".join(map(str, path))) for path in paths]

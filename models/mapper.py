@@ -1,0 +1,190 @@
+"""The mapper: layers in which two streams attend to themselves and to each other."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxrel import tag
+from jaxrel.models.transformer import Attention, Block, Mask, layer_norm
+
+Maps = dict[str, Float[Array, "layers batch heads query key"]]
+
+
+class Sublayer(nnx.Module):
+    """Attention alone, added to the residual stream: x + attention(norm(x), norm(source))."""
+
+    def __init__(
+        self, width: int, heads: int, *, out_std: float, eps: float, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        self.norm = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
+        self.source_norm = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, heads, out_std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        source: Float[Array, "batch keys width"],
+        mask: Mask | None,
+        name: str,
+    ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens keys"]]:
+        """Apply it; tags: `name` maps, `name/before` and `name/after` what is added."""
+        x = tag(x, f"{name}/before")
+        attended, maps = self.attention(self.norm(x), self.source_norm(source), mask, name)
+        return x + tag(attended, f"{name}/after"), maps
+
+
+class MapperLayer(nnx.Module):
+    """Each stream attends to itself, the streams to each other, and again each to itself.
+
+    Args:
+      width, heads, mlp_width: as in `Transformer`, the same for both streams.
+      depth: of the mapper.
+      picture: what becomes of the picture's stream after its own attention: "reads" the text,
+        stays "apart" from it (a caption must not reach its own words through the picture), or
+        "ends" (in the last layer, where nothing reads it any more).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        depth: int,
+        picture: str,
+        activation: str,
+        eps: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ) -> None:
+        # Three attentions and an MLP are added to each stream in each layer.
+        common: dict[str, Any] = {"eps": eps, "dtype": dtype, "rngs": rngs}
+        std = width**-0.5 * (4 * depth) ** -0.5
+
+        def sublayer() -> Sublayer:
+            return Sublayer(width, heads, out_std=std, **common)
+
+        def block() -> Block:
+            return Block(width, heads, mlp_width, depth=2 * depth, activation=activation, **common)
+
+        self.image_single = sublayer()
+        self.text_single = sublayer()
+        self.text_to_image = sublayer()
+        self.text_self = block()
+        if picture == "reads":
+            self.image_to_text = sublayer()
+        if picture != "ends":
+            self.image_self = block()
+        self.picture = picture
+
+    def __call__(
+        self,
+        image: Float[Array, "batch patches width"],
+        text: Float[Array, "batch tokens width"],
+        image_mask: Mask | None,
+        text_mask: Mask | None,
+    ) -> tuple[tuple[Array, Array], dict[str, Array]]:
+        """Apply the layer; the attention maps come out by name."""
+        maps = {}
+        image, maps["image_single"] = self.image_single(image, image, image_mask, "image_single")
+        text, maps["text_single"] = self.text_single(text, text, text_mask, "text_single")
+        seen, read = image, text
+        text, maps["text_to_image"] = self.text_to_image(text, seen, image_mask, "text_to_image")
+        if self.picture == "reads":
+            image, maps["image_to_text"] = self.image_to_text(
+                image, read, text_mask, "image_to_text"
+            )
+        if self.picture != "ends":
+            image, maps["image_self"] = self.image_self(image, image_mask, "image_self")
+        text, maps["text_self"] = self.text_self(text, text_mask, "text_self")
+        return (image, text), maps
+
+
+class Mapper(nnx.Module):
+    """Stage 2 of CLIPmapper: all layers but the last are stacked and run by one scan.
+
+    Of the last layer only what reaches the text exists: after its own attention the picture's
+    stream is read, and then ends.
+
+    Args:
+      width, layers, heads, mlp_width, activation, eps, dtype, rngs: as in `Transformer`.
+      co_attention: whether the picture also attends to the text.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        co_attention: bool,
+        activation: str,
+        eps: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def layer(picture: str, rngs: nnx.Rngs) -> MapperLayer:
+            return MapperLayer(
+                width,
+                heads,
+                mlp_width,
+                depth=layers,
+                picture=picture,
+                activation=activation,
+                eps=eps,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        if layers > 1:
+            stack = nnx.vmap(lambda rngs: layer("reads" if co_attention else "apart", rngs))
+            self.blocks = nnx.split_rngs(splits=layers - 1)(stack)(rngs)
+        self.last = layer("ends", rngs)
+        self.layers = layers
+
+    def __call__(
+        self,
+        image: Float[Array, "batch patches width"],
+        text: Float[Array, "batch tokens width"],
+        image_mask: Mask | None,
+        text_mask: Mask | None,
+        *,
+        remat: bool = False,
+        return_attention: bool = False,
+    ) -> tuple[Float[Array, "batch tokens width"], Maps | None]:
+        """Run all layers.
+
+        Args:
+          image: the picture's tokens.
+          text: the text's tokens.
+          image_mask: which patches are seen, broadcasting to [batch, heads, query, patches].
+          text_mask: which tokens of the text are seen.
+          remat: recompute each layer in the backward pass instead of storing it.
+          return_attention: also return the attention maps.
+
+        Returns:
+          The text's tokens after the last layer, and the maps of all layers by name (or None).
+        """
+        stacked: dict[str, Array] = {}
+        if self.layers > 1:
+            graph, parameters = nnx.split(self.blocks)
+
+            def layer(streams, parameters):
+                streams, maps = nnx.merge(graph, parameters)(*streams, image_mask, text_mask)
+                return streams, maps if return_attention else {}
+
+            if remat:
+                # Inside a scan nothing can merge the recomputation with the first computation.
+                layer = jax.checkpoint(layer, prevent_cse=False)
+            (image, text), stacked = jax.lax.scan(layer, (image, text), parameters)
+        (_, text), last = self.last(image, text, image_mask, text_mask)
+        if not return_attention:
+            return text, None
+        joined = {name: value[None] for name, value in last.items()}
+        for name, value in stacked.items():
+            joined[name] = jnp.concatenate([value, joined[name]]) if name in joined else value
+        return text, joined
