@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrel.explainer import METHODS
+from jaxrel.explainer import METHODS, TWO_STREAM
 
-DEFAULT_MODEL = "clip-shapes"
+# What is asked of a picture, and the bundled model that does it when none is named.
+DEFAULT_MODELS = {"text": "clip-shapes", "question": "vqa-shapes", "caption": "caption-shapes"}
 # What is optional, and the extra that brings it.
 EXTRAS = {
+    "grain": "train",
     "optax": "train",
     "orbax-checkpoint": "train",
     "matplotlib": "report",
@@ -79,25 +81,39 @@ def _add_explain(commands: Any) -> None:
         "explain",
         help="show which parts of a picture and which words made the score",
         description="Write OUT/explanation.png and OUT/explanation.html: which parts of a picture "
-        "and which words of a sentence made the model's score of the two.",
+        "and which words of a sentence made the model's score of the two, its answer to a "
+        "question, or each word of its caption.",
     )
     explain.add_argument("picture", nargs="+", help="PNG, JPEG or another picture file")
-    explain.add_argument(
+    asked = explain.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
         "--text",
         action="append",
-        required=True,
         metavar="SENTENCE",
-        help="one for all pictures, or one per picture (repeat --text)",
+        help="explain the similarity of picture and sentence: one for all pictures, or one per "
+        "picture (repeat --text)",
     )
+    asked.add_argument(
+        "--question",
+        action="append",
+        metavar="QUESTION",
+        help="answer a question, and explain the answer: one for all pictures, or one per picture",
+    )
+    asked.add_argument(
+        "--caption", action="store_true", help="write a caption, and explain each of its words"
+    )
+    explain.add_argument("--answer", help="with --question: explain this answer, not the model's")
     explain.add_argument(
         "--model",
-        default=DEFAULT_MODEL,
-        help=f"a bundled model, a folder or a hub name (default: {DEFAULT_MODEL})",
+        help="a bundled model, a folder or a hub name (default: "
+        + ", ".join(f"{name} for --{what}" for what, name in DEFAULT_MODELS.items())
+        + ")",
     )
     explain.add_argument(
         "--method",
         default="weighted",
-        help=f"one or several, with commas, or 'all': {', '.join(METHODS)} (default: weighted)",
+        help=f"one or several, with commas, or 'all': {', '.join(METHODS)} (with --text); "
+        f"{', '.join(TWO_STREAM)} (with --question and --caption) (default: weighted)",
     )
     explain.add_argument(
         "--layers", type=_numbers, help="layers that count, such as 0,1 or --layers=-2,-1"
@@ -131,7 +147,7 @@ def _add_evaluate(commands: Any) -> None:
 
     evaluate = commands.add_parser("evaluate", help="judge a model on held-out data")
     evaluate.add_argument("recipe", choices=SETTINGS, help="what the model was trained with")
-    evaluate.add_argument("--model", default=DEFAULT_MODEL, help="bundled name or folder")
+    evaluate.add_argument("--model", default=DEFAULT_MODELS["text"], help="bundled name or folder")
     evaluate.add_argument("--split", default="test", help="split of the data set")
     evaluate.add_argument("--scenes", type=int, default=2048, help="how many examples")
     evaluate.add_argument("--card", action="store_true", help="write the model's README.md too")
@@ -152,21 +168,29 @@ def _explain(options: argparse.Namespace) -> None:
     from jaxrel.attention.transformation import check_methods
     from jaxrel.pictures import read_pictures
 
-    named = METHODS if options.method == "all" else options.method.split(",")
-    methods = check_methods([name.strip() for name in named if name.strip()], METHODS, "method")
+    asked = "question" if options.question else "caption" if options.caption else "text"
+    known = METHODS if asked == "text" else TWO_STREAM
+    named = known if options.method == "all" else options.method.split(",")
+    methods = check_methods([name.strip() for name in named if name.strip()], known, "method")
+    if options.answer is not None and asked != "question":
+        raise ValueError("--answer goes with --question")
     pictures = read_pictures(options.picture)
-    texts = options.text
-    if len(texts) > 1 and len(pictures) > 1 and len(texts) != len(pictures):
+    texts = options.text or options.question
+    if texts and len(texts) > 1 and len(pictures) > 1 and len(texts) != len(pictures):
         raise ValueError(
-            f"{len(pictures)} pictures and {len(texts)} texts: give one --text for all pictures, "
-            "or one for each"
+            f"{len(pictures)} pictures and {len(texts)} {asked}s: give one --{asked} for all "
+            "pictures, or one for each"
         )
     if options.out.exists() and not options.out.is_dir():
         raise NotADirectoryError(f"--out {options.out} is a file; name a folder")
+    options.model = options.model or DEFAULT_MODELS[asked]
+    model = _load(options.model)
+    _check_asked(model, asked, options.model)
     explanations = explain(
-        _load(options.model),
+        model,
         image=pictures,
         text=texts,
+        target=options.answer,
         method=methods,
         layers=options.layers,
         heads=options.heads,
@@ -180,19 +204,30 @@ def _explain(options: argparse.Namespace) -> None:
         print(json.dumps(_as_json(options, explanations, files), indent=2))
         return
     for i, target in enumerate(explanations[0].target):
-        print(f"{_name(options, i)}, {target}: score {explanations[0].score[i]:.2f}")
+        name = _name(options, explanations[0], i)
+        print(f"{name}, {target}: score {explanations[0].score[i]:.2f}")
     print("wrote " + " and ".join(map(str, files)))
 
 
-def _name(options: argparse.Namespace, example: int) -> str:
+def _name(options: argparse.Namespace, explanation: Any, row: int) -> str:
+    """The picture that a row of an explanation is about."""
     pictures = options.picture
-    return pictures[example] if len(pictures) > 1 else pictures[0]
+    if "picture" in explanation.report:
+        return pictures[explanation.report["picture"][row]]
+    return pictures[row] if len(pictures) > 1 else pictures[0]
 
 
 def _load(name: str) -> Any:
-    from jaxrel.models import CLIP
+    from jaxrel.models import from_pretrained
 
-    return CLIP.from_pretrained(name)
+    return from_pretrained(name)
+
+
+def _check_asked(model: Any, asked: str, name: str) -> None:
+    """Raise ValueError unless the model does what is asked for."""
+    does = {"vqa": "question", "caption": "caption"}.get(getattr(model, "task", ""), "text")
+    if does != asked:
+        raise ValueError(f"the model {name!r} is made for --{does}, not for --{asked}")
 
 
 def _as_json(options: argparse.Namespace, explanations: Sequence, files: list[Path]) -> dict:
@@ -205,7 +240,7 @@ def _as_json(options: argparse.Namespace, explanations: Sequence, files: list[Pa
                 "settings": one.settings,
                 "examples": [
                     {
-                        "picture": _name(options, i),
+                        "picture": _name(options, one, i),
                         "target": one.target[i],
                         "score": float(one.score[i]),
                         "image": one.image[i].tolist(),

@@ -165,6 +165,7 @@ def explain(
         "pictures": _seen(model, image, len(score), inputs.get("example")),
         "model": name,
     }
+    where = {"picture": np.asarray(inputs["example"]).tolist()} if "example" in inputs else {}
     explanations = [
         Explanation(
             **shared,
@@ -172,7 +173,8 @@ def explain(
             method=one,
             signed=one in SIGNED,
             settings=_settings(one, layers, heads, importance),
-            report={stream: _summary(relevance[one][stream], content[stream]) for stream in streams}
+            report=where
+            | {stream: _summary(relevance[one][stream], content[stream]) for stream in streams}
             | jax.tree.map(np.ndarray.item, reports.get(one, {})),
         )
         for one in methods

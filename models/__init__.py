@@ -1,5 +1,6 @@
 """Plain Flax NNX modules and their weights."""
 
+from jaxrel.models.auto import from_pretrained
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from jaxrel.models.clipmapper import (
     CLIPMapper,
@@ -23,6 +24,7 @@ __all__ = [
     "Stream",
     "TextConfig",
     "VisionConfig",
+    "from_pretrained",
     "image_processing",
     "word_tokenizer",
 ]

@@ -7,6 +7,7 @@ co-attention in every layer. Two models are made of it: one answers questions, o
 
 import dataclasses
 import json
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -101,6 +102,8 @@ class CLIPMapperConfig:
                 f"mapper: task {self.task!r} with {len(self.answers)} answers; 'vqa' needs the "
                 "answers it chooses from, 'caption' has none"
             )
+        if not all(isinstance(answer, str) for answer in self.answers):
+            raise ValueError(f"mapper: answers must be strings, got {self.answers[:5]!r}")
         if len(set(self.answers)) < len(self.answers):
             twice = sorted({a for a in self.answers if self.answers.count(a) > 1})
             raise ValueError(f"mapper: answers are repeated: {', '.join(twice[:5])}")
@@ -122,8 +125,10 @@ class CLIPMapperConfig:
                 f"{CONFIG}: mapper_config must hold {', '.join(sorted(known))}; missing or "
                 f"unknown: {wrong}"
             )
-        answers = tuple(mapper["answers"])
-        return cls(**(mapper | {"answers": answers}), clip=CLIPConfig.from_dict(stage1))
+        answers = mapper["answers"]
+        if not isinstance(answers, list):
+            raise ValueError(f"{CONFIG}: mapper_config.answers must be a list, got {answers!r}")
+        return cls(**(mapper | {"answers": tuple(answers)}), clip=CLIPConfig.from_dict(stage1))
 
     def to_dict(self) -> dict[str, Any]:
         """Write the content of a config.json (without `remat` and `dtype`)."""
@@ -302,7 +307,10 @@ class CLIPMapper(nnx.Module):
 
         Raises:
           FileExistsError: the folder exists and is no model folder.
+          ValueError: another dtype.
         """
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
         parameters = {path: np.asarray(value[...]) for path, value in _parameters(self)}
         table = _table({path: value.shape for path, value in parameters.items()})
         with new_folder(folder) as draft:
@@ -370,7 +378,11 @@ class CLIPMapper(nnx.Module):
           key], float32.
         """
         names = [tag for block in self.layout.schedule for moment in block for _, tag in moment]
-        return capture_with_grad(lambda inputs: self.score(inputs, target), names)(inputs)
+        captured = capture_with_grad(lambda inputs: self.score(inputs, target), names)
+        score, *both = captured(inputs)
+        # A mapper of one layer runs no scan, which would give the maps their layer axis.
+        maps, grads = ({n: x if x.ndim == 5 else x[None] for n, x in d.items()} for d in both)
+        return score, maps, grads
 
     def content(self, inputs: Inputs) -> dict[str, Bool[Array, "batch tokens"]]:
         """Return where the tokens are that stand for something: patches, and words."""
@@ -390,6 +402,17 @@ class CLIPMapper(nnx.Module):
     def seen(self, picture: Any) -> Any:
         """Return the part of a picture that the model sees; `prepare` crops to the middle."""
         return self.processor.seen(picture)
+
+    def _token_ids(self, text: Any) -> Int[Array, "batch tokens"]:
+        """Texts as token ids; ValueError if they do not end as the model expects."""
+        ids = self.processor.text(text, self.config.clip.text.context)
+        eos, found = self.config.clip.text.eos_token_id, self.processor.tokenizer.eos_token_id
+        if np.any(np.take_along_axis(ids, np.asarray(end_of_text(ids, eos))[:, None], 1) != found):
+            raise ValueError(
+                f"the tokenizer ends a text with the id {found}, and the model looks for the id "
+                f"{eos}: this is the tokenizer of another model"
+            )
+        return jnp.asarray(ids)
 
     def _check(self, inputs: Inputs) -> None:
         missing = [name for name in ("image", "text") if name not in inputs]
@@ -418,8 +441,8 @@ class CLIPMapper(nnx.Module):
             raise TypeError(f"text must be integer token ids, got {text.dtype}; use model.prepare")
         if len(image) != len(text):
             raise ValueError(
-                f"{len(image)} pictures and {len(text)} texts: give one text per picture; "
-                "model.pairs repeats a single picture or text"
+                f"{len(image)} pictures and {len(text)} texts: give one text per picture, or "
+                "repeat the one that is shared"
             )
         for name, stream in (("image_keep", "vision"), ("text_keep", "text")):
             tokens = self.config.clip.vision.tokens if stream == "vision" else text.shape[1]
@@ -490,13 +513,14 @@ class CLIPMapperVQA(CLIPMapper):
 
         Args:
           inputs: pictures and questions; "answer" int [batch], if there, is the target.
-          target: the answers' indices, one per question; None: those of the inputs, or else
-            the most probable.
+          target: the answer's index, one or one per question; None: those of the inputs, or
+            else the most probable.
         """
         target = inputs.get("answer") if target is None else target
         logits = self(inputs)
         # An index has no gradient: the choice of the answer is not explained, its logit is.
         chosen = logits.argmax(-1) if target is None else jnp.asarray(target)
+        chosen = jnp.broadcast_to(chosen, len(logits))
         return jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
 
     def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
@@ -509,8 +533,8 @@ class CLIPMapperVQA(CLIPMapper):
         Raises:
           TypeError, ValueError: see `CLIP.prepare`.
         """
-        ids = self.processor.text(text, self.config.clip.text.context)
-        return {"image": jnp.asarray(self.processor.image(image)), "text": jnp.asarray(ids)}
+        ids = self._token_ids(text)
+        return {"image": jnp.asarray(self.processor.image(image)), "text": ids}
 
     def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
         """Bring inputs to one picture, question and answer per row.
@@ -535,7 +559,7 @@ class CLIPMapperVQA(CLIPMapper):
         if target is None:
             answer = _predict(self, paired).argmax(-1)
         else:
-            chosen = target if isinstance(target, list | tuple | np.ndarray) else [target]
+            chosen = [target] if np.ndim(target) == 0 else list(target)
             answer = jnp.asarray([self._answer(one) for one in chosen])
             if len(answer) not in (1, rows):
                 raise ValueError(f"{len(answer)} answers for {rows} questions; give one for each")
@@ -544,10 +568,10 @@ class CLIPMapperVQA(CLIPMapper):
 
     def _answer(self, answer: Any) -> int:
         answers = self.config.answers
-        if isinstance(answer, str) and answer in answers:
+        if answer in answers:
             return answers.index(answer)
-        if not isinstance(answer, str) and 0 <= int(answer) < len(answers):
-            return int(answer)
+        if hasattr(answer, "__index__") and operator.index(answer) in range(len(answers)):
+            return operator.index(answer)
         shown = ", ".join(answers[:30]) + (", ..." if len(answers) > 30 else "")
         raise ValueError(
             f"this model has no answer {answer!r}; it has {len(answers)} answers: {shown}"
@@ -556,7 +580,8 @@ class CLIPMapperVQA(CLIPMapper):
     def describe(self, inputs: Inputs) -> list[str]:
         """Return each row's answer, with its probability."""
         answer = np.asarray(inputs["answer"])
-        probability = np.asarray(_predict(self, inputs))[np.arange(len(answer)), answer]
+        asked = {name: value for name, value in inputs.items() if name != "answer"}
+        probability = np.asarray(_predict(self, asked))[np.arange(len(answer)), answer]
         named = [self.config.answers[i] for i in answer]
         return [f"{name} ({p:.0%})" for name, p in zip(named, probability, strict=True)]
 
@@ -609,9 +634,18 @@ class CLIPMapperCaption(CLIPMapper):
 
         Args:
           inputs: pictures and captions; "position" int [batch], if there, is the target.
-          target: the position of the word in its caption, from 1 (0 is the start token).
+          target: the position of the word in its caption, from 1 (0 is the start token), one or
+            one per caption.
+
+        Raises:
+          ValueError: neither the inputs nor `target` say which word.
         """
-        position = inputs["position"] if target is None else jnp.asarray(target)
+        if target is None and "position" not in inputs:
+            raise ValueError(
+                "which word of the caption? Pass target= its position, from 1, or make the inputs "
+                "with model.pairs, which gives every word a row"
+            )
+        position = jnp.asarray(inputs["position"] if target is None else target)
         logits = self(inputs)
         row = jnp.arange(len(logits))
         return logits[row, position - 1, jnp.asarray(inputs["text"])[row, position]]
@@ -630,7 +664,7 @@ class CLIPMapperCaption(CLIPMapper):
           is full ends there.
         """
         text = self.config.clip.text
-        start, pad = self._ids()
+        start, end, pad = self._special_ids()
         tokens, _ = self.encode_image(image, keep)
         empty = jnp.full((len(image), text.context), pad, jnp.int32).at[:, 0].set(start)
 
@@ -639,24 +673,25 @@ class CLIPMapperCaption(CLIPMapper):
             words, _ = self.map(tokens, ids, image_keep=keep)
             read = jax.lax.dynamic_index_in_dim(words, position - 1, 1, keepdims=False)
             best = self.head(read).argmax(-1).astype(jnp.int32)
-            best = jnp.where(position == text.context - 1, text.eos_token_id, best)
+            best = jnp.where(position == text.context - 1, end, best)
             best = jnp.where(ended, pad, best)
             ids = jax.lax.dynamic_update_index_in_dim(ids, best, position, 1)
-            return (ids, ended | (best == text.eos_token_id)), None
+            return (ids, ended | (best == end)), None
 
         ended = jnp.zeros(len(image), bool)
         positions = jnp.arange(1, text.context)
         return jax.lax.scan(step, (empty, ended), positions)[0][0]
 
-    def _ids(self) -> tuple[int, int]:
+    def _special_ids(self) -> tuple[int, int, int]:
+        """The tokenizer's start, end and padding; the configuration's end may be a convention."""
         tokenizer = self.processor.tokenizer
         if tokenizer is None:
             raise ValueError(
                 "this model has no tokenizer, and does not know how captions start; load it with "
                 "from_pretrained, or pass processor=Processor(tokenizer, ...)"
             )
-        pad = tokenizer.pad_token_id
-        return tokenizer.bos_token_id, tokenizer.eos_token_id if pad is None else pad
+        start, end, pad = (getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad"))
+        return start, end, end if pad is None else pad
 
     def predict(self, inputs: Inputs) -> list[str]:
         """Return a caption for each picture, in words."""
@@ -681,8 +716,7 @@ class CLIPMapperCaption(CLIPMapper):
         pixels = jnp.asarray(self.processor.image(image))
         if text is None:
             return {"image": pixels, "text": _generate(self, pixels)}
-        ids = self.processor.text(text, self.config.clip.text.context)
-        return {"image": pixels, "text": jnp.asarray(ids)}
+        return {"image": pixels, "text": self._token_ids(text)}
 
     def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
         """Bring inputs to one row per word: its picture, its caption and its position.
@@ -702,7 +736,7 @@ class CLIPMapperCaption(CLIPMapper):
         words = np.asarray(self.content(inputs)["text"]).sum(-1)
         if not words.all():
             raise ValueError(f"the caption of picture {int(words.argmin())} has no words")
-        asked = None if target is None else np.atleast_1d(np.asarray(target))
+        asked = None if target is None else _positions(target)
         rows = []
         for example, count in enumerate(words):
             chosen = range(1, count + 1) if asked is None else asked
@@ -722,9 +756,11 @@ class CLIPMapperCaption(CLIPMapper):
         }
 
     def describe(self, inputs: Inputs) -> list[str]:
-        """Return each row's word, and where it stands."""
+        """Return each row's word, after the words before it."""
         rows, position = self.tokens(inputs), np.asarray(inputs["position"])
-        return [f"{row[i]} (word {i})" for row, i in zip(rows, position, strict=True)]
+        before = [" ".join(filter(None, row[:i])) for row, i in zip(rows, position, strict=True)]
+        words = [row[i] for row, i in zip(rows, position, strict=True)]
+        return [f"{start} [{word}]".strip() for start, word in zip(before, words, strict=True)]
 
     def readout(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
         """Return the token that each word is predicted from: the one before it."""
@@ -737,6 +773,16 @@ class CLIPMapperCaption(CLIPMapper):
             before = jnp.arange(content["text"].shape[1]) < inputs["position"][:, None]
             content["text"] &= before
         return content
+
+
+def _positions(target: Any) -> np.ndarray:
+    asked = np.atleast_1d(np.asarray(target))
+    if asked.ndim != 1 or not asked.size or not np.issubdtype(asked.dtype, np.integer):
+        raise ValueError(
+            "target must be the position of a word in its caption, from 1, or several; got "
+            f"{target!r}"
+        )
+    return asked
 
 
 _KINDS: dict[str, type[CLIPMapper]] = {"vqa": CLIPMapperVQA, "caption": CLIPMapperCaption}

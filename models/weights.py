@@ -135,20 +135,25 @@ def read_config(folder: Path, model_type: str) -> dict[str, Any]:
       FileNotFoundError: there is no config.json.
       ValueError: it is not valid JSON, or describes another architecture.
     """
+    config = read_any_config(folder)
+    found = config.get("model_type")
+    if found != model_type:
+        raise ValueError(
+            f"{folder / CONFIG} describes a model of type {found!r}, and this class loads "
+            f"{model_type!r}; pass a folder of that architecture"
+        )
+    return config
+
+
+def read_any_config(folder: Path) -> dict[str, Any]:
+    """Read a model folder's config.json, whatever the architecture; see `read_config`."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no {CONFIG}; a model folder holds {CONFIG} and {WEIGHTS} as "
             "save_pretrained writes them"
         )
-    config = _read_json(path)
-    found = config.get("model_type")
-    if found != model_type:
-        raise ValueError(
-            f"{path} describes a model of type {found!r}, and this class loads {model_type!r}; "
-            "pass a folder of that architecture"
-        )
-    return config
+    return _read_json(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.models.weights import check_new_folder
 from jaxrel.train.data.shapes import Scene, Shapes, vocabulary
 from jaxrel.train.data.shapes.language import with_article
-from jaxrel.train.settings import ClipShapes
+from jaxrel.train.settings import ClipShapes, changed_flags
 
 CAPTIONS = 5
 SETTINGS_FILE = "settings.json"
@@ -265,9 +265,7 @@ def card(folder: Path, result: dict[str, Any]) -> str:
       FileNotFoundError: the folder has no settings.json.
     """
     settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    default = dataclasses.asdict(ClipShapes())
-    changed = {name: value for name, value in settings.items() if value != default[name]}
-    flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
+    flags = changed_flags(ClipShapes(), settings)
     retrieval, local = result["retrieval"], result["localisation"]
     paired = local["share inside less equal's"]
     rows = [

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import absl.flags
 import grain
 import jax
 import numpy as np
@@ -95,6 +96,9 @@ def batches(
         data = data.repeat()
     stream = data.to_iter_dataset(READING)
     if workers:
+        # Grain's workers look at absl's flags, which only programs of absl's own kind parse.
+        if not absl.flags.FLAGS.is_parsed():
+            absl.flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return stream
 

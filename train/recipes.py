@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxrel.train import clip_shapes
+from jaxrel.train import caption_evaluation, clip_shapes, mapper_shapes, vqa_evaluation
 
 
 class Recipe(NamedTuple):
@@ -16,4 +16,8 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "clip-shapes": Recipe(clip_shapes.train, clip_shapes.evaluate, clip_shapes.card),
+    "vqa-shapes": Recipe(mapper_shapes.train_vqa, vqa_evaluation.evaluate, vqa_evaluation.card),
+    "caption-shapes": Recipe(
+        mapper_shapes.train_caption, caption_evaluation.evaluate, caption_evaluation.card
+    ),
 }

@@ -1,11 +1,19 @@
 """The settings of the recipes: one dataclass per experiment, every field a command-line option."""
 
 import dataclasses
+import math
 from typing import Any
 
 
 def _setting(default: Any, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": meaning})
+
+
+def changed_flags(default: Any, settings: dict[str, Any]) -> str:
+    """The command-line options that turn the default settings into these."""
+    usual = dataclasses.asdict(default)
+    changed = {name: value for name, value in settings.items() if value != usual[name]}
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,4 +61,67 @@ class ClipShapes:
             raise ValueError(f"clip-shapes: full must be from 0 to 1, got {self.full}")
 
 
-SETTINGS: dict[str, type] = {"clip-shapes": ClipShapes}
+@dataclasses.dataclass(frozen=True)
+class MapperShapes:
+    """What the recipes `vqa-shapes` and `caption-shapes` have in common.
+
+    Raises:
+      ValueError: a setting is out of range.
+    """
+
+    seed: int = _setting(0, "of the parameters and of the order of examples")
+    data_seed: int = _setting(0, "of the Shapes data set")
+    stage1: str = _setting("clip-shapes", "the CLIP that stage 1 begins as: bundled or a folder")
+    scenes: int = _setting(50_000, "training scenes, drawn once and kept in memory")
+    steps: int = _setting(3_000, "of the optimiser")
+    batch: int = _setting(36, "pictures per step")
+    accumulate: int = _setting(1, "parts of the batch whose gradients are summed, to save memory")
+    learning_rate: float = _setting(1e-3, "the highest; it falls to 0 as a cosine")
+    stage1_rate: float = _setting(1.0, "factor on the learning rate in stage 1; 0 freezes it")
+    warmup: int = _setting(100, "steps until the highest learning rate")
+    weight_decay: float = _setting(0.05, "of AdamW")
+    patch_loss: float = _setting(0.5, "weight of naming the object that each patch shows")
+    width: int = _setting(128, "features per token in the mapper")
+    layers: int = _setting(2, "layers of the mapper")
+    heads: int = _setting(4, "attention heads of the mapper")
+    mlp_width: int = _setting(256, "hidden features of the mapper's MLPs")
+    context: int = _setting(20, "tokens of the longest text")
+    dtype: str = _setting("float32", "of the computation: float32 or bfloat16")
+    log_every: int = _setting(50, "steps between two lines of the log")
+    checkpoint_every: int = _setting(250, "steps between two checkpoints")
+
+    def __post_init__(self):
+        for name in ("scenes", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("stage1_rate", "weight_decay", "patch_loss"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.batch > self.scenes:
+            raise ValueError(f"batch {self.batch} is more than the {self.scenes} scenes")
+
+
+@dataclasses.dataclass(frozen=True)
+class VqaShapes(MapperShapes):
+    """Settings of the recipe `vqa-shapes`: each picture of a batch with all its questions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionShapes(MapperShapes):
+    """Settings of the recipe `caption-shapes`: each picture of a batch with one caption."""
+
+    batch: int = _setting(64, "pictures per step")
+    context: int = _setting(34, "tokens of the longest text")
+    full: float = _setting(1.0, "share of captions that name every object")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.full <= 1:
+            raise ValueError(f"full must be from 0 to 1, got {self.full}")
+
+
+SETTINGS: dict[str, type] = {
+    "clip-shapes": ClipShapes,
+    "vqa-shapes": VqaShapes,
+    "caption-shapes": CaptionShapes,
+}

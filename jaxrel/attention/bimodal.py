@@ -305,7 +305,7 @@ def two_streams(
       ValueError: as in `bimodal`; also an unknown pair, or a stream whose tokens are never
         told (no "sq" or "qs").
     """
-    blocks = tuple(tuple(dict(moment) for moment in block) for block in schedule)
+    blocks = tuple(tuple(dict(moment) for moment in block) for block in schedule if block)
     moments = [moment for block in blocks for moment in block]
     for moment in moments:
         if not moment or set(moment) - set(_PAIRS) or len({p[0] for p in moment}) < len(moment):

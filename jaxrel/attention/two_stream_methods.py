@@ -58,8 +58,9 @@ def value_and_two_stream_relevance(
       `[batch, tokens]` each; one pair where `method` is one name.
 
     Raises:
-      ValueError: unknown method or measure; (when called) a tag that the function lacks, or a
-        schedule without attention from s to itself, or to q.
+      ValueError: unknown method or measure; (when called) a tag that the function lacks, or,
+        for other methods than 'equal', 'weighted' and 'equal_lrp', a schedule in which s does
+        not attend to itself and to q, or q not to itself.
     """
     methods = check_methods(method, TWO_STREAM_METHODS)
     used = measure(importance)
@@ -71,6 +72,9 @@ def value_and_two_stream_relevance(
         wanted = [*tags, *(extra if "weighted" in methods else ())]
         out, values, grads = capture_with_grad(fun, wanted)(*args)
         found = lrp(fun, rules, argnums=None, at=tuple(tags))(*args) if _by_lrp(methods) else {}
+        values, grads, found = (
+            {name: _with_layers(name, x) for name, x in d.items()} for d in (values, grads, found)
+        )
         plain = {tag: Layers(values[tag], grads[tag]) for tag in tags}
         # Relevance in the place of the maps: max(dA R(A), 0) instead of max(dA A, 0).
         by_lrp = {tag: Layers(found[tag], grads[tag]) for tag in tags} if found else {}
@@ -103,18 +107,19 @@ def _by_lrp(methods: Sequence[str]) -> bool:
     return any(name in BY_LRP for name in methods)
 
 
+def _with_layers(name: str, x: Array) -> Array:
+    """[layers, ...]; what is tagged once and outside a scan, as by a single layer, is one."""
+    rank = 4 if name.endswith(("/before", "/after")) else 5
+    return x if x.ndim == rank else x[None]
+
+
 def _with_values(tag: str, layers: Layers, values: Mapping, grads: Mapping) -> Layers:
     # What attention adds is used in the sum alone, so its gradient is the sum's.
     return layers._replace(
-        before=_flat(values[f"{tag}/before"]),
-        after=_flat(values[f"{tag}/after"]),
-        value_grad=_flat(grads[f"{tag}/after"]),
+        before=values[f"{tag}/before"],
+        after=values[f"{tag}/after"],
+        value_grad=grads[f"{tag}/after"],
     )
-
-
-def _flat(x: Array) -> Array:
-    """[layers, batch, tokens, width], also of a function that tags without a scan."""
-    return x if x.ndim == 4 else x[None]
 
 
 def _kinds(schedule: TagSchedule, layers: Mapping[str, Layers]) -> list[list[Layers]]:
@@ -147,6 +152,10 @@ def _rollout(ss: list[Layers], sq: list[Layers], qq: list[Layers]) -> tuple[Arra
         jnp.concatenate([one.attn.mean(axis=2, keepdims=True) for one in kind])
         for kind in (ss, sq[-1:], qq)
     )
+    # The transpose in `cross_rollout` goes over all of s's tokens. Those that what is explained
+    # does not depend on (padding, the words after it) have no gradient, and are left out.
+    reached = (sq[-1].grad != 0).any(axis=(2, 4))[:, :, None, :, None]
+    cross = jnp.where(reached, cross, 0)
     return rollout(of_s), cross_rollout(of_s, cross, of_q)
 
 

@@ -1,0 +1,36 @@
+"""Loading a model without knowing its class."""
+
+import os
+from typing import Any
+
+from jaxrel.models import clip, clipmapper
+from jaxrel.models.weights import CONFIG, find_folder, read_any_config
+
+_CLASSES: dict[str, Any] = {
+    clip.MODEL_TYPE: clip.CLIP,
+    clipmapper.MODEL_TYPE: clipmapper.CLIPMapper,
+}
+
+
+def from_pretrained(name_or_folder: str | os.PathLike, **options: Any) -> Any:
+    """Load a model of the class that its config.json names.
+
+    Args:
+      name_or_folder: a bundled model, a folder or a hub name.
+      **options: of the class's own `from_pretrained`, such as dtype.
+
+    Returns:
+      The model.
+
+    Raises:
+      FileNotFoundError, OSError: see `CLIP.from_pretrained`.
+      ValueError: see `CLIP.from_pretrained`; also a type of model that is not known.
+    """
+    folder = find_folder(name_or_folder)
+    found = read_any_config(folder).get("model_type")
+    if found not in _CLASSES:
+        raise ValueError(
+            f"{folder / CONFIG} describes a model of type {found!r}; known are "
+            f"{', '.join(_CLASSES)}"
+        )
+    return _CLASSES[found].from_pretrained(folder, **options)

@@ -1,0 +1,279 @@
+"""Recipes `vqa-shapes` and `caption-shapes`: CLIPmapper, trained on Shapes on two CPU cores.
+
+Stage 1 begins as a CLIP. Both losses add, while training, that of naming the object each patch
+shows (colour, shape, size, or background) from stage 1's tokens, by a linear layer that is then
+thrown away: it makes stage 1 tell objects apart many times sooner than answers or words do.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+from tqdm.auto import trange
+
+from jaxrel.models.auto import from_pretrained
+from jaxrel.models.clip import CLIP
+from jaxrel.models.clipmapper import (
+    CLIPMapper,
+    CLIPMapperCaption,
+    CLIPMapperConfig,
+    CLIPMapperVQA,
+    end_of_text,
+)
+from jaxrel.models.weights import check_new_folder
+from jaxrel.train.clip_shapes import SETTINGS_FILE, normalise
+from jaxrel.train.data.shapes import Scene, Shapes, answers
+from jaxrel.train.data.shapes.scene import COLOURS, SHAPES, SIZES
+from jaxrel.train.loop import fit
+from jaxrel.train.optimiser import adamw, warmup_cosine
+from jaxrel.train.pipeline import Arrays, batches
+from jaxrel.train.settings import CaptionShapes, MapperShapes, VqaShapes
+
+CAPTIONS = 5
+QUESTIONS = 7
+_VALUES = (tuple(COLOURS), SHAPES, tuple(SIZES))
+# A patch shows the object that covers the most of it, if that is at least this share.
+_COVERED = 0.15
+
+
+class PatchNames(nnx.Module):
+    """What each patch shows, read from stage 1's tokens by one linear layer."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs) -> None:
+        self.head = nnx.Linear(features, sum(map(len, _VALUES)) + 1, rngs=rngs)
+
+    def loss(
+        self,
+        tokens: Float[Array, "batch tokens features"],
+        shown: Int[Array, "batch patches 3"],
+    ) -> Float[Array, ""]:
+        """Mean cross-entropy of colour, shape and size where there is an object, and of whether.
+
+        Args:
+          tokens: of the picture, the class token first.
+          shown: indices of colour, shape and size; -1 where a patch shows the background.
+        """
+        logits = self.head(tokens[:, 1:]).astype(jnp.float32)
+        *names, there = jnp.split(logits, np.cumsum([len(v) for v in _VALUES]), axis=-1)
+        shown = shown.astype(jnp.int32)
+        covered = shown[..., 0] >= 0
+        entropy = optax.softmax_cross_entropy_with_integer_labels
+        wrong = sum(entropy(name, shown[..., i].clip(0)) for i, name in enumerate(names))
+        background = optax.sigmoid_binary_cross_entropy(there[..., 0], covered.astype(jnp.float32))
+        named = jnp.where(covered, wrong, 0).sum() / jnp.maximum(covered.sum(), 1)
+        return named + background.mean()
+
+
+def new_model(recipe: MapperShapes, kind: type[CLIPMapper]) -> CLIPMapper:
+    """The model before training: stage 1 is the recipe's CLIP, stage 2 is new."""
+    stage1 = from_pretrained(recipe.stage1)
+    if not isinstance(stage1, CLIP):
+        raise ValueError(f"stage1 {recipe.stage1!r} is a {type(stage1).__name__}, and no CLIP")
+    if recipe.context > stage1.config.text.context:
+        raise ValueError(
+            f"context {recipe.context} is more than the {stage1.config.text.context} tokens that "
+            f"{recipe.stage1!r} reads"
+        )
+    text = replace(stage1.config.text, context=recipe.context)
+    config = CLIPMapperConfig(
+        task=kind.task,
+        clip=replace(stage1.config, text=text, dtype=recipe.dtype),
+        answers=answers() if kind is CLIPMapperVQA else (),
+        width=recipe.width,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        mlp_width=recipe.mlp_width,
+    )
+    model = kind(config, rngs=nnx.Rngs(recipe.seed), processor=stage1.processor)
+    model.init_from_clip(stage1)
+    return model
+
+
+def load_scenes(
+    recipe: MapperShapes, split: str, count: int, read: Callable[[Scene], Any]
+) -> tuple[dict[str, np.ndarray], list[Any]]:
+    """Draw scenes: pictures and what their patches show, and what `read` takes from each."""
+    data, side = Shapes(seed=recipe.data_seed), 64
+    stage1 = from_pretrained(recipe.stage1).config.vision
+    images = np.empty((count, side, side, 3), np.uint8)
+    shown = np.empty((count, stage1.tokens - 1, len(_VALUES)), np.int8)
+    rest = []
+    for i in trange(count, desc=f"drawing {split} scenes", unit="scene", leave=False):
+        scene = data.scene(split, i)
+        images[i], shown[i] = scene.image, shown_by_patch(scene, stage1.grid)
+        rest.append(read(scene))
+    return {"image": images, "shown": shown}, rest
+
+
+def shown_by_patch(scene: Scene, grid: tuple[int, int]) -> Int[np.ndarray, "patches 3"]:
+    """Indices of colour, shape and size of the object each patch shows; -1 for background."""
+    rows, columns = grid
+    objects, height, width = scene.masks.shape
+    cells = scene.masks.reshape(objects, rows, height // rows, columns, width // columns)
+    cover = cells.mean(axis=(2, 4)).reshape(objects, -1)
+    named = [
+        [values.index(x) for values, x in zip(_VALUES, (o.colour, o.shape, o.size), strict=True)]
+        for o in scene.objects
+    ]
+    return np.where(
+        cover.max(axis=0)[:, None] >= _COVERED, np.asarray(named)[cover.argmax(axis=0)], -1
+    ).astype(np.int8)
+
+
+def vqa_examples(recipe: VqaShapes, model: CLIPMapperVQA, split: str, count: int) -> Arrays:
+    """Scenes with all their questions; what is missing to seven has the answer -1."""
+    arrays, asked = load_scenes(recipe, split, count, lambda scene: scene.questions)
+    index = {answer: i for i, answer in enumerate(model.config.answers)}
+    ids = model.processor.text([q.text for qs in asked for q in qs], recipe.context)
+    text = np.zeros((count, QUESTIONS, recipe.context), np.int16)
+    answer = np.full((count, QUESTIONS), -1, np.int8)
+    start = 0
+    for i, questions in enumerate(asked):
+        text[i, : len(questions)] = ids[start : start + len(questions)]
+        # A text that nobody asks still needs an end.
+        text[i, len(questions) :] = ids[start]
+        answer[i, : len(questions)] = [index[q.answer] for q in questions]
+        start += len(questions)
+    return Arrays(**arrays, text=text, answer=answer)
+
+
+class CaptionExamples:
+    """Scenes with one caption each; five times as many examples as scenes.
+
+    Example i is scene i modulo their number, with a caption that i draws.
+    """
+
+    def __init__(
+        self, recipe: CaptionShapes, model: CLIPMapperCaption, split: str, count: int
+    ) -> None:
+        arrays, captions = load_scenes(
+            recipe, split, count, lambda scene: [caption.text for caption in scene.captions]
+        )
+        ids = model.processor.text([text for five in captions for text in five], recipe.context)
+        self._scenes = Arrays(**arrays)
+        self._text = ids.astype(np.int16).reshape(count, CAPTIONS, -1)
+        self._seed, self._full = recipe.seed, recipe.full
+
+    def __len__(self) -> int:
+        return CAPTIONS * len(self._scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self._seed, index))
+        # The first two captions of a scene name every object.
+        low, high = (0, 2) if rng.random() < self._full else (2, CAPTIONS)
+        scene = index % len(self._scenes)
+        return self._scenes[scene] | {"text": self._text[scene, rng.integers(low, high)]}
+
+
+def vqa_loss(
+    model: CLIPMapperVQA, tokens: Array, batch: dict[str, Array]
+) -> tuple[Array, dict[str, Array]]:
+    """Mean cross-entropy of the right answers, and their share that is found."""
+    questions = batch["text"].shape[1]
+    text = batch["text"].reshape(-1, batch["text"].shape[-1]).astype(jnp.int32)
+    answer = batch["answer"].reshape(-1).astype(jnp.int32)
+    words, _ = model.map(jnp.repeat(tokens, questions, axis=0), text)
+    logits = model.answer_logits(words, text)
+    asked = answer >= 0
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, answer.clip(0))
+    right = logits.argmax(-1) == answer
+    count = asked.sum()
+    return jnp.where(asked, entropy, 0).sum() / count, {"accuracy": (right & asked).sum() / count}
+
+
+def caption_loss(
+    model: CLIPMapperCaption, tokens: Array, batch: dict[str, Array]
+) -> tuple[Array, dict[str, Array]]:
+    """Mean cross-entropy of the captions' words and ends, and their share that is foreseen."""
+    text = batch["text"].astype(jnp.int32)
+    words, _ = model.map(tokens, text[:, :-1])
+    logits, following = model.word_logits(words), text[:, 1:]
+    end = end_of_text(text, model.config.clip.text.eos_token_id)
+    counted = jnp.arange(1, text.shape[1]) <= end[:, None]
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, following)
+    right = (logits.argmax(-1) == following) & counted
+    count = counted.sum()
+    return jnp.where(counted, entropy, 0).sum() / count, {"accuracy": right.sum() / count}
+
+
+def train_vqa(recipe: VqaShapes, folder: Path) -> CLIPMapperVQA:
+    """Train on questions; see `_train`."""
+    return _train(recipe, folder, CLIPMapperVQA, vqa_examples, vqa_loss, "vqa-shapes")
+
+
+def train_caption(recipe: CaptionShapes, folder: Path) -> CLIPMapperCaption:
+    """Train on captions; see `_train`."""
+    return _train(
+        recipe, folder, CLIPMapperCaption, CaptionExamples, caption_loss, "caption-shapes"
+    )
+
+
+def _train(
+    recipe: Any,
+    folder: Path,
+    kind: type[CLIPMapper],
+    examples: Callable[..., Any],
+    loss_of: Callable[..., Any],
+    name: str,
+) -> Any:
+    """Train, and write the model (float16), its settings and `train.jsonl` into a folder.
+
+    Checkpoints go to `<folder>.checkpoints`, and are removed when the model is written; the
+    same call goes on from the newest one when it was stopped.
+
+    Raises:
+      FileExistsError: the folder exists and is no model folder; said before any work.
+      ValueError: stage 1 is no CLIP of fitting sizes; or see `fit`.
+      FloatingPointError, OSError: see `fit`.
+    """
+    folder = Path(folder)
+    check_new_folder(folder)
+    checkpoints = folder.with_name(f"{folder.name}.checkpoints")
+    model = new_model(recipe, kind)
+    names = PatchNames(model.config.clip.vision.width, rngs=nnx.Rngs(recipe.seed))
+    graph, params = nnx.split({"model": model, "names": names})
+
+    def loss(params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        parts = nnx.merge(graph, params)
+        tokens, _ = parts["model"].encode_image(normalise(batch["image"]))
+        value, metrics = loss_of(parts["model"], tokens, batch)
+        patches = parts["names"].loss(tokens, batch["shown"])
+        return value + recipe.patch_loss * patches, metrics | {"patches": patches}
+
+    rate = warmup_cosine(recipe.learning_rate, recipe.steps, recipe.warmup)
+    factors = {"model/vision": recipe.stage1_rate, "model/text": recipe.stage1_rate}
+    params = fit(
+        loss,
+        params,
+        adamw(rate, weight_decay=recipe.weight_decay, b2=0.98, factors=factors),
+        batches(
+            examples(recipe, model, "train", recipe.scenes), batch=recipe.batch, seed=recipe.seed
+        ),
+        steps=recipe.steps,
+        key=jax.random.key(recipe.seed),
+        settings=recipe,
+        folder=checkpoints,
+        log_every=recipe.log_every,
+        checkpoint_every=recipe.checkpoint_every,
+        accumulate=recipe.accumulate,
+        schedule=rate,
+        show="accuracy",
+        name=name,
+    )
+    model = nnx.merge(graph, params)["model"]
+    model.save_pretrained(folder, dtype="float16")
+    settings = json.dumps(dataclasses.asdict(recipe), indent=2)
+    (folder / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
+    shutil.copy(checkpoints / "train.jsonl", folder / "train.jsonl")
+    shutil.rmtree(checkpoints)
+    return from_pretrained(folder)
