@@ -145,13 +145,42 @@ def _add_train(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     from jaxrel.train.settings import SETTINGS
 
-    evaluate = commands.add_parser("evaluate", help="judge a model on held-out data")
-    evaluate.add_argument("recipe", choices=SETTINGS, help="what the model was trained with")
-    evaluate.add_argument("--model", default=DEFAULT_MODELS["text"], help="bundled name or folder")
-    evaluate.add_argument("--split", default="test", help="split of the data set")
-    evaluate.add_argument("--scenes", type=int, default=2048, help="how many examples")
-    evaluate.add_argument("--card", action="store_true", help="write the model's README.md too")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate = commands.add_parser("evaluate", help="judge a model or methods on held-out data")
+    judged = evaluate.add_subparsers(required=True, metavar="what")
+    for name, settings in SETTINGS.items():
+        recipe = judged.add_parser(name, help=f"a model made by `jaxrel train {name}`")
+        real = "data" in {field.name for field in dataclasses.fields(settings)}
+        recipe.add_argument("--model", default=None if real else name, required=real)
+        if real:
+            recipe.add_argument("--data", required=True, help="folder of the data set")
+        recipe.add_argument("--split", help="split of the data set, other than the usual one")
+        recipe.add_argument("--scenes", type=int, default=2048, help="how many (default: 2048)")
+        if not real:
+            recipe.add_argument(
+                "--card", action="store_true", help="write the model's README.md too"
+            )
+        recipe.set_defaults(run=_evaluate, recipe=name, data=None, card=False)
+    tests = {
+        "perturbation": (_perturbation, 2048, "remove tokens by their relevance, watch the model"),
+        "sanity": (_sanity, 128, "randomise parameters, watch the relevance"),
+    }
+    for name, (run, examples, meaning) in tests.items():
+        test = judged.add_parser(name, help=f"judge methods: {meaning}")
+        test.add_argument("--model", default="vqa-shapes", help="a CLIPmapper: name or folder")
+        test.add_argument("--split", default="test", help="split of Shapes (default: test)")
+        test.add_argument(
+            "--examples", type=int, default=examples, help=f"how many (default: {examples})"
+        )
+        test.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+        test.add_argument("--out", default="out", type=Path, help="folder (default: out)")
+        test.set_defaults(run=run)
+        if name == "perturbation":
+            test.add_argument("--batch", type=int, default=32, help="at a time (default: 32)")
+            test.add_argument(
+                "--modality",
+                default="image,text",
+                help="whose tokens are removed (default: image,text)",
+            )
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -255,8 +284,9 @@ def _as_json(options: argparse.Namespace, explanations: Sequence, files: list[Pa
 
 
 def _recipe(name: str) -> Any:
-    if importlib.util.find_spec("optax") is None:
-        raise ValueError("recipes need optax: pip install 'jaxrel[train]'")
+    missing = [name for name in ("grain", "optax", "orbax") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ValueError(f"recipes need {', '.join(missing)}: pip install 'jaxrel[train]'")
     from jaxrel.train.recipes import RECIPES
 
     return RECIPES[name]
@@ -281,10 +311,65 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"{folder} has no settings.json, which a model card quotes; it is written by "
             f"jaxrel train {options.recipe}"
         )
-    result = recipe.evaluate(_load(options.model), split=options.split, scenes=options.scenes)
+    chosen = {name: getattr(options, name) for name in ("data", "split", "scenes")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    result = recipe.evaluate(_load(options.model), **chosen)
     if options.card:
         (folder / "README.md").write_text(recipe.card(folder, result), encoding="utf-8")
     print(json.dumps({"model": options.model, **result}, indent=2))
+
+
+def _mapper(options: argparse.Namespace) -> Any:
+    """The CLIPmapper to test; ValueError for another model or an unusable --out."""
+    from jaxrel.models import CLIPMapper
+
+    if options.out.exists() and not options.out.is_dir():
+        raise NotADirectoryError(f"--out {options.out} is a file; name a folder")
+    model = _load(options.model)
+    if not isinstance(model, CLIPMapper):
+        raise ValueError(
+            f"{options.model!r} is a {type(model).__name__}; this test is made for CLIPmapper"
+        )
+    return model
+
+
+def _perturbation(options: argparse.Namespace) -> None:
+    _require_report()
+    from jaxrel.metrics.perturbation import markdown
+    from jaxrel.train import perturbation
+
+    result = perturbation.evaluate(
+        _mapper(options),
+        modality=tuple(options.modality.split(",")),
+        split=options.split,
+        examples=options.examples,
+        batch=options.batch,
+        seed=options.seed,
+    )
+    result = {name: {"model": options.model, **summary} for name, summary in result.items()}
+    files = perturbation.save(result, options.out)
+    for modality, summary in result.items():
+        print(f"Removing {modality} tokens:\n\n{markdown(summary)}")
+    print("wrote " + ", ".join(map(str, files)))
+
+
+def _sanity(options: argparse.Namespace) -> None:
+    from jaxrel.explanation import write_atomically
+    from jaxrel.train import sanity
+
+    result = sanity.evaluate(
+        _mapper(options), split=options.split, examples=options.examples, seed=options.seed
+    )
+    file = options.out / f"sanity-{result['task']}.json"
+    write_atomically(file, json.dumps({"model": options.model, **result}, indent=1).encode())
+    for modality in ("image", "text"):
+        print(sanity.markdown(result, modality))
+    print(f"wrote {file}")
+
+
+def _require_report() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the curves need matplotlib: pip install 'jaxrel[report]'")
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -182,6 +182,46 @@ def explain(
     return explanations[0] if isinstance(method, str) else explanations
 
 
+def token_relevance(
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    method: Sequence[str],
+    importance: str = "grad_value",
+) -> dict[str, dict[str, Any]]:
+    """What `explain` computes, for inputs that are prepared already: arrays in, arrays out.
+
+    Args:
+      model: as in `explain`.
+      inputs: as `model.pairs` returns them.
+      method: the methods.
+      importance: the measure of the weighted method.
+
+    Returns:
+      {method: {stream: relevance [rows, tokens]}}, special tokens and padding included.
+
+    Raises:
+      ValueError: unknown method or measure.
+    """
+    layout = model.layout
+    schedule = getattr(layout, "schedule", ())
+    methods = check_methods(method, TWO_STREAM if schedule else METHODS, "method")
+    measure(importance)
+    _, relevance, _ = _explained(
+        model,
+        inputs,
+        model.readout(inputs),
+        methods=tuple(one for one in methods if one not in BY_RULES),
+        propagated=tuple((one, BY_RULES[one]) for one in methods if one in BY_RULES),
+        streams=tuple(layout.streams),
+        schedule=schedule,
+        layers=None,
+        heads=None,
+        importance=importance,
+    )
+    return relevance
+
+
 @functools.partial(
     jax.jit,
     static_argnames=(

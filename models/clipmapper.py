@@ -547,15 +547,14 @@ class CLIPMapperVQA(CLIPMapper):
         Raises:
           ValueError: the numbers do not fit, or the model does not have this answer.
         """
-        image, text = inputs["image"], inputs["text"]
-        rows = max(len(image), len(text))
-        if {len(image), len(text)} - {1, rows}:
+        pictures, questions = len(inputs["image"]), len(inputs["text"])
+        rows = max(pictures, questions)
+        if {pictures, questions} - {1, rows}:
             raise ValueError(
-                f"{len(image)} pictures and {len(text)} questions make no pairs: give as many "
+                f"{pictures} pictures and {questions} questions make no pairs: give as many "
                 "pictures as questions, one picture, or one question"
             )
-        image, text = (jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (image, text))
-        paired = {"image": image, "text": text}
+        paired = {name: jnp.broadcast_to(x, (rows, *x.shape[1:])) for name, x in inputs.items()}
         if target is None:
             answer = _predict(self, paired).argmax(-1)
         else:
@@ -568,7 +567,7 @@ class CLIPMapperVQA(CLIPMapper):
 
     def _answer(self, answer: Any) -> int:
         answers = self.config.answers
-        if answer in answers:
+        if isinstance(answer, str) and answer in answers:
             return answers.index(answer)
         if hasattr(answer, "__index__") and operator.index(answer) in range(len(answers)):
             return operator.index(answer)
@@ -728,10 +727,10 @@ class CLIPMapperCaption(CLIPMapper):
         Raises:
           ValueError: the numbers do not fit, or a caption has no word there.
         """
-        image, text = inputs["image"], np.asarray(inputs["text"])
-        if len(image) != len(text):
+        pictures, captions = len(inputs["image"]), len(inputs["text"])
+        if pictures != captions:
             raise ValueError(
-                f"{len(image)} pictures and {len(text)} captions: give one caption per picture"
+                f"{pictures} pictures and {captions} captions: give one caption per picture"
             )
         words = np.asarray(self.content(inputs)["text"]).sum(-1)
         if not words.all():
@@ -748,12 +747,8 @@ class CLIPMapperCaption(CLIPMapper):
                     )
                 rows.append((example, position))
         example, position = jnp.asarray(rows, jnp.int32).T
-        return {
-            "image": image[example],
-            "text": jnp.asarray(text)[example],
-            "position": position,
-            "example": example,
-        }
+        by_row = {name: jnp.asarray(value)[example] for name, value in inputs.items()}
+        return by_row | {"position": position, "example": example}
 
     def describe(self, inputs: Inputs) -> list[str]:
         """Return each row's word, after the words before it."""

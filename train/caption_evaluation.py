@@ -52,7 +52,7 @@ def evaluate(
         captions += model.predict({"image": model.processor.image(images)})
     captions = captions[:scenes]
     references = [[tokenise(c.text) for c in scene.captions] for scene in drawn]
-    cider = CiderD(references).score([tokenise(c) for c in captions], references)
+    cider = CiderD.from_references(references).score([tokenise(c) for c in captions], references)
     return {
         "protocol": "caption-shapes/1",
         "split": split,
@@ -74,7 +74,7 @@ def _truth(captions: list[str], drawn: list[Any]) -> dict[str, Any]:
 
 
 SHARES = (
-    ("stated objects with colour and shape that are true", "named_true", "named"),
+    ("stated objects with colour and shape that are true", "coloured_true", "coloured"),
     ("stated objects that are true", "true", "stated"),
     ("objects of the scene that are mentioned", "mentioned", "objects"),
 )

@@ -5,15 +5,10 @@ shows (colour, shape, size, or background) from stage 1's tokens, by a linear la
 thrown away: it makes stage 1 tell objects apart many times sooner than answers or words do.
 """
 
-import dataclasses
-import json
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 from flax import nnx
@@ -22,21 +17,17 @@ from jaxtyping import Array, Float, Int
 from tqdm.auto import trange
 
 from jaxrel.models.auto import from_pretrained
-from jaxrel.models.clip import CLIP
 from jaxrel.models.clipmapper import (
     CLIPMapper,
     CLIPMapperCaption,
-    CLIPMapperConfig,
     CLIPMapperVQA,
-    end_of_text,
 )
 from jaxrel.models.weights import check_new_folder
-from jaxrel.train.clip_shapes import SETTINGS_FILE, normalise
+from jaxrel.train.clip_shapes import normalise
 from jaxrel.train.data.shapes import Scene, Shapes, answers
 from jaxrel.train.data.shapes.scene import COLOURS, SHAPES, SIZES
-from jaxrel.train.loop import fit
-from jaxrel.train.optimiser import adamw, warmup_cosine
-from jaxrel.train.pipeline import Arrays, batches
+from jaxrel.train.mapper_training import caption_loss, new_model, train_mapper
+from jaxrel.train.pipeline import Arrays
 from jaxrel.train.settings import CaptionShapes, MapperShapes, VqaShapes
 
 CAPTIONS = 5
@@ -47,7 +38,7 @@ _COVERED = 0.15
 
 
 class PatchNames(nnx.Module):
-    """What each patch shows, read from stage 1's tokens by one linear layer."""
+    """What each patch shows, read from stage 1's normalised tokens by one linear layer."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs) -> None:
         self.head = nnx.Linear(features, sum(map(len, _VALUES)) + 1, rngs=rngs)
@@ -60,7 +51,7 @@ class PatchNames(nnx.Module):
         """Mean cross-entropy of colour, shape and size where there is an object, and of whether.
 
         Args:
-          tokens: of the picture, the class token first.
+          tokens: of the picture, normalised, the class token first.
           shown: indices of colour, shape and size; -1 where a patch shows the background.
         """
         logits = self.head(tokens[:, 1:]).astype(jnp.float32)
@@ -72,31 +63,6 @@ class PatchNames(nnx.Module):
         background = optax.sigmoid_binary_cross_entropy(there[..., 0], covered.astype(jnp.float32))
         named = jnp.where(covered, wrong, 0).sum() / jnp.maximum(covered.sum(), 1)
         return named + background.mean()
-
-
-def new_model(recipe: MapperShapes, kind: type[CLIPMapper]) -> CLIPMapper:
-    """The model before training: stage 1 is the recipe's CLIP, stage 2 is new."""
-    stage1 = from_pretrained(recipe.stage1)
-    if not isinstance(stage1, CLIP):
-        raise ValueError(f"stage1 {recipe.stage1!r} is a {type(stage1).__name__}, and no CLIP")
-    if recipe.context > stage1.config.text.context:
-        raise ValueError(
-            f"context {recipe.context} is more than the {stage1.config.text.context} tokens that "
-            f"{recipe.stage1!r} reads"
-        )
-    text = replace(stage1.config.text, context=recipe.context)
-    config = CLIPMapperConfig(
-        task=kind.task,
-        clip=replace(stage1.config, text=text, dtype=recipe.dtype),
-        answers=answers() if kind is CLIPMapperVQA else (),
-        width=recipe.width,
-        layers=recipe.layers,
-        heads=recipe.heads,
-        mlp_width=recipe.mlp_width,
-    )
-    model = kind(config, rngs=nnx.Rngs(recipe.seed), processor=stage1.processor)
-    model.init_from_clip(stage1)
-    return model
 
 
 def load_scenes(
@@ -191,89 +157,52 @@ def vqa_loss(
     return jnp.where(asked, entropy, 0).sum() / count, {"accuracy": (right & asked).sum() / count}
 
 
-def caption_loss(
-    model: CLIPMapperCaption, tokens: Array, batch: dict[str, Array]
-) -> tuple[Array, dict[str, Array]]:
-    """Mean cross-entropy of the captions' words and ends, and their share that is foreseen."""
-    text = batch["text"].astype(jnp.int32)
-    words, _ = model.map(tokens, text[:, :-1])
-    logits, following = model.word_logits(words), text[:, 1:]
-    end = end_of_text(text, model.config.clip.text.eos_token_id)
-    counted = jnp.arange(1, text.shape[1]) <= end[:, None]
-    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, following)
-    right = (logits.argmax(-1) == following) & counted
-    count = counted.sum()
-    return jnp.where(counted, entropy, 0).sum() / count, {"accuracy": right.sum() / count}
-
-
-def train_vqa(recipe: VqaShapes, folder: Path) -> CLIPMapperVQA:
-    """Train on questions; see `_train`."""
-    return _train(recipe, folder, CLIPMapperVQA, vqa_examples, vqa_loss, "vqa-shapes")
-
-
-def train_caption(recipe: CaptionShapes, folder: Path) -> CLIPMapperCaption:
-    """Train on captions; see `_train`."""
-    return _train(
-        recipe, folder, CLIPMapperCaption, CaptionExamples, caption_loss, "caption-shapes"
-    )
-
-
-def _train(
-    recipe: Any,
-    folder: Path,
-    kind: type[CLIPMapper],
-    examples: Callable[..., Any],
-    loss_of: Callable[..., Any],
-    name: str,
-) -> Any:
-    """Train, and write the model (float16), its settings and `train.jsonl` into a folder.
-
-    Checkpoints go to `<folder>.checkpoints`, and are removed when the model is written; the
-    same call goes on from the newest one when it was stopped.
+def train_vqa(recipe: VqaShapes, folder: Path) -> CLIPMapper:
+    """Train on all questions of each picture of a batch; see `train_mapper`.
 
     Raises:
       FileExistsError: the folder exists and is no model folder; said before any work.
-      ValueError: stage 1 is no CLIP of fitting sizes; or see `fit`.
-      FloatingPointError, OSError: see `fit`.
+      ValueError, FloatingPointError, OSError: see `new_model` and `fit`.
     """
-    folder = Path(folder)
     check_new_folder(folder)
-    checkpoints = folder.with_name(f"{folder.name}.checkpoints")
-    model = new_model(recipe, kind)
-    names = PatchNames(model.config.clip.vision.width, rngs=nnx.Rngs(recipe.seed))
-    graph, params = nnx.split({"model": model, "names": names})
+    model = new_model(recipe, CLIPMapperVQA, answers=answers())
+    examples = vqa_examples(recipe, model, "train", recipe.scenes)
+    return _train(recipe, folder, model, vqa_loss, examples, "vqa-shapes")
 
-    def loss(params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
-        parts = nnx.merge(graph, params)
-        tokens, _ = parts["model"].encode_image(normalise(batch["image"]))
-        value, metrics = loss_of(parts["model"], tokens, batch)
-        patches = parts["names"].loss(tokens, batch["shown"])
+
+def train_caption(recipe: CaptionShapes, folder: Path) -> CLIPMapper:
+    """Train on one caption of each picture of a batch; see `train_mapper`.
+
+    Raises:
+      FileExistsError, ValueError, FloatingPointError, OSError: as `train_vqa`.
+    """
+    check_new_folder(folder)
+    model = new_model(recipe, CLIPMapperCaption)
+    examples = CaptionExamples(recipe, model, "train", recipe.scenes)
+
+    def loss(model: CLIPMapperCaption, tokens: Array, batch: dict[str, Array]) -> Any:
+        return caption_loss(model, tokens, batch["text"])
+
+    return _train(recipe, folder, model, loss, examples, "caption-shapes")
+
+
+def _train(
+    recipe: MapperShapes,
+    folder: Path,
+    model: CLIPMapper,
+    loss_of: Callable[..., Any],
+    examples: Any,
+    name: str,
+) -> CLIPMapper:
+    names = PatchNames(model.config.clip.vision.width, rngs=nnx.Rngs(recipe.seed))
+
+    def loss(parts: Any, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        model = parts["model"]
+        tokens, _ = model.encode_image(normalise(batch["image"]))
+        value, metrics = loss_of(model, tokens, batch)
+        patches = parts["names"].loss(model.vision_norm(tokens), batch["shown"])
         return value + recipe.patch_loss * patches, metrics | {"patches": patches}
 
-    rate = warmup_cosine(recipe.learning_rate, recipe.steps, recipe.warmup)
-    factors = {"model/vision": recipe.stage1_rate, "model/text": recipe.stage1_rate}
-    params = fit(
-        loss,
-        params,
-        adamw(rate, weight_decay=recipe.weight_decay, b2=0.98, factors=factors),
-        batches(
-            examples(recipe, model, "train", recipe.scenes), batch=recipe.batch, seed=recipe.seed
-        ),
-        steps=recipe.steps,
-        key=jax.random.key(recipe.seed),
-        settings=recipe,
-        folder=checkpoints,
-        log_every=recipe.log_every,
-        checkpoint_every=recipe.checkpoint_every,
-        accumulate=recipe.accumulate,
-        schedule=rate,
-        show="accuracy",
-        name=name,
-    )
-    model = nnx.merge(graph, params)["model"]
-    model.save_pretrained(folder, dtype="float16")
-    settings = json.dumps(dataclasses.asdict(recipe), indent=2)
-    (folder / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
-    shutil.copy(checkpoints / "train.jsonl", folder / "train.jsonl")
-    shutil.rmtree(checkpoints)
-    return from_pretrained(folder)
+    parts = {"model": model, "names": names}
+    # Half the size, and no answer or word changes.
+    return train_mapper(recipe, folder, parts, loss, examples, name=name, dtype="float16")

@@ -3,15 +3,21 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxrel.train import caption_evaluation, clip_shapes, mapper_shapes, vqa_evaluation
+from jaxrel.train import (
+    caption_evaluation,
+    clip_shapes,
+    mapper_real,
+    mapper_shapes,
+    vqa_evaluation,
+)
 
 
 class Recipe(NamedTuple):
-    """`train(settings, folder)`, `evaluate(model, ...)`, and `card(folder, result)`."""
+    """`train(settings, folder)`, `evaluate(model, ...)`, and `card(folder, result)` if any."""
 
     train: Callable[..., Any]
     evaluate: Callable[..., dict[str, Any]]
-    card: Callable[..., str]
+    card: Callable[..., str] | None = None
 
 
 RECIPES = {
@@ -20,4 +26,6 @@ RECIPES = {
     "caption-shapes": Recipe(
         mapper_shapes.train_caption, caption_evaluation.evaluate, caption_evaluation.card
     ),
+    "vqa-v2": Recipe(mapper_real.train_vqa, mapper_real.evaluate_vqa),
+    "caption-coco": Recipe(mapper_real.train_caption, mapper_real.evaluate_caption),
 }

@@ -120,8 +120,64 @@ class CaptionShapes(MapperShapes):
             raise ValueError(f"full must be from 0 to 1, got {self.full}")
 
 
+@dataclasses.dataclass(frozen=True)
+class MapperReal:
+    """What the recipes on real data have in common: CLIPmapper over a CLIP of the hub.
+
+    Raises:
+      ValueError: a setting is out of range.
+    """
+
+    data: str = _setting("", "folder of the data set, as downloaded and unpacked")
+    split: str = _setting("train", "split to train on")
+    missing: str = _setting("error", "what to do with missing pictures: error or skip")
+    corrupt: str = _setting("error", "what to do with damaged pictures: error or skip")
+    stage1: str = _setting("openai/clip-vit-base-patch32", "the CLIP that stage 1 begins as")
+    seed: int = _setting(0, "of the parameters and of the order of examples")
+    steps: int = _setting(40_000, "of the optimiser")
+    batch: int = _setting(256, "examples per step")
+    accumulate: int = _setting(1, "parts of the batch whose gradients are summed, to save memory")
+    learning_rate: float = _setting(1e-4, "the highest; it falls to 0 as a cosine")
+    stage1_rate: float = _setting(0.1, "factor on the learning rate in stage 1; 0 freezes it")
+    warmup: int = _setting(1_000, "steps until the highest learning rate")
+    weight_decay: float = _setting(0.05, "of AdamW")
+    width: int = _setting(768, "features per token in the mapper")
+    layers: int = _setting(6, "layers of the mapper")
+    heads: int = _setting(12, "attention heads of the mapper")
+    mlp_width: int = _setting(3072, "hidden features of the mapper's MLPs")
+    context: int = _setting(32, "tokens of the longest text")
+    dtype: str = _setting("bfloat16", "of the computation: float32 or bfloat16")
+    workers: int = _setting(8, "processes that read pictures; 0 reads in threads")
+    log_every: int = _setting(50, "steps between two lines of the log")
+    checkpoint_every: int = _setting(1_000, "steps between two checkpoints")
+
+    def __post_init__(self):
+        if not self.data:
+            raise ValueError("data is empty; name the folder of the data set with --data")
+        for name in ("missing", "corrupt"):
+            if getattr(self, name) not in ("error", "skip"):
+                raise ValueError(f"{name} must be error or skip, got {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class VqaV2(MapperReal):
+    """Settings of the recipe `vqa-v2`."""
+
+    at_least: int = _setting(9, "how often an answer must occur to be one of the model's")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionCoco(MapperReal):
+    """Settings of the recipe `caption-coco`: COCO in Karpathy's splits."""
+
+    split: str = _setting("train+restval", "split to train on")
+    context: int = _setting(40, "tokens of the longest text")
+
+
 SETTINGS: dict[str, type] = {
     "clip-shapes": ClipShapes,
     "vqa-shapes": VqaShapes,
     "caption-shapes": CaptionShapes,
+    "vqa-v2": VqaV2,
+    "caption-coco": CaptionCoco,
 }

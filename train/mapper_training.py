@@ -1,0 +1,141 @@
+"""What all recipes of CLIPmapper share: the optimiser, the loop, and what is written at the end."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array
+
+from jaxrel.models.auto import from_pretrained
+from jaxrel.models.clip import CLIP
+from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperConfig, end_of_text
+from jaxrel.train.clip_shapes import SETTINGS_FILE
+from jaxrel.train.loop import fit
+from jaxrel.train.optimiser import adamw, warmup_cosine
+from jaxrel.train.pipeline import Source, batches
+
+Loss = Callable[[Mapping[str, Any], dict[str, Array]], tuple[Array, dict[str, Array]]]
+
+
+def new_model(
+    recipe: Any,
+    kind: type[CLIPMapper],
+    *,
+    answers: tuple[str, ...] = (),
+    several: bool = False,
+) -> CLIPMapper:
+    """The model before training: stage 1 is the recipe's CLIP, stage 2 is new.
+
+    Raises:
+      ValueError: stage 1 is no CLIP, or reads shorter texts than the recipe wants.
+    """
+    stage1 = from_pretrained(recipe.stage1)
+    if not isinstance(stage1, CLIP):
+        raise ValueError(f"stage1 {recipe.stage1!r} is a {type(stage1).__name__}, and no CLIP")
+    if recipe.context > stage1.config.text.context:
+        raise ValueError(
+            f"context {recipe.context} is more than the {stage1.config.text.context} tokens that "
+            f"{recipe.stage1!r} reads"
+        )
+    text = replace(stage1.config.text, context=recipe.context)
+    config = CLIPMapperConfig(
+        task=kind.task,
+        clip=replace(stage1.config, text=text, dtype=recipe.dtype),
+        answers=answers,
+        several=several,
+        width=recipe.width,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        mlp_width=recipe.mlp_width,
+    )
+    model = kind(config, rngs=nnx.Rngs(recipe.seed), processor=stage1.processor)
+    model.init_from_clip(stage1)
+    return model
+
+
+def train_mapper(
+    recipe: Any,
+    folder: Path,
+    parts: Mapping[str, nnx.Module],
+    loss: Loss,
+    source: Source,
+    *,
+    name: str,
+    transform: Callable | None = None,
+    workers: int = 0,
+    dtype: str = "float32",
+) -> CLIPMapper:
+    """Train, and write the model, its settings and `train.jsonl` into a folder.
+
+    Checkpoints go to `<folder>.checkpoints`, and are removed when the model is written; the
+    same call goes on from the newest one when it was stopped.
+
+    Args:
+      recipe: the settings.
+      folder: where the model goes; check it with `check_new_folder` before any work.
+      parts: what is trained: "model", and what is thrown away afterwards.
+      loss: `(parts, batch) -> (value, metrics)`.
+      source, transform, workers: see `jaxrel.train.pipeline.batches`.
+      name: of the recipe.
+      dtype: of the file.
+
+    Returns:
+      The model as it is in the folder.
+
+    Raises:
+      ValueError, FloatingPointError, OSError: see `fit`.
+    """
+    folder = Path(folder)
+    checkpoints = folder.with_name(f"{folder.name}.checkpoints")
+    graph, params = nnx.split(dict(parts))
+    rate = warmup_cosine(recipe.learning_rate, recipe.steps, recipe.warmup)
+    factors = {"model/vision": recipe.stage1_rate, "model/text": recipe.stage1_rate}
+
+    def of_params(params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        return loss(nnx.merge(graph, params), batch)
+
+    params = fit(
+        of_params,
+        params,
+        adamw(rate, weight_decay=recipe.weight_decay, b2=0.98, factors=factors),
+        batches(source, batch=recipe.batch, seed=recipe.seed, transform=transform, workers=workers),
+        steps=recipe.steps,
+        key=jax.random.key(recipe.seed),
+        settings=recipe,
+        folder=checkpoints,
+        log_every=recipe.log_every,
+        checkpoint_every=recipe.checkpoint_every,
+        accumulate=recipe.accumulate,
+        schedule=rate,
+        show="accuracy",
+        name=name,
+    )
+    nnx.merge(graph, params)["model"].save_pretrained(folder, dtype=dtype)
+    settings = json.dumps(dataclasses.asdict(recipe), indent=2)
+    (folder / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
+    shutil.copy(checkpoints / "train.jsonl", folder / "train.jsonl")
+    shutil.rmtree(checkpoints)
+    return from_pretrained(folder)
+
+
+def caption_loss(
+    model: CLIPMapperCaption, tokens: Array, text: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Mean cross-entropy of the captions' words and ends, and their share that is foreseen."""
+    text = text.astype(jnp.int32)
+    words, _ = model.map(tokens, text[:, :-1])
+    logits, following = model.word_logits(words), text[:, 1:]
+    end = end_of_text(text, model.config.clip.text.eos_token_id)
+    counted = jnp.arange(1, text.shape[1]) <= end[:, None]
+    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, following)
+    right = (logits.argmax(-1) == following) & counted
+    count = counted.sum()
+    return jnp.where(counted, entropy, 0).sum() / count, {"accuracy": right.sum() / count}

@@ -1,0 +1,276 @@
+"""The perturbation test of CLIPmapper on Shapes (`perturbation/1`, after Chefer et al. 2021).
+
+Tokens are removed in the order of their relevance, by hiding them from attention everywhere, and
+the model is watched: does its answer stay right, does its own word stay probable? For every
+batch one program explains it by all methods, and another goes through methods, signs and steps.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array
+from tqdm.auto import tqdm, trange
+
+from jaxrel.explainer import token_relevance
+from jaxrel.explanation import write_atomically
+from jaxrel.metrics import perturbation
+from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQA
+from jaxrel.train.data.shapes import Shapes
+from jaxrel.train.vqa_evaluation import answer_indices, model_inputs
+
+STREAMS = {"image": "vision", "text": "text"}
+# The methods of the table, and the passes through the model that each needs. LRP's backward
+# pass goes with rules of its own, beside the gradient's.
+COST = {
+    "random": "none",
+    "raw": "forward",
+    "rollout": "forward",
+    "grad_cam": "forward + gradient",
+    "partial_lrp": "forward + LRP",
+    "transformer_attribution": "forward + gradient + LRP",
+    "equal": "forward + gradient",
+    "equal_lrp": "forward + gradient + LRP",
+    "weighted, grad_value": "forward + gradient",
+    "weighted, norm": "forward + gradient",
+    "weighted, abs_grad_value": "forward + gradient",
+    "lrp": "forward + LRP",
+    "cp_lrp": "forward + LRP",
+    "input_x_gradient": "forward + gradient",
+}
+METHODS = tuple(COST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What is perturbed: inputs with one row per example, and which tokens may be removed.
+
+    Attributes:
+      inputs: as `model.pairs` returns them.
+      removable: by modality, bool [examples, tokens].
+      measure: what is measured, in words.
+      measured: `(model, inputs) -> [examples]`, of inputs with keep masks.
+    """
+
+    inputs: dict[str, Any]
+    removable: dict[str, np.ndarray]
+    measure: str
+    measured: Callable[[Any, Any], Array]
+
+
+def evaluate(
+    model: CLIPMapper,
+    *,
+    modality: Sequence[str] = ("image", "text"),
+    methods: Sequence[str] = METHODS,
+    data_seed: int = 0,
+    split: str = "test",
+    examples: int = 2048,
+    batch: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run the perturbation test of a model on held-out scenes.
+
+    A model that answers questions is asked one question per scene, drawn by `seed`, and its own
+    answer is explained; measured is whether its answer is right. A model that captions writes
+    its own captions, and one word of each, drawn by `seed` from the third on, is explained;
+    measured is the log-probability of this word. The token that an output is read from is
+    never removed, nor are class, start and end tokens.
+
+    Args:
+      model: either of both.
+      modality: "image", "text" or both: of which tokens are removed.
+      methods: of `METHODS`.
+      data_seed: of the Shapes data set.
+      split: of the data set.
+      examples: how many.
+      batch: examples at a time.
+      seed: of the choice of questions or words, and of the random method.
+
+    Returns:
+      {modality: as `jaxrel.metrics.perturbation.summary`, and the settings}.
+
+    Raises:
+      ValueError: an unknown method or modality, or too few examples.
+    """
+    for name, known, given in (("method", METHODS, methods), ("modality", STREAMS, modality)):
+        unknown = [one for one in given if one not in known]
+        if unknown or not given:
+            wrong = f"unknown {name} {unknown[0]!r}" if unknown else f"no {name} given"
+            raise ValueError(f"perturbation: {wrong}; there are {', '.join(known)}")
+    if examples < batch or batch < 1:
+        raise ValueError(f"perturbation: {examples} examples do not fill one batch of {batch}")
+    make = question_examples if isinstance(model, CLIPMapperVQA) else caption_examples
+    # Batches of one size compile once; what does not fill the last one is left out.
+    examples -= examples % batch
+    drawn = make(model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=batch)
+    found: dict[str, list[np.ndarray]] = {one: [] for one in modality}
+    graph, parameters = nnx.split(model)
+    sweeps = {one: _sweep(graph, drawn, one) for one in modality}
+    for start in trange(0, examples, batch, desc="perturbing", unit="batch"):
+        rows = slice(start, start + batch)
+        inputs = jax.tree.map(lambda x: x[rows], drawn.inputs)  # noqa: B023
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        relevance = relevance_by_method(model, inputs, methods, key)
+        for one in modality:
+            stacked = jnp.stack([relevance[method][STREAMS[one]] for method in methods])
+            removable = jnp.asarray(drawn.removable[one][rows])
+            found[one].append(np.asarray(sweeps[one](parameters, inputs, stacked, removable)))
+    settings = {
+        "task": model.task,
+        "split": split,
+        "data_seed": data_seed,
+        "seed": seed,
+    }
+    baseline = "equal" if "equal" in methods else None
+    return {
+        one: perturbation.summary(
+            dict(zip(methods, np.concatenate(parts, axis=-1), strict=True)),
+            measure=drawn.measure,
+            baseline=baseline,
+            cost={method: COST[method] for method in methods},
+        )
+        | settings
+        | {"modality": one}
+        for one, parts in found.items()
+    }
+
+
+def relevance_by_method(
+    model: CLIPMapper, inputs: Mapping[str, Any], methods: Sequence[str], key: Array
+) -> dict[str, dict[str, Array]]:
+    """{method: {stream: relevance [rows, tokens]}} for names as in `METHODS`."""
+    plain = tuple(one for one in methods if one != "random" and "," not in one)
+    found = token_relevance(model, inputs, method=plain) if plain else {}
+    for method in methods:
+        if method == "random":
+            rows, tokens = inputs["text"].shape
+            patches = model.config.clip.vision.tokens
+            found[method] = {
+                "vision": perturbation.random_relevance(key, (rows, patches)),
+                "text": perturbation.random_relevance(jax.random.fold_in(key, 1), (rows, tokens)),
+            }
+        elif "," in method:
+            name, measure = method.split(", ")
+            one = token_relevance(model, inputs, method=(name,), importance=measure)
+            found[method] = one[name]
+    return found
+
+
+def _sweep(graph: Any, drawn: Examples, modality: str) -> Callable:
+    @jax.jit
+    def sweep(parameters, inputs, relevance, removable):
+        model = nnx.merge(graph, parameters)
+
+        def measured(keep):
+            return drawn.measured(model, {**inputs, f"{modality}_keep": keep})
+
+        return perturbation.sweep(measured, relevance, removable)
+
+    return sweep
+
+
+def question_examples(
+    model: CLIPMapperVQA, *, data_seed: int, split: str, count: int, seed: int, batch: int
+) -> Examples:
+    """One question for each scene."""
+    data, rng = Shapes(seed=data_seed), np.random.default_rng(seed)
+    asked = []
+    for i in trange(count, desc="drawing", leave=False):
+        scene = data.scene(split, i)
+        asked.append((scene, scene.questions[int(rng.integers(len(scene.questions)))]))
+    inputs = model.pairs(model_inputs(model, asked[:batch]))
+    parts = [inputs] + [
+        model.pairs(model_inputs(model, asked[start : start + batch]))
+        for start in range(batch, count, batch)
+    ]
+    inputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    inputs["truth"] = answer_indices(model, asked)
+    content = jax.device_get(model.content(inputs))
+
+    def right(model: CLIPMapperVQA, inputs: Any) -> Array:
+        return (model(inputs).argmax(-1) == inputs["truth"]).astype(jnp.float32)
+
+    return Examples(
+        inputs,
+        {"image": content["vision"], "text": content["text"]},
+        "share of right answers",
+        right,
+    )
+
+
+def caption_examples(
+    model: CLIPMapperCaption, *, data_seed: int, split: str, count: int, seed: int, batch: int
+) -> Examples:
+    """One word of the model's own caption of each scene, with two words or more before it."""
+    data, rng = Shapes(seed=data_seed), np.random.default_rng(seed)
+    parts, made, index = [], 0, 0
+    with tqdm(total=count, desc="captioning", leave=False) as bar:
+        while made < count:
+            images = [data.scene(split, i).image for i in range(index, index + batch)]
+            index += batch
+            inputs = model.prepare(image=images)
+            words = np.asarray(model.content(inputs)["text"]).sum(-1)
+            chosen = np.flatnonzero(words >= 3)[: count - made]
+            part = {name: np.asarray(value)[chosen] for name, value in inputs.items()}
+            part["position"] = rng.integers(3, words[chosen] + 1).astype(np.int32)
+            parts.append(part)
+            made += len(chosen)
+            bar.update(len(chosen))
+            if not len(chosen) and index > 10 * count:
+                raise ValueError(
+                    "perturbation: the model's captions have fewer than three words; it is not "
+                    "trained"
+                )
+    inputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    content = jax.device_get(model.content(inputs))
+    # What the word is predicted from stays.
+    columns = np.arange(content["text"].shape[1])
+    text = content["text"] & (columns < inputs["position"][:, None] - 1)
+
+    def log_probability(model: CLIPMapperCaption, inputs: Any) -> Array:
+        logits = jax.nn.log_softmax(model(inputs))
+        row, position = jnp.arange(len(logits)), inputs["position"]
+        return logits[row, position - 1, inputs["text"][row, position]]
+
+    return Examples(
+        inputs,
+        {"image": content["vision"], "text": text},
+        "log-probability of the model's own word",
+        log_probability,
+    )
+
+
+def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a result: JSON, a Markdown table and the curves for each modality.
+
+    Args:
+      result: of `evaluate`, or with a "model" beside the settings.
+      folder: made if it is not there.
+
+    Returns:
+      The files.
+
+    Raises:
+      ImportError: matplotlib is not installed (extra `report`); JSON and tables are written.
+    """
+    from jaxrel.report.curves import curves
+
+    files = []
+    for modality, summary in result.items():
+        name = f"perturbation-{summary['task']}-{modality}"
+        data = json.dumps(summary, indent=1).encode()
+        table = perturbation.markdown(summary).encode()
+        for suffix, content in ((".json", data), (".md", table)):
+            files.append(folder / f"{name}{suffix}")
+            write_atomically(files[-1], content)
+    for modality, summary in result.items():
+        files.append(folder / f"perturbation-{summary['task']}-{modality}.png")
+        curves(summary, files[-1])
+    return files
