@@ -102,8 +102,6 @@ class CLIPMapperConfig:
                 f"mapper: task {self.task!r} with {len(self.answers)} answers; 'vqa' needs the "
                 "answers it chooses from, 'caption' has none"
             )
-        if not all(isinstance(answer, str) for answer in self.answers):
-            raise ValueError(f"mapper: answers must be strings, got {self.answers[:5]!r}")
         if len(set(self.answers)) < len(self.answers):
             twice = sorted({a for a in self.answers if self.answers.count(a) > 1})
             raise ValueError(f"mapper: answers are repeated: {', '.join(twice[:5])}")
@@ -126,8 +124,10 @@ class CLIPMapperConfig:
                 f"unknown: {wrong}"
             )
         answers = mapper["answers"]
-        if not isinstance(answers, list):
-            raise ValueError(f"{CONFIG}: mapper_config.answers must be a list, got {answers!r}")
+        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+            raise ValueError(
+                f"{CONFIG}: mapper_config.answers must be a list of strings, got {answers!r:.80}"
+            )
         return cls(**(mapper | {"answers": tuple(answers)}), clip=CLIPConfig.from_dict(stage1))
 
     def to_dict(self) -> dict[str, Any]:
@@ -330,6 +330,7 @@ class CLIPMapper(nnx.Module):
           ValueError: a size differs.
         """
         theirs = dict(nnx.to_flat_state(nnx.state(stage1, nnx.Param)))
+        taken = []
         for path, variable in _parameters(self):
             if path[0] not in ("vision", "text"):
                 continue
@@ -341,6 +342,8 @@ class CLIPMapper(nnx.Module):
                     f"init_from_clip: {'/'.join(path)} has shape {list(value.shape)} in the CLIP "
                     f"and {list(variable.shape)} here; make the model from the CLIP's own config"
                 )
+            taken.append((variable, value))
+        for variable, value in taken:
             variable.set_value(value)
 
     @property
@@ -759,7 +762,7 @@ class CLIPMapperCaption(CLIPMapper):
 
     def readout(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
         """Return the token that each word is predicted from: the one before it."""
-        return {"text": inputs["position"] - 1}
+        return {"text": jnp.asarray(inputs["position"]) - 1}
 
     def content(self, inputs: Inputs) -> dict[str, Bool[Array, "batch tokens"]]:
         """Return where the tokens are that stand for something: patches, and words before."""

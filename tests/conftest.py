@@ -26,3 +26,11 @@ def x64():
 def key():
     """A PRNG key."""
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Compile without optimising, where XLA takes longer over a program than the program runs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -24,6 +24,8 @@ from jaxrel.models import (
     word_tokenizer,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 WORDS = ("a", "above", "blue", "circle", "red", "square")
 CONFIG = CLIPConfig(
     vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=16, patch_size=8),

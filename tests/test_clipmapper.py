@@ -65,7 +65,7 @@ def random_values(make, seed=0):
     """A model with values from NumPy, which needs no compilation."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype),
+        lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype),
         nnx.eval_shape(make),
     )
 
@@ -109,14 +109,6 @@ def inputs(vqa):
 
 
 @pytest.fixture(scope="module")
-def read(model, inputs):
-    """Inputs that say what is read: an answer, or the last word of a caption."""
-    if model.task == "vqa":
-        return {**inputs, "answer": jnp.array([2, 0])}
-    return {**inputs, "position": jnp.array([5, 3])}
-
-
-@pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     path = tmp_path_factory.mktemp(model.task) / "model"
     model.save_pretrained(path)
@@ -126,33 +118,35 @@ def folder(model, tmp_path_factory):
 # ---- attention maps and their gradients
 
 
-@pytest.fixture(scope="module")
-def explained(model, read):
-    return GRADIENTS(model, read)
+def answered(inputs):
+    return {**inputs, "answer": jnp.array([2, 0])}
 
 
-def test_returned_maps_are_the_tagged_ones(model, inputs, explained):
+def shapes(task, layers):
+    patches, words = 5, 9
+    to_itself = {"image": (patches, patches), "text": (words, words)}
+    maps = {"vision": (2, 2, 2, patches, patches), "text": (2, 2, 3, words, words)}
+    maps |= {f"{name}_single": (layers, 2, 2, *size) for name, size in to_itself.items()}
+    maps |= {"text_to_image": (layers, 2, 2, words, patches)}
+    maps |= {"text_self": (layers, 2, 2, words, words)}
+    if layers > 1:
+        maps |= {"image_self": (layers - 1, 2, 2, patches, patches)}
+        if task == "vqa":
+            maps |= {"image_to_text": (layers - 1, 2, 2, patches, words)}
+    return maps
+
+
+def test_returned_maps_are_the_tagged_ones(model, inputs):
     logits, maps = FORWARD(model, inputs)
-    _, tagged, grads = explained
-    assert set(maps) == set(tagged) == set(grads)
-    layers, patches, words = model.config.layers, 5, 9
-    shape = {
-        "vision": (2, 2, 2, patches, patches),
-        "text": (2, 2, 3, words, words),
-        "image_single": (layers, 2, 2, patches, patches),
-        "text_single": (layers, 2, 2, words, words),
-        "text_to_image": (layers, 2, 2, words, patches),
-        "image_self": (layers - 1, 2, 2, patches, patches),
-        "text_self": (layers, 2, 2, words, words),
-    }
-    if model.task == "vqa":
-        shape["image_to_text"] = (layers - 1, 2, 2, patches, words)
-    assert {name: value.shape for name, value in maps.items()} == shape
+    names = tuple(shapes(model.task, model.config.layers))
+    _, tagged = jax.jit(jaxrel.capture(lambda m, x: m(x), names))(model, inputs)
+    assert {name: x.shape for name, x in maps.items()} == shapes(model.task, model.config.layers)
+    assert set(tagged) == set(maps)
     for name, value in maps.items():
-        assert value.dtype == grads[name].dtype == jnp.float32
+        assert value.dtype == jnp.float32
         np.testing.assert_allclose(value.sum(-1), 1, rtol=1e-5)  # rounding of a softmax
         np.testing.assert_allclose(tagged[name], value, **ROUNDING)
-    expected = (2, 4) if model.task == "vqa" else (2, words, 12)
+    expected = (2, 4) if model.task == "vqa" else (2, 9, 12)
     assert (logits.shape, logits.dtype) == (expected, jnp.float32)
 
 
@@ -164,14 +158,13 @@ def python_scan(step, carry, xs):
     return carry, jax.tree.map(lambda *x: jnp.stack(x), *outs)
 
 
-def test_scan_is_a_loop_and_gradients_are_of_what_is_added_to_the_maps(
-    model, read, explained, monkeypatch
-):
-    """Layers in a Python loop, and an addend of 0 to each map in the place of its tag."""
-    score, maps, grads = explained
+def test_gradients_by_maps_and_scan_and_remat(vqa, inputs, monkeypatch):
+    """What is added to a map in a plain Python loop has the gradient of a scan with remat."""
+    model = nnx.clone(vqa)
+    model.config = replace(vqa.config, clip=replace(STAGE1, remat=True))
+    score, maps, grads = GRADIENTS(model, answered(inputs))
 
-    @jax.jit
-    def by_loop(model, read, addends):
+    def by_loop(addends, model, inputs):
         counter = Counter()
 
         def add(x, name):
@@ -182,36 +175,28 @@ def test_scan_is_a_loop_and_gradients_are_of_what_is_added_to_the_maps(
 
         monkeypatch.setattr(jax.lax, "scan", python_scan)
         monkeypatch.setattr("jaxrel.models.transformer.tag", add)
-        score = model.score(read)
+        score = model.score(inputs)
         monkeypatch.undo()
         assert counter == {name: len(x) for name, x in addends.items()}
         return score.sum(), score
 
-    zeros = jax.tree.map(jnp.zeros_like, maps)
-    gradient = jax.jit(jax.grad(by_loop, argnums=2, has_aux=True))
-    expected, of_loop = gradient(model, read, zeros)
+    zeros = {name: jnp.zeros(shape) for name, shape in shapes("vqa", 3).items()}
+    gradient = jax.jit(jax.grad(by_loop, has_aux=True))
+    expected, of_loop = gradient(zeros, vqa, answered(inputs))
     np.testing.assert_allclose(of_loop, score, **ROUNDING)
+    assert set(expected) == set(grads) == set(maps)
     for name, value in expected.items():
-        assert np.abs(value).max() > 1e-3
-        np.testing.assert_allclose(grads[name], value, rtol=1e-4, atol=1e-5)
-
-
-def test_remat_is_plain(vqa, inputs):
-    model = nnx.clone(vqa)
-    model.config = replace(vqa.config, clip=replace(STAGE1, remat=True))
-    read = {**inputs, "answer": jnp.array([2, 0])}
-    for one, other in zip(GRADIENTS(model, read), GRADIENTS(vqa, read), strict=True):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, **ROUNDING), one, other)
+        scale = np.abs(value).max()
+        assert scale > 1e-4
+        np.testing.assert_allclose(grads[name], value, rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_one_layer(inputs):
     """No scan runs, and the maps have their layer axis nevertheless."""
     model = random_mapper("vqa", layers=1)
-    read = {**inputs, "answer": jnp.array([2, 0])}
-    _, maps, grads = GRADIENTS(model, read)
-    assert "image_to_text" not in maps
-    assert "image_self" not in maps
-    assert {x.shape for x in (maps["text_to_image"], grads["text_to_image"])} == {(1, 2, 2, 9, 5)}
+    _, maps, grads = jax.eval_shape(model.attention_gradients, answered(inputs))
+    for found in (maps, grads):
+        assert {name: x.shape for name, x in found.items()} == shapes("vqa", 1)
 
 
 # ---- masks, padding, batch, dtype
@@ -242,28 +227,25 @@ def only(model, inputs, patches, words):
     return logits[:, -1] if model.task == "vqa" else logits
 
 
-@pytest.mark.parametrize(
-    ("patches", "words"),
-    [([[0, 1, 3], [0, 2, 4]], [[0, 1, 2, 3, 4]] * 2), ([range(5)] * 2, [[0, 2, 4], [0, 1, 4]])],
-    ids=["image", "text"],
-)
-def test_hidden_is_removed(model, patches, words):
-    """Two texts of 5 tokens: what is not kept counts as little as if it were not there."""
-    text = ["is a circle", "a blue square"]
-    inputs = model.prepare(image=random_pictures(), text=text)
-    patches, words = (jnp.asarray([list(row) for row in rows]) for rows in (patches, words))
+def test_hidden_is_removed(model):
+    """What is not kept counts as little as if it were not there."""
+    inputs = model.prepare(image=random_pictures(), text=["is a circle", "a blue square"])
+    patches, words = jnp.array([[0, 1, 3], [0, 2, 4]]), jnp.array([[0, 2, 4], [0, 1, 4]])
     expected = jax.jit(only)(model, inputs, patches, words)
     rows = jnp.arange(2)[:, None]
-    keep = {
-        "image_keep": jnp.zeros((2, 5), bool).at[rows, patches].set(True),
-        "text_keep": jnp.zeros((2, 9), bool).at[rows, words].set(True),
-    }
-    logits, _ = FORWARD(model, {**inputs, **keep})
-    seen = logits if model.task == "vqa" else logits[rows, words]
-    np.testing.assert_allclose(seen, expected, **ROUNDING)
-    plain, _ = FORWARD(model, {**inputs, **jax.tree.map(jnp.ones_like, keep)})
-    plain = plain if model.task == "vqa" else plain[rows, words]
-    assert np.abs(plain - seen).max() > 0.01
+    everything = {"image_keep": jnp.ones((2, 5), bool), "text_keep": jnp.ones((2, 9), bool)}
+    of_image = {"image_keep": jnp.zeros((2, 5), bool).at[rows, patches].set(True)}
+    of_text = {"text_keep": jnp.zeros((2, 9), bool).at[rows, words].set(True)}
+
+    def logits(keep):
+        found, _ = FORWARD(model, inputs | everything | keep)
+        return found if model.task == "vqa" else found[rows, words]
+
+    both = logits(of_image | of_text)
+    np.testing.assert_allclose(both, expected, **ROUNDING)
+    # Neither mask is without effect.
+    assert np.abs(logits(of_image) - both).max() > 1e-3
+    assert np.abs(logits(of_text) - both).max() > 1e-3
 
 
 def test_batch_is_one_by_one_and_padding_does_not_matter(model, inputs):
@@ -277,15 +259,20 @@ def test_batch_is_one_by_one_and_padding_does_not_matter(model, inputs):
         np.testing.assert_allclose(of_one["text_to_image"], to_image, **ROUNDING)
 
 
-def test_bfloat16(vqa, inputs, tmp_path):
-    vqa.save_pretrained(tmp_path / "model")
-    half = CLIPMapper.from_pretrained(tmp_path / "model", dtype="bfloat16")
+@pytest.fixture(scope="module")
+def half(vqa, tmp_path_factory):
+    """Saved in float16, to compute in bfloat16."""
+    folder = tmp_path_factory.mktemp("half") / "model"
+    vqa.save_pretrained(folder, dtype="float16")
+    return CLIPMapperVQA.from_pretrained(folder, dtype="bfloat16")
+
+
+def test_bfloat16(vqa, half, inputs):
     logits, maps = FORWARD(half, inputs)
     expected, plain = FORWARD(vqa, inputs)
     assert {x.dtype for x in (logits, *maps.values())} == {jnp.dtype("float32")}
-    # 8 bits of precision, through 17 additions to each stream.
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(logits, expected, atol=0.05 * scale)
+    # 8 bits of precision, through 16 additions to the stream of the text.
+    np.testing.assert_allclose(logits, expected, atol=0.1 * np.abs(expected).max())
     assert np.abs(logits - expected).max() > 1e-5
     np.testing.assert_allclose(maps["text_self"], plain["text_self"], atol=0.1)
 
@@ -293,17 +280,16 @@ def test_bfloat16(vqa, inputs, tmp_path):
 # ---- answers
 
 
-def test_score_and_predict(vqa, inputs):
+def test_score_and_predict(vqa, inputs, monkeypatch):
     logits, _ = FORWARD(vqa, inputs)
-    score, predict = jax.jit(CLIPMapperVQA.score), jax.jit(CLIPMapperVQA.predict)
-    np.testing.assert_allclose(score(vqa, inputs), logits.max(-1), **ROUNDING)
-    asked = score(vqa, {**inputs, "answer": jnp.array([2, 0])})
-    np.testing.assert_allclose(asked, logits[[0, 1], [2, 0]], **ROUNDING)
-    np.testing.assert_allclose(score(vqa, inputs, 1), logits[:, 1], **ROUNDING)
-    np.testing.assert_allclose(predict(vqa, inputs).sum(-1), 1, rtol=1e-5)
+    monkeypatch.setattr(CLIPMapperVQA, "__call__", lambda *_: logits)
+    np.testing.assert_array_equal(vqa.score(inputs), logits.max(-1))
+    np.testing.assert_array_equal(vqa.score(answered(inputs)), logits[[0, 1], [2, 0]])
+    np.testing.assert_array_equal(vqa.score(answered(inputs), 1), logits[:, 1])
+    np.testing.assert_allclose(vqa.predict(inputs).sum(-1), 1, rtol=1e-6)
     several = nnx.clone(vqa)
     several.config = replace(vqa.config, several=True)
-    np.testing.assert_allclose(predict(several, inputs), jax.nn.sigmoid(logits), **ROUNDING)
+    np.testing.assert_array_equal(several.predict(inputs), jax.nn.sigmoid(logits))
 
 
 def test_pairs_of_questions(vqa, inputs):
@@ -331,7 +317,7 @@ def test_answers_in_words_or_as_indices(vqa, inputs, target, answers):
     one = {"image": inputs["image"][:1], "image_keep": jnp.ones((1, 5), bool)}
     pairs = vqa.pairs({**one, "text": inputs["text"]}, target)
     assert pairs["answer"].tolist() == answers
-    np.testing.assert_array_equal(pairs["image"], inputs["image"][[0, 0]])
+    np.testing.assert_array_equal(pairs["image"], np.repeat(inputs["image"][:1], 2, axis=0))
     assert pairs["image_keep"].shape == (2, 5)
 
 
@@ -346,14 +332,19 @@ def test_later_words_change_no_earlier_logit(caption, inputs):
     assert np.abs(other[:, 4] - logits[:, 4]).min() > 0
 
 
-def test_log_probability_and_score(caption, inputs):
+def test_log_probability_and_score(caption, inputs, monkeypatch):
     logits, _ = FORWARD(caption, inputs)
+    monkeypatch.setattr(CLIPMapperCaption, "__call__", lambda *_: logits)
     text, logp = np.asarray(inputs["text"]), np.asarray(jax.nn.log_softmax(logits))
-    expected = [np.mean([logp[b, i - 1, text[b, i]] for i in range(1, n)]) for b, n in ((0, 7), (1, 5))]
-    found = jax.jit(CLIPMapperCaption.log_probability)(caption, inputs)
-    np.testing.assert_allclose(found, expected, **ROUNDING)
-    score = jax.jit(CLIPMapperCaption.score)(caption, inputs, jnp.array([5, 3]))
-    np.testing.assert_allclose(score, [logits[b, i - 1, text[b, i]] for b, i in ((0, 5), (1, 3))], **ROUNDING)
+    expected = []
+    for b, length in enumerate((7, 5)):
+        words = [logp[b, i - 1, text[b, i]] for i in range(1, length)]
+        expected.append(np.mean(words))
+    np.testing.assert_allclose(caption.log_probability(inputs), expected, rtol=1e-5)
+    expected = [logits[0, 4, text[0, 5]], logits[1, 2, text[1, 3]]]
+    np.testing.assert_array_equal(caption.score(inputs, np.array([5, 3])), expected)
+    of_words = caption.score({**inputs, "position": jnp.array([5, 3])})
+    np.testing.assert_array_equal(of_words, expected)
 
 
 def with_bias_of_the_end(caption, bias):
@@ -430,27 +421,26 @@ def values(model):
     return dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
-def test_save_and_load(model, folder, tmp_path):
-    loaded = CLIPMapper.from_pretrained(folder)
+def test_save_and_load(model, folder):
+    loaded = models.from_pretrained(folder)
     assert type(loaded) is type(model)
     assert loaded.config == model.config
-    again = models.from_pretrained(folder, dtype="bfloat16")
-    assert (type(again), again.config.clip.dtype) == (type(model), "bfloat16")
-    model.save_pretrained(tmp_path / "half", dtype="float16")
-    half = type(model).from_pretrained(tmp_path / "half")
-    files = [path / "model.safetensors" for path in (folder, tmp_path / "half")]
-    assert files[1].stat().st_size < 0.6 * files[0].stat().st_size
     for path, value in values(model).items():
         np.testing.assert_array_equal(values(loaded)[path][...], value[...])
+    np.testing.assert_array_equal(loaded.processor.text(TEXTS, 9), model.processor.text(TEXTS, 9))
+    picture = random_pictures(1)
+    np.testing.assert_array_equal(loaded.processor.image(picture), model.processor.image(picture))
+
+
+def test_half_a_file(vqa, half):
+    assert half.config == replace(vqa.config, clip=replace(STAGE1, dtype="bfloat16"))
+    for path, value in values(vqa).items():
+        assert values(half)[path].dtype == jnp.float32
         # float16 has 11 bits, and steps of 2^-24 near 0.
         np.testing.assert_allclose(values(half)[path][...], value[...], rtol=2**-11, atol=2**-25)
-    np.testing.assert_array_equal(
-        loaded.prepare(image=random_pictures(), text=TEXTS)["text"],
-        model.prepare(image=random_pictures(), text=TEXTS)["text"],
-    )
 
 
-def test_stage_1_from_a_clip(vqa, inputs, tmp_path):
+def test_stage_1_from_a_clip(vqa, tmp_path):
     text = replace(STAGE1.text, context=12)
     tokens = word_tokenizer(WORDS, 12)
     config = replace(STAGE1, text=text)
@@ -459,24 +449,19 @@ def test_stage_1_from_a_clip(vqa, inputs, tmp_path):
     )
     model = nnx.clone(vqa)
     model.init_from_clip(clip)
-
-    @jax.jit
-    def both(model, clip, inputs):
-        theirs = clip.vision(inputs["image"])[0], clip.text(inputs["text"])[0]
-        ours = model.encode_image(inputs["image"])[0], model.text(inputs["text"])[0]
-        return ours, theirs
-
-    for ours, theirs in zip(*both(model, clip, inputs), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    for path, value in values(vqa).items():
-        if path[0] not in ("vision", "text"):
-            np.testing.assert_array_equal(values(model)[path][...], value[...])
+    theirs, before = values(clip), values(vqa)
+    context = ("text", "position_embedding")
+    for path, value in values(model).items():
+        expected = theirs[path][...] if path[0] in ("vision", "text") else before[path][...]
+        np.testing.assert_array_equal(value[...], expected[:9] if path == context else expected)
     clip.save_pretrained(tmp_path / "clip")
     assert type(models.from_pretrained(tmp_path / "clip")) is CLIP
     narrow = replace(STAGE1, vision=replace(STAGE1.vision, mlp_width=8))
     other = random_values(lambda: CLIP(narrow, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"init_from_clip: vision/.* has shape \[2, 8, 16\] in the CLIP"):
+    with error(r"init_from_clip: vision/.* has shape \[2, 8, 16\] in the CLIP"):
         model.init_from_clip(other)
+    taken = ("vision", "class_embedding")
+    np.testing.assert_array_equal(values(model)[taken][...], values(clip)[taken][...])
 
 
 # ---- errors
@@ -495,8 +480,6 @@ def test_configurations_that_do_not_fit():
         CLIPMapperConfig(task="caption", answers=("yes",))
     with error(r"mapper: answers are repeated: no, yes$"):
         CLIPMapperConfig(answers=("yes", "no", "yes", "no", "two"))
-    with error(r"mapper: answers must be strings, got \(1, 2\)"):
-        CLIPMapperConfig(answers=(1, 2))
     with error(r"mapper: width 10 is not a multiple of its 4 heads"):
         CLIPMapperConfig(answers=("yes",), width=10, heads=4)
     with error(r"mapper: layers must be a positive integer, got 0"):
@@ -527,9 +510,11 @@ def test_folders_that_do_not_fit(model, folder, tmp_path):
     copy = edited(folder, tmp_path, lambda config: config["mapper_config"].pop("heads"))
     with error(r"config.json: mapper_config must hold activation, .*missing or unknown: heads"):
         CLIPMapper.from_pretrained(copy)
-    copy = edited(folder, tmp_path, lambda config: config["mapper_config"].update(answers="yes"))
-    with error(r"config.json: mapper_config.answers must be a list, got 'yes'"):
-        CLIPMapper.from_pretrained(copy)
+    for wrong in ("yes", [1, 2]):
+        change = {"answers": wrong}
+        copy = edited(folder, tmp_path, lambda x, change=change: x["mapper_config"].update(change))
+        with error(r"config.json: mapper_config.answers must be a list of strings, got ['\[]"):
+            CLIPMapper.from_pretrained(copy)
     copy = edited(folder, tmp_path, lambda config: config.pop("clip_config"))
     with error(r"config.json: expected objects clip_config and mapper_config"):
         CLIPMapper.from_pretrained(copy)
@@ -544,10 +529,9 @@ def test_weights_that_do_not_fit(vqa, tmp_path):
     folder = tmp_path / "model"
     vqa.save_pretrained(folder)
     copy = edited(folder, tmp_path, lambda config: config["mapper_config"].update(mlp_width=8))
-    with error(r"mapper\.blocks\.image_self\.contract\.kernel has shape \[2, 24, 16\], .*\[2, 8, 16\]"):
-        CLIPMapper.from_pretrained(copy)
-    copy = edited(folder, tmp_path, lambda config: config["mapper_config"].update(layers=1))
-    with error(r"\d+ tensors are unexpected: mapper\.blocks\."):
+    with error(
+        r"mapper\.blocks\.image_self\.contract\.kernel has shape \[2, 24, 16\], .*\[2, 8, 16\]"
+    ):
         CLIPMapper.from_pretrained(copy)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

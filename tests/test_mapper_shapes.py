@@ -17,7 +17,6 @@ from jaxrel.train import (
     vqa_evaluation,
 )
 from jaxrel.train.data.shapes import Shapes
-from jaxrel.train.mapper_training import new_model
 from jaxrel.train.settings import CaptionShapes, ClipShapes, VqaShapes
 
 SMALL = {
@@ -31,11 +30,14 @@ SMALL = {
     "log_every": 2,
     "checkpoint_every": 2,
 }
-METHODS = ("random", "raw", "equal", "weighted, norm", "input_x_gradient")
+METHODS = ("random", "raw", "equal", "weighted, norm")
+
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
-def stage1(tmp_path_factory):
+def stage1(quick_compile, tmp_path_factory):
     recipe = ClipShapes(
         width=16, vision_layers=1, text_layers=1, heads=2, patch_size=16, projection=8
     )
@@ -69,16 +71,6 @@ def test_training_writes_a_model_its_settings_and_a_log(made, kind, settings, re
     written = settings(**json.loads((folder / "settings.json").read_text()))
     assert (written.steps, written.width) == (4, 16)
     assert not folder.with_name(f"{folder.name}.checkpoints").exists()
-
-
-def test_stage_1_can_be_frozen(stage1, tmp_path):
-    recipe = VqaShapes(stage1=stage1, stage1_rate=0.0, **{**SMALL, "steps": 2})
-    frozen = mapper_shapes.train_vqa(recipe, tmp_path / "frozen")
-    before = new_model(recipe, CLIPMapperVQA, answers=("yes", "no"))
-    trained, first = (m.vision.transformer.blocks.expand.kernel[...] for m in (frozen, before))
-    # The file is in half precision.
-    np.testing.assert_array_equal(trained, np.asarray(first, np.float16))
-    assert (np.asarray(frozen.head.kernel[...]) != np.asarray(before.head.kernel[...])).any()
 
 
 def test_patches_show_the_object_that_covers_them(stage1):

@@ -173,7 +173,8 @@ def _equal(layers: list[Layers]) -> Array:
 _BASELINES: dict[str, Callable] = {
     "raw": _last(lambda x: raw(x.attn)),
     "partial_lrp": _last(lambda x: raw(x.attn)),
-    "grad_cam": _last(lambda x: grad_cam(x.attn, x.grad)),
+    # What is hidden has no attention, but a gradient, which must not count in a head's weight.
+    "grad_cam": _last(lambda x: grad_cam(x.attn, jnp.where(x.attn > 0, x.grad, 0))),
     "rollout": _rollout,
     "transformer_attribution": _attribution,
 }
