@@ -218,7 +218,7 @@ class CLIPMapper(nnx.Module):
         image_keep: Bool[Array, "batch tokens"] | None = None,
         text_keep: Bool[Array, "batch words"] | None = None,
         return_attention: bool = False,
-    ) -> tuple[Float[Array, "batch words features"], Maps]:
+    ) -> tuple[Float[Array, "batch words mapped"], Maps]:
         """Stage 1 of the text, and stage 2: the text's tokens, normalised for the head.
 
         Args:
@@ -319,12 +319,12 @@ class CLIPMapper(nnx.Module):
             write_tensors(draft, parameters, table, dtype=dtype)
             self.processor.save(draft)
 
-    def init_from_clip(self, stage1: CLIP) -> None:
+    def init_from_clip(self, stage1: "CLIP | CLIPMapper") -> None:
         """Take stage 1 from a CLIP model, in place: its towers without their last norms.
 
         Args:
-          stage1: a CLIP whose towers have this model's sizes; of its text positions the first
-            are taken where it reads longer texts.
+          stage1: a CLIP, or a CLIPmapper that began as one, whose towers have this model's
+            sizes; of its text positions the first are taken where it reads longer texts.
 
         Raises:
           ValueError: a size differs.
@@ -366,6 +366,10 @@ class CLIPMapper(nnx.Module):
             ),
             schedule=(((("qq", "vision"),),), ((("ss", "text"),),), mapper),
         )
+
+    def score(self, inputs: Inputs, target: Any = None) -> Float[Array, " batch"]:
+        """Return the scalar that explanations explain; each of the two models says which."""
+        raise NotImplementedError
 
     def attention_gradients(
         self, inputs: Inputs, target: Any = None
@@ -458,9 +462,12 @@ class CLIPMapper(nnx.Module):
 
     def _features(
         self, inputs: Inputs, return_attention: bool = False
-    ) -> tuple[Float[Array, "batch words features"], Maps]:
+    ) -> tuple[Float[Array, "batch words mapped"], Maps]:
         self._check(inputs)
-        image_keep, text_keep = inputs.get("image_keep"), inputs.get("text_keep")
+        image_keep, text_keep = (
+            jnp.asarray(inputs[name]) if inputs.get(name) is not None else None
+            for name in ("image_keep", "text_keep")
+        )
         image, seen = self.encode_image(
             jnp.asarray(inputs["image"]), image_keep, return_attention=return_attention
         )
@@ -499,7 +506,7 @@ class CLIPMapperVQA(CLIPMapper):
         return (logits, maps) if return_attention else logits
 
     def answer_logits(
-        self, words: Float[Array, "batch words features"], text: Int[Array, "batch words"]
+        self, words: Float[Array, "batch words mapped"], text: Int[Array, "batch words"]
     ) -> Float[Array, "batch answers"]:
         """Read the answers' logits at the question's end token; see `map`."""
         end = end_of_text(text, self.config.clip.text.eos_token_id)
@@ -617,7 +624,7 @@ class CLIPMapperCaption(CLIPMapper):
         return (logits, maps) if return_attention else logits
 
     def word_logits(
-        self, words: Float[Array, "batch words features"]
+        self, words: Float[Array, "batch words mapped"]
     ) -> Float[Array, "batch words vocabulary"]:
         """Logits of the word after each token; see `map`."""
         return self.head(words).astype(jnp.float32)
@@ -667,6 +674,9 @@ class CLIPMapperCaption(CLIPMapper):
         """
         text = self.config.clip.text
         start, end, pad = self._special_ids()
+        # A caption has one start, and padding only after its end (which may be the same token).
+        never = jnp.zeros(text.vocab_size, bool).at[jnp.array([start, pad])].set(True)
+        never = never.at[end].set(False)
         tokens, _ = self.encode_image(image, keep)
         empty = jnp.full((len(image), text.context), pad, jnp.int32).at[:, 0].set(start)
 
@@ -674,7 +684,7 @@ class CLIPMapperCaption(CLIPMapper):
             ids, ended = state
             words, _ = self.map(tokens, ids, image_keep=keep)
             read = jax.lax.dynamic_index_in_dim(words, position - 1, 1, keepdims=False)
-            best = self.head(read).argmax(-1).astype(jnp.int32)
+            best = jnp.where(never, -jnp.inf, self.head(read)).argmax(-1).astype(jnp.int32)
             best = jnp.where(position == text.context - 1, end, best)
             best = jnp.where(ended, pad, best)
             ids = jax.lax.dynamic_update_index_in_dim(ids, best, position, 1)

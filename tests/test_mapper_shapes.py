@@ -197,8 +197,9 @@ def test_bad_settings(stage1, vqa, tmp_path):
     recipe = VqaShapes(stage1=stage1, **SMALL)
     with pytest.raises(ValueError, match="context 99 is more than the 34 tokens"):
         mapper_shapes.train_vqa(dataclasses.replace(recipe, context=99), tmp_path / "new")
-    with pytest.raises(ValueError, match="is a CLIPMapperVQA, and no CLIP"):
-        mapper_shapes.train_vqa(dataclasses.replace(recipe, stage1=str(vqa[1])), tmp_path / "new")
+    captions = CaptionShapes(stage1=str(vqa[1]), **SMALL)
+    with pytest.raises(ValueError, match="context 34 is more than the 20 tokens"):
+        mapper_shapes.train_caption(captions, tmp_path / "new")
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError):

@@ -117,7 +117,9 @@ def train_vqa(recipe: VqaV2, folder: Path) -> CLIPMapper:
     source = vqa_v2.questions(
         recipe.data, recipe.split, missing=recipe.missing, corrupt=recipe.corrupt
     )
-    vocabulary = vqa_v2.build_vocabulary(recipe.data, at_least=recipe.at_least)
+    vocabulary = vqa_v2.build_vocabulary(
+        recipe.data, recipe.counted.split(","), at_least=recipe.at_least
+    )
     model = new_model(recipe, CLIPMapperVQA, answers=vocabulary.answers, several=True)
     examples = Questions(source, model.processor, vocabulary, recipe.context)
 

@@ -16,7 +16,6 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 from tqdm.auto import trange
 
-from jaxrel.models.auto import from_pretrained
 from jaxrel.models.clipmapper import (
     CLIPMapper,
     CLIPMapperCaption,
@@ -66,17 +65,17 @@ class PatchNames(nnx.Module):
 
 
 def load_scenes(
-    recipe: MapperShapes, split: str, count: int, read: Callable[[Scene], Any]
+    recipe: MapperShapes, model: CLIPMapper, split: str, count: int, read: Callable[[Scene], Any]
 ) -> tuple[dict[str, np.ndarray], list[Any]]:
     """Draw scenes: pictures and what their patches show, and what `read` takes from each."""
     data, side = Shapes(seed=recipe.data_seed), 64
-    stage1 = from_pretrained(recipe.stage1).config.vision
+    vision = model.config.clip.vision
     images = np.empty((count, side, side, 3), np.uint8)
-    shown = np.empty((count, stage1.tokens - 1, len(_VALUES)), np.int8)
+    shown = np.empty((count, vision.tokens - 1, len(_VALUES)), np.int8)
     rest = []
     for i in trange(count, desc=f"drawing {split} scenes", unit="scene", leave=False):
         scene = data.scene(split, i)
-        images[i], shown[i] = scene.image, shown_by_patch(scene, stage1.grid)
+        images[i], shown[i] = scene.image, shown_by_patch(scene, vision.grid)
         rest.append(read(scene))
     return {"image": images, "shown": shown}, rest
 
@@ -98,7 +97,7 @@ def shown_by_patch(scene: Scene, grid: tuple[int, int]) -> Int[np.ndarray, "patc
 
 def vqa_examples(recipe: VqaShapes, model: CLIPMapperVQA, split: str, count: int) -> Arrays:
     """Scenes with all their questions; what is missing to seven has the answer -1."""
-    arrays, asked = load_scenes(recipe, split, count, lambda scene: scene.questions)
+    arrays, asked = load_scenes(recipe, model, split, count, lambda scene: scene.questions)
     index = {answer: i for i, answer in enumerate(model.config.answers)}
     ids = model.processor.text([q.text for qs in asked for q in qs], recipe.context)
     text = np.zeros((count, QUESTIONS, recipe.context), np.int16)
@@ -123,7 +122,7 @@ class CaptionExamples:
         self, recipe: CaptionShapes, model: CLIPMapperCaption, split: str, count: int
     ) -> None:
         arrays, captions = load_scenes(
-            recipe, split, count, lambda scene: [caption.text for caption in scene.captions]
+            recipe, model, split, count, lambda scene: [caption.text for caption in scene.captions]
         )
         ids = model.processor.text([text for five in captions for text in five], recipe.context)
         self._scenes = Arrays(**arrays)

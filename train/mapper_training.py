@@ -32,23 +32,22 @@ def new_model(
     answers: tuple[str, ...] = (),
     several: bool = False,
 ) -> CLIPMapper:
-    """The model before training: stage 1 is the recipe's CLIP, stage 2 is new.
+    """The model before training: stage 1 is the recipe's CLIP (or a CLIPmapper's), stage 2 new.
 
     Raises:
-      ValueError: stage 1 is no CLIP, or reads shorter texts than the recipe wants.
+      ValueError: stage 1 reads shorter texts than the recipe wants.
     """
     stage1 = from_pretrained(recipe.stage1)
-    if not isinstance(stage1, CLIP):
-        raise ValueError(f"stage1 {recipe.stage1!r} is a {type(stage1).__name__}, and no CLIP")
-    if recipe.context > stage1.config.text.context:
+    towers = stage1.config if isinstance(stage1, CLIP) else stage1.config.clip
+    if recipe.context > towers.text.context:
         raise ValueError(
-            f"context {recipe.context} is more than the {stage1.config.text.context} tokens that "
+            f"context {recipe.context} is more than the {towers.text.context} tokens that "
             f"{recipe.stage1!r} reads"
         )
-    text = replace(stage1.config.text, context=recipe.context)
+    text = replace(towers.text, context=recipe.context)
     config = CLIPMapperConfig(
         task=kind.task,
-        clip=replace(stage1.config, text=text, dtype=recipe.dtype),
+        clip=replace(towers, text=text, dtype=recipe.dtype),
         answers=answers,
         several=several,
         width=recipe.width,

@@ -71,7 +71,7 @@ class MapperShapes:
 
     seed: int = _setting(0, "of the parameters and of the order of examples")
     data_seed: int = _setting(0, "of the Shapes data set")
-    stage1: str = _setting("clip-shapes", "the CLIP that stage 1 begins as: bundled or a folder")
+    stage1: str = _setting("clip-shapes", "whose towers stage 1 begins as: a name or a folder")
     scenes: int = _setting(50_000, "training scenes, drawn once and kept in memory")
     steps: int = _setting(3_000, "of the optimiser")
     batch: int = _setting(36, "pictures per step")
@@ -164,6 +164,7 @@ class VqaV2(MapperReal):
     """Settings of the recipe `vqa-v2`."""
 
     at_least: int = _setting(9, "how often an answer must occur to be one of the model's")
+    counted: str = _setting("train,val", "the splits in which answers are counted")
 
 
 @dataclasses.dataclass(frozen=True)
