@@ -171,6 +171,11 @@ def _add_evaluate(commands: Any) -> None:
         test.add_argument(
             "--examples", type=int, default=examples, help=f"how many (default: {examples})"
         )
+        test.add_argument(
+            "--method",
+            default="all",
+            help="one or several, with commas (weighted:norm for a measure; default: all)",
+        )
         test.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
         test.add_argument("--out", default="out", type=Path, help="folder (default: out)")
         test.set_defaults(run=run)
@@ -313,10 +318,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     chosen = {name: getattr(options, name) for name in ("data", "split", "scenes")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    result = recipe.evaluate(_load(options.model), **chosen)
+    model = _load(options.model)
+    if not isinstance(model, recipe.model):
+        raise ValueError(
+            f"{options.model!r} is a {type(model).__name__}, and {options.recipe} judges a "
+            f"{recipe.model.__name__}"
+        )
+    result = recipe.evaluate(model, **chosen)
+    print(json.dumps({"model": options.model, **result}, indent=2))
     if options.card:
         (folder / "README.md").write_text(recipe.card(folder, result), encoding="utf-8")
-    print(json.dumps({"model": options.model, **result}, indent=2))
 
 
 def _mapper(options: argparse.Namespace) -> Any:
@@ -330,7 +341,15 @@ def _mapper(options: argparse.Namespace) -> Any:
         raise ValueError(
             f"{options.model!r} is a {type(model).__name__}; this test is made for CLIPmapper"
         )
+    options.out.mkdir(parents=True, exist_ok=True)
     return model
+
+
+def _names(text: str, every: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names between commas; 'all' are `every`. A measure's comma is written ':'."""
+    if text == "all" and every:
+        return tuple(every)
+    return tuple(name.strip().replace(":", ", ") for name in text.split(",") if name.strip())
 
 
 def _perturbation(options: argparse.Namespace) -> None:
@@ -340,7 +359,8 @@ def _perturbation(options: argparse.Namespace) -> None:
 
     result = perturbation.evaluate(
         _mapper(options),
-        modality=tuple(options.modality.split(",")),
+        modality=_names(options.modality),
+        methods=_names(options.method, perturbation.METHODS),
         split=options.split,
         examples=options.examples,
         batch=options.batch,
@@ -358,7 +378,11 @@ def _sanity(options: argparse.Namespace) -> None:
     from jaxrel.train import sanity
 
     result = sanity.evaluate(
-        _mapper(options), split=options.split, examples=options.examples, seed=options.seed
+        _mapper(options),
+        methods=_names(options.method, sanity.METHODS),
+        split=options.split,
+        examples=options.examples,
+        seed=options.seed,
     )
     file = options.out / f"sanity-{result['task']}.json"
     write_atomically(file, json.dumps({"model": options.model, **result}, indent=1).encode())

@@ -34,6 +34,8 @@ BY_RULES = {
 METHODS = (*attention.METHODS, *BY_RULES)
 # Of models whose streams attend to each other.
 TWO_STREAM = (*TWO_STREAM_METHODS, *BY_RULES)
+# These look at the last layer alone.
+_LAST = frozenset({"raw", "grad_cam", "partial_lrp"})
 SIGNED = frozenset({"partial_lrp", *BY_RULES})
 
 
@@ -313,6 +315,8 @@ def _settings(
         f"all {what}" if some is None else f"{what} {', '.join(map(str, some))}"
         for what, some in (("layers", layers), ("heads", heads))
     ]
+    if method in _LAST:
+        chosen[0] = "last layer" if layers is None else f"last of {chosen[0]}"
     return ", ".join([*chosen, f"importance {importance}"] if method == "weighted" else chosen)
 
 

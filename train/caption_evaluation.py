@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import trange
 
-from jaxrel.metrics import Interval, bootstrap
+from jaxrel.metrics import Interval, bootstrap, bootstrap_ratio
 from jaxrel.metrics.captions import CiderD, tokenise
 from jaxrel.models.clipmapper import CLIPMapperCaption
 from jaxrel.train.clip_shapes import SETTINGS_FILE
@@ -68,25 +68,19 @@ def _truth(captions: list[str], drawn: list[Any]) -> dict[str, Any]:
     """Shares over all statements, with intervals from resampled captions."""
     found = facts(captions, drawn)
     return {
-        name: ratio(np.asarray(found[part]), np.asarray(found[whole]))._asdict()
+        name: bootstrap_ratio(found[part], found[whole])._asdict()
         for name, part, whole in SHARES
+        if found[whole].any()
     }
 
 
 SHARES = (
     ("stated objects with colour and shape that are true", "coloured_true", "coloured"),
     ("stated objects that are true", "true", "stated"),
+    ("stated numbers that are right", "counted_true", "counted"),
+    ("stated relations that are true", "related_true", "related"),
     ("objects of the scene that are mentioned", "mentioned", "objects"),
 )
-
-
-def ratio(part: np.ndarray, whole: np.ndarray, *, seed: int = 0, resamples: int = 2000) -> Interval:
-    """A ratio of sums over independent examples with its bootstrap 95% interval."""
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(0, len(part), (resamples, len(part)))
-    drawn = part[rows].sum(-1) / np.maximum(whole[rows].sum(-1), 1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Interval(float(part.sum() / max(whole.sum(), 1)), float(low), float(high))
 
 
 def card(folder: Path, result: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from tqdm.auto import trange
 from jaxrel.metrics import bootstrap
 from jaxrel.metrics.captions import CiderD, tokenise
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQA
-from jaxrel.models.processor import Processor
+from jaxrel.models.processor import Processor, quiet_transformers
 from jaxrel.models.weights import check_new_folder
 from jaxrel.train.data import coco, vqa_v2
 from jaxrel.train.data.files import PictureSource
@@ -35,19 +35,25 @@ class Questions:
       source: of `vqa_v2.questions`.
       processor: of the model.
       vocabulary: the answers.
-      context: tokens that the model reads.
+      context: tokens that the model reads; longer questions are left out with one warning.
     """
 
     source: PictureSource
     processor: Processor
     vocabulary: vqa_v2.AnswerVocabulary
     context: int
+    _fitting: tuple[int, ...] = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        asked = [record["question"] for record in self.source.records]
+        fits = _fits(self.processor, asked, self.context, "questions")
+        object.__setattr__(self, "_fitting", tuple(np.flatnonzero(fits).tolist()))
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self._fitting)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.source[index]
+        record = self.source[self._fitting[index]]
         return {
             "id": np.int64(record["id"]),
             "image": self.processor.image(record["image"])[0],
@@ -72,22 +78,12 @@ class Captions:
     _places: tuple[tuple[int, int], ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        places, longer = [], 0
-        for i, record in enumerate(self.source.records):
-            lengths = map(len, self.processor.tokenizer(list(record["captions"]))["input_ids"])
-            for j, length in enumerate(lengths):
-                if length <= self.context:
-                    places.append((i, j))
-                else:
-                    longer += 1
-        if longer:
-            warnings.warn(
-                f"{longer} of {longer + len(places)} captions have more than {self.context} "
-                "tokens and are left out; a larger context keeps them",
-                UserWarning,
-                stacklevel=2,
-            )
-        object.__setattr__(self, "_places", tuple(places))
+        captions = [record["captions"] for record in self.source.records]
+        places = [(i, j) for i, texts in enumerate(captions) for j in range(len(texts))]
+        written = [text for texts in captions for text in texts]
+        fits = _fits(self.processor, written, self.context, "captions")
+        kept = tuple(place for place, fine in zip(places, fits, strict=True) if fine)
+        object.__setattr__(self, "_places", kept)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -100,6 +96,21 @@ class Captions:
             "image": self.processor.image(record["image"])[0],
             "text": self.processor.text(record["captions"][caption], self.context)[0],
         }
+
+
+def _fits(processor: Processor, texts: list[str], context: int, what: str) -> list[bool]:
+    """Whether the model can read each text; warns of those that are too long."""
+    with quiet_transformers():
+        ids = processor.tokenizer(texts, verbose=False)["input_ids"]
+    fits = [len(row) <= context for row in ids]
+    if not all(fits):
+        warnings.warn(
+            f"{fits.count(False)} of {len(fits)} {what} have more than {context} tokens and are "
+            "left out; a larger context keeps them",
+            UserWarning,
+            stacklevel=4,
+        )
+    return fits
 
 
 def train_vqa(recipe: VqaV2, folder: Path) -> CLIPMapper:
@@ -182,7 +193,7 @@ def evaluate_vqa(
       FileNotFoundError, ValueError: see `vqa_v2.questions`.
     """
     source = vqa_v2.questions(data, split)
-    count = min(scenes, len(source))
+    count = _count(scenes, source)
     scores, kinds = [], []
     for start in trange(0, count, batch, desc="answering", leave=False):
         records = [source[i] for i in range(start, min(start + batch, count))]
@@ -223,14 +234,16 @@ def evaluate_caption(
       FileNotFoundError, ValueError: see `coco.karpathy_captions`.
     """
     source = coco.karpathy_captions(data, split)
-    count = min(scenes, len(source))
+    count = _count(scenes, source)
     captions: list[str] = []
     for start in trange(0, count, batch, desc="captioning", leave=False):
         images = [source[i]["image"] for i in range(start, min(start + batch, count))]
         padded = images + images[:1] * (batch - len(images))
         captions += model.predict({"image": model.processor.image(padded)})[: len(images)]
-    references = [[tokenise(c) for c in record["captions"]] for record in source.records[:count]]
-    scores = CiderD.from_references(references).score([tokenise(c) for c in captions], references)
+    # Words are weighed over the whole split, as in published numbers, however many are judged.
+    references = [[tokenise(c) for c in record["captions"]] for record in source.records]
+    cider = CiderD.from_references(references)
+    scores = cider.score([tokenise(c) for c in captions], references[:count])
     return {
         "protocol": "caption-coco/1",
         "split": split,
@@ -238,6 +251,12 @@ def evaluate_caption(
         "CIDEr-D": bootstrap(np.asarray(scores))._asdict(),
         "examples": captions[:5],
     }
+
+
+def _count(asked: int, source: PictureSource) -> int:
+    if asked < 1:
+        raise ValueError(f"scenes must be at least 1, got {asked}")
+    return min(asked, len(source))
 
 
 @jax.jit

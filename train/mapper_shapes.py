@@ -29,6 +29,7 @@ from jaxrel.train.mapper_training import caption_loss, new_model, train_mapper
 from jaxrel.train.pipeline import Arrays
 from jaxrel.train.settings import CaptionShapes, MapperShapes, VqaShapes
 
+SIDE = 64
 CAPTIONS = 5
 QUESTIONS = 7
 _VALUES = (tuple(COLOURS), SHAPES, tuple(SIZES))
@@ -68,9 +69,9 @@ def load_scenes(
     recipe: MapperShapes, model: CLIPMapper, split: str, count: int, read: Callable[[Scene], Any]
 ) -> tuple[dict[str, np.ndarray], list[Any]]:
     """Draw scenes: pictures and what their patches show, and what `read` takes from each."""
-    data, side = Shapes(seed=recipe.data_seed), 64
+    data = Shapes(seed=recipe.data_seed)
     vision = model.config.clip.vision
-    images = np.empty((count, side, side, 3), np.uint8)
+    images = np.empty((count, SIDE, SIDE, 3), np.uint8)
     shown = np.empty((count, vision.tokens - 1, len(_VALUES)), np.int8)
     rest = []
     for i in trange(count, desc=f"drawing {split} scenes", unit="scene", leave=False):
@@ -100,7 +101,7 @@ def vqa_examples(recipe: VqaShapes, model: CLIPMapperVQA, split: str, count: int
     arrays, asked = load_scenes(recipe, model, split, count, lambda scene: scene.questions)
     index = {answer: i for i, answer in enumerate(model.config.answers)}
     ids = model.processor.text([q.text for qs in asked for q in qs], recipe.context)
-    text = np.zeros((count, QUESTIONS, recipe.context), np.int16)
+    text = np.zeros((count, QUESTIONS, recipe.context), np.int32)
     answer = np.full((count, QUESTIONS), -1, np.int8)
     start = 0
     for i, questions in enumerate(asked):
@@ -126,7 +127,7 @@ class CaptionExamples:
         )
         ids = model.processor.text([text for five in captions for text in five], recipe.context)
         self._scenes = Arrays(**arrays)
-        self._text = ids.astype(np.int16).reshape(count, CAPTIONS, -1)
+        self._text = ids.reshape(count, CAPTIONS, -1)
         self._seed, self._full = recipe.seed, recipe.full
 
     def __len__(self) -> int:
@@ -165,6 +166,7 @@ def train_vqa(recipe: VqaShapes, folder: Path) -> CLIPMapper:
     """
     check_new_folder(folder)
     model = new_model(recipe, CLIPMapperVQA, answers=answers())
+    _check_size(recipe, model)
     examples = vqa_examples(recipe, model, "train", recipe.scenes)
     return _train(recipe, folder, model, vqa_loss, examples, "vqa-shapes")
 
@@ -177,12 +179,22 @@ def train_caption(recipe: CaptionShapes, folder: Path) -> CLIPMapper:
     """
     check_new_folder(folder)
     model = new_model(recipe, CLIPMapperCaption)
+    _check_size(recipe, model)
     examples = CaptionExamples(recipe, model, "train", recipe.scenes)
 
     def loss(model: CLIPMapperCaption, tokens: Array, batch: dict[str, Array]) -> Any:
         return caption_loss(model, tokens, batch["text"])
 
     return _train(recipe, folder, model, loss, examples, "caption-shapes")
+
+
+def _check_size(recipe: MapperShapes, model: CLIPMapper) -> None:
+    side = model.config.clip.vision.image_size
+    if side != SIDE:
+        raise ValueError(
+            f"stage1 {recipe.stage1!r} reads pictures of {side} x {side} pixels, and this recipe "
+            f"trains on Shapes of {SIDE} x {SIDE}; name a CLIP of that size, such as clip-shapes"
+        )
 
 
 def _train(

@@ -68,7 +68,6 @@ def train_mapper(
     source: Source,
     *,
     name: str,
-    transform: Callable | None = None,
     workers: int = 0,
     dtype: str = "float32",
 ) -> CLIPMapper:
@@ -82,7 +81,7 @@ def train_mapper(
       folder: where the model goes; check it with `check_new_folder` before any work.
       parts: what is trained: "model", and what is thrown away afterwards.
       loss: `(parts, batch) -> (value, metrics)`.
-      source, transform, workers: see `jaxrel.train.pipeline.batches`.
+      source, workers: see `jaxrel.train.pipeline.batches`.
       name: of the recipe.
       dtype: of the file.
 
@@ -92,7 +91,7 @@ def train_mapper(
     Raises:
       ValueError, FloatingPointError, OSError: see `fit`.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().resolve()
     checkpoints = folder.with_name(f"{folder.name}.checkpoints")
     graph, params = nnx.split(dict(parts))
     rate = warmup_cosine(recipe.learning_rate, recipe.steps, recipe.warmup)
@@ -105,7 +104,7 @@ def train_mapper(
         of_params,
         params,
         adamw(rate, weight_decay=recipe.weight_decay, b2=0.98, factors=factors),
-        batches(source, batch=recipe.batch, seed=recipe.seed, transform=transform, workers=workers),
+        batches(source, batch=recipe.batch, seed=recipe.seed, workers=workers),
         steps=recipe.steps,
         key=jax.random.key(recipe.seed),
         settings=recipe,
@@ -121,8 +120,10 @@ def train_mapper(
     settings = json.dumps(dataclasses.asdict(recipe), indent=2)
     (folder / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
     shutil.copy(checkpoints / "train.jsonl", folder / "train.jsonl")
+    # Only what can be read again makes the checkpoints superfluous.
+    trained = from_pretrained(folder)
     shutil.rmtree(checkpoints)
-    return from_pretrained(folder)
+    return trained
 
 
 def caption_loss(

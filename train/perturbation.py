@@ -1,13 +1,14 @@
 """The perturbation test of CLIPmapper on Shapes (`perturbation/1`, after Chefer et al. 2021).
 
 Tokens are removed in the order of their relevance, by hiding them from attention everywhere, and
-the model is watched: does its answer stay right, does its own word stay probable? For every
-batch one program explains it by all methods, and another goes through methods, signs and steps.
+the model is watched: does its answer stay right, does its own word stay probable? One program
+goes through methods, signs and steps, for each modality.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxrel.explanation import write_atomically
 from jaxrel.metrics import perturbation
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train.data.shapes import Shapes
-from jaxrel.train.vqa_evaluation import answer_indices, model_inputs
+from jaxrel.train.vqa_evaluation import answer_indices, check_answers, model_inputs
 
 STREAMS = {"image": "vision", "text": "text"}
 # The methods of the table, and the passes through the model that each needs. LRP's backward
@@ -45,6 +46,8 @@ COST = {
     "input_x_gradient": "forward + gradient",
 }
 METHODS = tuple(COST)
+# Before the fifth word of a caption there are three that may be removed: fewer have no order.
+FIRST = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +57,14 @@ class Examples:
     Attributes:
       inputs: as `model.pairs` returns them.
       removable: by modality, bool [examples, tokens].
+      explained: what is explained, in words.
       measure: what is measured, in words.
       measured: `(model, inputs) -> [examples]`, of inputs with keep masks.
     """
 
     inputs: dict[str, Any]
     removable: dict[str, np.ndarray]
+    explained: str
     measure: str
     measured: Callable[[Any, Any], Array]
 
@@ -79,8 +84,9 @@ def evaluate(
 
     A model that answers questions is asked one question per scene, drawn by `seed`, and its own
     answer is explained; measured is whether its answer is right. A model that captions writes
-    its own captions, and one word of each, drawn by `seed` from the third on, is explained;
-    measured is the log-probability of this word. The token that an output is read from is
+    its own captions, and one word of each, drawn by `seed` from the fifth on, is explained;
+    measured is the log-probability of this word (not of the whole caption, as `perturbation/1`
+    has it: every word has a map of its own). The token that an output is read from is
     never removed, nor are class, start and end tokens.
 
     Args:
@@ -97,24 +103,29 @@ def evaluate(
       {modality: as `jaxrel.metrics.perturbation.summary`, and the settings}.
 
     Raises:
-      ValueError: an unknown method or modality, or too few examples.
+      ValueError: an unknown method or modality, or no examples.
     """
+    modality, methods = tuple(dict.fromkeys(modality)), tuple(dict.fromkeys(methods))
     for name, known, given in (("method", METHODS, methods), ("modality", STREAMS, modality)):
         unknown = [one for one in given if one not in known]
         if unknown or not given:
             wrong = f"unknown {name} {unknown[0]!r}" if unknown else f"no {name} given"
             raise ValueError(f"perturbation: {wrong}; there are {', '.join(known)}")
-    if examples < batch or batch < 1:
-        raise ValueError(f"perturbation: {examples} examples do not fill one batch of {batch}")
+    if examples < 1 or batch < 1:
+        raise ValueError(
+            f"perturbation: examples and batch must be at least 1, got {examples} and {batch}"
+        )
+    if isinstance(model, CLIPMapperVQA):
+        check_answers(model)
     make = question_examples if isinstance(model, CLIPMapperVQA) else caption_examples
-    # Batches of one size compile once; what does not fill the last one is left out.
-    examples -= examples % batch
+    batch = min(batch, examples)
     drawn = make(model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=batch)
     found: dict[str, list[np.ndarray]] = {one: [] for one in modality}
     graph, parameters = nnx.split(model)
     sweeps = {one: _sweep(graph, drawn, one) for one in modality}
     for start in trange(0, examples, batch, desc="perturbing", unit="batch"):
-        rows = slice(start, start + batch)
+        # One size compiles once: the last batch begins again with the first examples.
+        rows = np.arange(start, start + batch) % examples
         inputs = jax.tree.map(lambda x: x[rows], drawn.inputs)  # noqa: B023
         key = jax.random.fold_in(jax.random.key(seed), start)
         relevance = relevance_by_method(model, inputs, methods, key)
@@ -124,14 +135,18 @@ def evaluate(
             found[one].append(np.asarray(sweeps[one](parameters, inputs, stacked, removable)))
     settings = {
         "task": model.task,
+        "data": "Shapes",
         "split": split,
         "data_seed": data_seed,
         "seed": seed,
+        "explained": drawn.explained,
+        "lrp": "attn_lrp; cp_lrp for the method of this name",
+        "versions": {"jaxrel": version("jaxrel"), "jax": jax.__version__},
     }
     baseline = "equal" if "equal" in methods else None
     return {
         one: perturbation.summary(
-            dict(zip(methods, np.concatenate(parts, axis=-1), strict=True)),
+            dict(zip(methods, np.concatenate(parts, axis=-1)[..., :examples], strict=True)),
             measure=drawn.measure,
             baseline=baseline,
             cost={method: COST[method] for method in methods},
@@ -200,6 +215,7 @@ def question_examples(
     return Examples(
         inputs,
         {"image": content["vision"], "text": content["text"]},
+        "the model's own answer",
         "share of right answers",
         right,
     )
@@ -208,7 +224,7 @@ def question_examples(
 def caption_examples(
     model: CLIPMapperCaption, *, data_seed: int, split: str, count: int, seed: int, batch: int
 ) -> Examples:
-    """One word of the model's own caption of each scene, with two words or more before it."""
+    """One word of the model's own caption of each scene, from its fifth word on."""
     data, rng = Shapes(seed=data_seed), np.random.default_rng(seed)
     parts, made, index = [], 0, 0
     with tqdm(total=count, desc="captioning", leave=False) as bar:
@@ -217,15 +233,15 @@ def caption_examples(
             index += batch
             inputs = model.prepare(image=images)
             words = np.asarray(model.content(inputs)["text"]).sum(-1)
-            chosen = np.flatnonzero(words >= 3)[: count - made]
+            chosen = np.flatnonzero(words >= FIRST)[: count - made]
             part = {name: np.asarray(value)[chosen] for name, value in inputs.items()}
-            part["position"] = rng.integers(3, words[chosen] + 1).astype(np.int32)
+            part["position"] = rng.integers(FIRST, words[chosen] + 1).astype(np.int32)
             parts.append(part)
             made += len(chosen)
             bar.update(len(chosen))
             if not len(chosen) and index > 10 * count:
                 raise ValueError(
-                    "perturbation: the model's captions have fewer than three words; it is not "
+                    f"perturbation: the model's captions have fewer than {FIRST} words; it is not "
                     "trained"
                 )
     inputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
@@ -242,6 +258,7 @@ def caption_examples(
     return Examples(
         inputs,
         {"image": content["vision"], "text": text},
+        "one word of the model's own caption",
         "log-probability of the model's own word",
         log_probability,
     )

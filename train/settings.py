@@ -12,7 +12,7 @@ def _setting(default: Any, meaning: str) -> Any:
 def changed_flags(default: Any, settings: dict[str, Any]) -> str:
     """The command-line options that turn the default settings into these."""
     usual = dataclasses.asdict(default)
-    changed = {name: value for name, value in settings.items() if value != usual[name]}
+    changed = {name: value for name, value in settings.items() if value != usual.get(name)}
     return "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
 
 
@@ -61,6 +61,34 @@ class ClipShapes:
             raise ValueError(f"clip-shapes: full must be from 0 to 1, got {self.full}")
 
 
+def _check_training(recipe: Any) -> None:
+    """Raise ValueError for numbers with which no training can begin."""
+    for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "layers"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(recipe, name)}")
+    for name in ("stage1_rate", "weight_decay", "warmup"):
+        if not 0 <= getattr(recipe, name) < math.inf:
+            raise ValueError(f"{name} must be 0 or more, got {getattr(recipe, name)}")
+    if not 0 < recipe.learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be positive, got {recipe.learning_rate}")
+    if recipe.checkpoint_every % recipe.log_every:
+        raise ValueError(
+            f"checkpoint_every must be a multiple of log_every {recipe.log_every}, got "
+            f"{recipe.checkpoint_every}"
+        )
+    if recipe.batch % recipe.accumulate:
+        raise ValueError(
+            f"batch must be a multiple of accumulate {recipe.accumulate}, got {recipe.batch}"
+        )
+
+
+def _check_context(context: int, least: int, what: str) -> None:
+    if context < least:
+        raise ValueError(
+            f"context must be at least {least} for the longest {what} of Shapes, got {context}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class MapperShapes:
     """What the recipes `vqa-shapes` and `caption-shapes` have in common.
@@ -75,7 +103,7 @@ class MapperShapes:
     scenes: int = _setting(50_000, "training scenes, drawn once and kept in memory")
     steps: int = _setting(3_000, "of the optimiser")
     batch: int = _setting(36, "pictures per step")
-    accumulate: int = _setting(1, "parts of the batch whose gradients are summed, to save memory")
+    accumulate: int = _setting(1, "parts of the batch, one after the other, to save memory")
     learning_rate: float = _setting(1e-3, "the highest; it falls to 0 as a cosine")
     stage1_rate: float = _setting(1.0, "factor on the learning rate in stage 1; 0 freezes it")
     warmup: int = _setting(100, "steps until the highest learning rate")
@@ -91,12 +119,12 @@ class MapperShapes:
     checkpoint_every: int = _setting(250, "steps between two checkpoints")
 
     def __post_init__(self):
-        for name in ("scenes", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("stage1_rate", "weight_decay", "patch_loss"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        _check_training(self)
+        if self.scenes < 1 or not 0 <= self.patch_loss < math.inf:
+            raise ValueError(
+                f"scenes must be at least 1 and patch_loss 0 or more, got {self.scenes} and "
+                f"{self.patch_loss}"
+            )
         if self.batch > self.scenes:
             raise ValueError(f"batch {self.batch} is more than the {self.scenes} scenes")
 
@@ -104,6 +132,10 @@ class MapperShapes:
 @dataclasses.dataclass(frozen=True)
 class VqaShapes(MapperShapes):
     """Settings of the recipe `vqa-shapes`: each picture of a batch with all its questions."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_context(self.context, 18, "questions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +148,7 @@ class CaptionShapes(MapperShapes):
 
     def __post_init__(self):
         super().__post_init__()
+        _check_context(self.context, 32, "captions")
         if not 0 <= self.full <= 1:
             raise ValueError(f"full must be from 0 to 1, got {self.full}")
 
@@ -136,7 +169,7 @@ class MapperReal:
     seed: int = _setting(0, "of the parameters and of the order of examples")
     steps: int = _setting(40_000, "of the optimiser")
     batch: int = _setting(256, "examples per step")
-    accumulate: int = _setting(1, "parts of the batch whose gradients are summed, to save memory")
+    accumulate: int = _setting(1, "parts of the batch, one after the other, to save memory")
     learning_rate: float = _setting(1e-4, "the highest; it falls to 0 as a cosine")
     stage1_rate: float = _setting(0.1, "factor on the learning rate in stage 1; 0 freezes it")
     warmup: int = _setting(1_000, "steps until the highest learning rate")
@@ -152,6 +185,7 @@ class MapperReal:
     checkpoint_every: int = _setting(1_000, "steps between two checkpoints")
 
     def __post_init__(self):
+        _check_training(self)
         if not self.data:
             raise ValueError("data is empty; name the folder of the data set with --data")
         for name in ("missing", "corrupt"):

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Int
 from tqdm.auto import trange
 
 from jaxrel.explainer import TWO_STREAM, explain
-from jaxrel.metrics import Interval, bootstrap, chance, hits, share_inside
+from jaxrel.metrics import Interval, bootstrap, bootstrap_ratio, chance, hits, share_inside
 from jaxrel.models.clipmapper import CLIPMapperVQA
 from jaxrel.train.clip_shapes import SETTINGS_FILE
-from jaxrel.train.data.shapes import Scene, Shapes
+from jaxrel.train.data.shapes import Scene, Shapes, answers
 from jaxrel.train.data.shapes.questions import ANSWERS, Question
 from jaxrel.train.settings import VqaShapes, changed_flags
 
@@ -57,6 +57,7 @@ def evaluate(
     """
     if scenes < 1:
         raise ValueError(f"scenes must be at least 1, got {scenes}")
+    check_answers(model)
     data = Shapes(seed=data_seed)
     drawn = [data.scene(split, i) for i in trange(scenes, desc="drawing", leave=False)]
     asked = [(scene, question) for scene in drawn for question in scene.questions]
@@ -82,14 +83,18 @@ def model_inputs(model: CLIPMapperVQA, asked: Asked) -> dict[str, Any]:
     )
 
 
-def answer_indices(model: CLIPMapperVQA, asked: Asked) -> Int[np.ndarray, " questions"]:
-    """The right answers, as the model numbers them."""
-    index = {answer: i for i, answer in enumerate(model.config.answers)}
-    unknown = sorted({question.answer for _, question in asked} - set(index))
+def check_answers(model: CLIPMapperVQA) -> None:
+    """Raise ValueError unless the model has all answers of Shapes."""
+    unknown = sorted(set(answers()) - set(model.config.answers))
     if unknown:
         raise ValueError(
             f"the model does not know the answers {', '.join(unknown)}; it was not made for Shapes"
         )
+
+
+def answer_indices(model: CLIPMapperVQA, asked: Asked) -> Int[np.ndarray, " questions"]:
+    """The right answers, as the model numbers them."""
+    index = {answer: i for i, answer in enumerate(model.config.answers)}
     return np.asarray([index[question.answer] for _, question in asked], np.int32)
 
 
@@ -116,8 +121,13 @@ def _right(
 
 def _by_kind(asked: Asked, right: Bool[np.ndarray, " questions"]) -> dict[str, Any]:
     kinds = np.asarray([question.kind for _, question in asked])
-    rows = {"all": right, **{kind: right[kinds == kind] for kind in ANSWERS}}
-    return {kind: bootstrap(values)._asdict() for kind, values in rows.items() if values.size}
+    # A scene has one question of a kind at most; all its questions are not independent.
+    _, scene = np.unique([scene.index for scene, _ in asked], return_inverse=True)
+    found = {"all": bootstrap_ratio(np.bincount(scene, right), np.bincount(scene))}
+    for kind in ANSWERS:
+        if (kinds == kind).any():
+            found[kind] = bootstrap(right[kinds == kind])
+    return {kind: interval._asdict() for kind, interval in found.items()}
 
 
 def _most_frequent(asked: Asked) -> dict[str, float]:

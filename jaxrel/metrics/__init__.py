@@ -4,7 +4,13 @@ from jaxrel.metrics import captions, perturbation, randomisation
 from jaxrel.metrics.captions import CiderD, bleu, cider_d, rouge_l, tokenise
 from jaxrel.metrics.hallucination import Chair, chair
 from jaxrel.metrics.localisation import chance, hits, share_inside
-from jaxrel.metrics.statistics import Interval, Intervals, bootstrap, bootstrap_many
+from jaxrel.metrics.statistics import (
+    Interval,
+    Intervals,
+    bootstrap,
+    bootstrap_many,
+    bootstrap_ratio,
+)
 
 __all__ = [
     "Chair",
@@ -14,6 +20,7 @@ __all__ = [
     "bleu",
     "bootstrap",
     "bootstrap_many",
+    "bootstrap_ratio",
     "captions",
     "chair",
     "chance",

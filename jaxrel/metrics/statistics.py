@@ -62,6 +62,45 @@ class Intervals(NamedTuple):
         return Interval(*(float(part[index]) for part in self))
 
 
+def bootstrap_ratio(
+    part: Shaped[np.ndarray, " examples"],
+    whole: Shaped[np.ndarray, " examples"],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Interval:
+    """Ratio of two sums over independent examples with its bootstrap 95% interval.
+
+    For shares of things of which an example has several (the questions of a scene, the objects
+    that a caption names): examples are resampled, since their parts are not independent.
+
+    Args:
+      part: what counts in each example, such as its right answers.
+      whole: out of how many, such as its questions.
+      seed: of the resampling.
+      resamples: how many samples are drawn with replacement.
+
+    Returns:
+      The ratio and the 2.5% and 97.5% percentiles of the resampled ratios.
+
+    Raises:
+      ValueError: the numbers of examples differ, or there is nothing to take a share of.
+    """
+    part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
+    if part.shape != whole.shape or not whole.sum() > 0:
+        raise ValueError(
+            f"bootstrap_ratio: expected a part and a positive whole per example, got "
+            f"{part.shape} and {whole.shape} with the sums {part.sum():g} and {whole.sum():g}"
+        )
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(resamples):
+        rows = rng.integers(0, len(part), len(part))
+        ratios.append(part[rows].sum() / max(whole[rows].sum(), 1e-9))
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Interval(float(part.sum() / whole.sum()), float(low), float(high))
+
+
 def bootstrap_many(
     values: Shaped[np.ndarray, "*rows examples"], *, seed: int = 0, resamples: int = 2000
 ) -> Intervals:
