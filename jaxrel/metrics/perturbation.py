@@ -113,8 +113,7 @@ def sweep(
         )
     signed = jnp.stack([relevance, -relevance], axis=1)
     keep = jax.vmap(jax.vmap(lambda score: _keep(score, removable, tuple(steps))))(signed)
-    flat = keep.reshape(-1, *removable.shape)
-    values = jax.lax.map(measure, flat, batch_size=batch_size).reshape(keep.shape[:-1])
+    values = _measured(measure, keep, steps, batch_size)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     usable = (jnp.isfinite(relevance) | ~removable).all(axis=-1)
     return jnp.where(usable[:, None, None], values, jnp.nan)
@@ -265,6 +264,24 @@ def _keep(
     place = jnp.argsort(order, axis=-1)
     kept = jnp.asarray(_counts(steps, score.shape[-1]))[:, removable.sum(-1)]
     return ~removable | (place < kept[..., None])
+
+
+def _measured(
+    measure: Measure,
+    keep: Bool[Array, "methods signs steps batch tokens"],
+    steps: Steps,
+    batch_size: int | None,
+) -> Shaped[Array, "methods signs steps batch"]:
+    """Measure all masks; at p = 0 and 1 they are the same for all, and are measured once."""
+    ends = np.asarray([i for i, p in enumerate(steps) if p in (0, 1)], int)
+    between = np.asarray([i for i, p in enumerate(steps) if p not in (0, 1)], int)
+    own = keep[:, :, between]
+    flat = jnp.concatenate([own.reshape(-1, *keep.shape[-2:]), keep[0, 0, ends]])
+    found = jax.lax.map(measure, flat, batch_size=batch_size)
+    split = len(flat) - len(ends)
+    values = jnp.zeros(keep.shape[:-1], found.dtype)
+    values = values.at[:, :, between].set(found[:split].reshape(own.shape[:-1]))
+    return values.at[:, :, ends].set(found[split:])
 
 
 def _counts(steps: Steps, tokens: int) -> Int[np.ndarray, "steps {tokens}+1"]:
