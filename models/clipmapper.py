@@ -319,28 +319,34 @@ class CLIPMapper(nnx.Module):
             write_tensors(draft, parameters, table, dtype=dtype)
             self.processor.save(draft)
 
-    def init_from_clip(self, stage1: "CLIP | CLIPMapper") -> None:
-        """Take stage 1 from a CLIP model, in place: its towers without their last norms.
+    def init_from(self, other: "CLIP | CLIPMapper") -> None:
+        """Begin with the parameters of another model, in place.
+
+        Of a CLIP these are stage 1: its towers without their last norms. Of a CLIPmapper they
+        are also those of stage 2 that both models have in one size, but for the head.
 
         Args:
-          stage1: a CLIP, or a CLIPmapper that began as one, whose towers have this model's
-            sizes; of its text positions the first are taken where it reads longer texts.
+          other: its towers have this model's sizes; of its text positions the first are taken
+            where it reads longer texts.
 
         Raises:
-          ValueError: a size differs.
+          ValueError: a size of the towers differs.
         """
-        theirs = dict(nnx.to_flat_state(nnx.state(stage1, nnx.Param)))
+        theirs = dict(nnx.to_flat_state(nnx.state(other, nnx.Param)))
         taken = []
         for path, variable in _parameters(self):
             if path[0] not in ("vision", "text"):
+                shared = path in theirs and theirs[path].shape == variable.shape
+                if isinstance(other, CLIPMapper) and shared and path[0] != "head":
+                    taken.append((variable, theirs[path][...]))
                 continue
             value = theirs[path][...]
             if path == ("text", "position_embedding"):
                 value = value[: variable.shape[0]]
             if value.shape != variable.shape:
                 raise ValueError(
-                    f"init_from_clip: {'/'.join(path)} has shape {list(value.shape)} in the CLIP "
-                    f"and {list(variable.shape)} here; make the model from the CLIP's own config"
+                    f"init_from: {'/'.join(path)} has shape {list(value.shape)} there and "
+                    f"{list(variable.shape)} here; make the model from the other's own config"
                 )
             taken.append((variable, value))
         for variable, value in taken:

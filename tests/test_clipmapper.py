@@ -48,12 +48,7 @@ FORWARD = jax.jit(lambda model, inputs: model(inputs, return_attention=True))
 GRADIENTS = jax.jit(lambda model, inputs: model.attention_gradients(inputs))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs run once, and briefly: they take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @functools.cache
@@ -452,7 +447,7 @@ def test_stage_1_from_a_clip(vqa, tmp_path):
         lambda: CLIP(config, rngs=nnx.Rngs(0), processor=Processor(tokens, processor().images)), 5
     )
     model = nnx.clone(vqa)
-    model.init_from_clip(clip)
+    model.init_from(clip)
     theirs, before = values(clip), values(vqa)
     context = ("text", "position_embedding")
     for path, value in values(model).items():
@@ -462,10 +457,25 @@ def test_stage_1_from_a_clip(vqa, tmp_path):
     assert type(models.from_pretrained(tmp_path / "clip")) is CLIP
     narrow = replace(STAGE1, vision=replace(STAGE1.vision, mlp_width=8))
     other = random_values(lambda: CLIP(narrow, rngs=nnx.Rngs(0)))
-    with error(r"init_from_clip: vision/.* has shape \[2, 8, 16\] in the CLIP"):
-        model.init_from_clip(other)
+    with error(r"init_from: vision/.* has shape \[2, 8, 16\] there"):
+        model.init_from(other)
     taken = ("vision", "class_embedding")
     np.testing.assert_array_equal(values(model)[taken][...], values(clip)[taken][...])
+
+
+def test_beginning_as_another_mapper(vqa, caption):
+    """What both have in one size is taken: not the head, nor stacks of another depth."""
+    model = nnx.clone(vqa)
+    model.init_from(caption)
+    theirs, before = values(caption), values(vqa)
+    taken = set()
+    for path, value in values(model).items():
+        kept = np.array_equal(value[...], before[path][...])
+        if not kept:
+            np.testing.assert_array_equal(value[...], theirs[path][...])
+            taken.add(path[:2])
+    assert {("vision", "transformer"), ("mapper", "last"), ("text_in", "kernel")} <= taken
+    assert not taken & {("head", "kernel"), ("mapper", "blocks")}
 
 
 # ---- errors

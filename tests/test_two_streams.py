@@ -12,10 +12,11 @@ from jaxrel.attention.two_stream_methods import BY_LRP
 from tests.test_clipmapper import (
     TEXTS,
     answered,
-    quick_compilation,  # noqa: F401  a fixture for all of this file too
     random_mapper,
     random_pictures,
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # ---- the equations, written out for one example in float64
 

@@ -32,7 +32,7 @@ def new_model(
     answers: tuple[str, ...] = (),
     several: bool = False,
 ) -> CLIPMapper:
-    """The model before training: stage 1 is the recipe's CLIP (or a CLIPmapper's), stage 2 new.
+    """The model before training: it begins as the recipe's `stage1` (see `CLIPMapper.init_from`).
 
     Raises:
       ValueError: stage 1 reads shorter texts than the recipe wants.
@@ -56,7 +56,7 @@ def new_model(
         mlp_width=recipe.mlp_width,
     )
     model = kind(config, rngs=nnx.Rngs(recipe.seed), processor=stage1.processor)
-    model.init_from_clip(stage1)
+    model.init_from(stage1)
     return model
 
 

@@ -99,7 +99,7 @@ class MapperShapes:
 
     seed: int = _setting(0, "of the parameters and of the order of examples")
     data_seed: int = _setting(0, "of the Shapes data set")
-    stage1: str = _setting("clip-shapes", "whose towers stage 1 begins as: a name or a folder")
+    stage1: str = _setting("clip-shapes", "what the model begins as: a CLIP or a CLIPmapper")
     scenes: int = _setting(50_000, "training scenes, drawn once and kept in memory")
     steps: int = _setting(3_000, "of the optimiser")
     batch: int = _setting(36, "pictures per step")
