@@ -285,8 +285,9 @@ class VisionTower(nnx.Module):
         )
         x = jnp.concatenate([first.astype(patches.dtype), patches], axis=1)
         x = x + self.position_embedding[...].astype(x.dtype)
+        mask = None if keep is None else key_mask(keep)
         return self.transformer(
-            self.pre_norm(x), key_mask(keep), remat=remat, return_attention=return_attention
+            self.pre_norm(x), mask, remat=remat, return_attention=return_attention
         )
 
     def embed(self, tokens: Float[Array, "batch tokens features"]) -> Float[Array, "batch embed"]:

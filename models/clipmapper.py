@@ -237,12 +237,12 @@ class CLIPMapper(nnx.Module):
         out, mapped = self.mapper(
             self.vision_in(self.vision_norm(image)),
             self.text_in(self.text_norm(tokens)),
-            key_mask(image_keep),
+            None if image_keep is None else key_mask(image_keep),
             self._text_mask(text, text_keep),
             remat=self.config.clip.remat,
             return_attention=return_attention,
         )
-        return self.final_norm(out), {} if maps is None else {"text": maps, **mapped}
+        return self.final_norm(out), {} if maps is None else {"text": maps, **(mapped or {})}
 
     def _text_mask(self, text: Array, keep: Array | None) -> Mask:
         """Which tokens of the text are seen in stage 2, and from where."""

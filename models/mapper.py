@@ -174,7 +174,8 @@ class Mapper(nnx.Module):
             graph, parameters = nnx.split(self.blocks)
 
             def layer(streams, parameters):
-                streams, maps = nnx.merge(graph, parameters)(*streams, image_mask, text_mask)
+                block: Any = nnx.merge(graph, parameters)
+                streams, maps = block(*streams, image_mask, text_mask)
                 return streams, maps if return_attention else {}
 
             if remat:

@@ -193,9 +193,9 @@ class Transformer(nnx.Module):
         return jax.lax.scan(layer, x, parameters)
 
 
-def key_mask(keep: Bool[Array, "batch keys"] | None) -> Mask | None:
-    """A mask that hides the keys that are not kept from every query; None hides nothing."""
-    return None if keep is None else keep[:, None, None]
+def key_mask(keep: Bool[Array, "batch keys"]) -> Mask:
+    """A mask that hides the keys that are not kept from every query."""
+    return keep[:, None, None]
 
 
 def causal_mask(tokens: int) -> Bool[Array, "tokens tokens"]:

@@ -20,7 +20,7 @@ from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQ
 from jaxrel.models.processor import Processor, quiet_transformers
 from jaxrel.models.weights import check_new_folder
 from jaxrel.train.data import coco, vqa_v2
-from jaxrel.train.data.files import PictureSource
+from jaxrel.train.data.files import Choice, PictureSource
 from jaxrel.train.mapper_training import caption_loss, new_model, train_mapper
 from jaxrel.train.settings import CaptionCoco, VqaV2
 
@@ -126,7 +126,7 @@ def train_vqa(recipe: VqaV2, folder: Path) -> CLIPMapper:
     """
     check_new_folder(folder)
     source = vqa_v2.questions(
-        recipe.data, recipe.split, missing=recipe.missing, corrupt=recipe.corrupt
+        recipe.data, recipe.split, missing=_choice(recipe.missing), corrupt=_choice(recipe.corrupt)
     )
     vocabulary = vqa_v2.build_vocabulary(
         recipe.data, recipe.counted.split(","), at_least=recipe.at_least
@@ -162,7 +162,7 @@ def train_caption(recipe: CaptionCoco, folder: Path) -> CLIPMapper:
     """
     check_new_folder(folder)
     source = coco.karpathy_captions(
-        recipe.data, recipe.split, missing=recipe.missing, corrupt=recipe.corrupt
+        recipe.data, recipe.split, missing=_choice(recipe.missing), corrupt=_choice(recipe.corrupt)
     )
     model = new_model(recipe, CLIPMapperCaption)
     examples = Captions(source, model.processor, recipe.context)
@@ -251,6 +251,10 @@ def evaluate_caption(
         "CIDEr-D": bootstrap(np.asarray(scores))._asdict(),
         "examples": captions[:5],
     }
+
+
+def _choice(text: str) -> Choice:
+    return "skip" if text == "skip" else "error"
 
 
 def _count(asked: int, source: PictureSource) -> int:

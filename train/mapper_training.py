@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -22,16 +22,17 @@ from jaxrel.train.loop import fit
 from jaxrel.train.optimiser import adamw, warmup_cosine
 from jaxrel.train.pipeline import Source, batches
 
-Loss = Callable[[Mapping[str, Any], dict[str, Array]], tuple[Array, dict[str, Array]]]
+M = TypeVar("M", bound=CLIPMapper)
+Loss = Callable[[dict[str, Any], dict[str, Array]], tuple[Array, dict[str, Array]]]
 
 
 def new_model(
     recipe: Any,
-    kind: type[CLIPMapper],
+    kind: type[M],
     *,
     answers: tuple[str, ...] = (),
     several: bool = False,
-) -> CLIPMapper:
+) -> M:
     """The model before training: it begins as the recipe's `stage1` (see `CLIPMapper.init_from`).
 
     Raises:
@@ -63,7 +64,7 @@ def new_model(
 def train_mapper(
     recipe: Any,
     folder: Path,
-    parts: Mapping[str, nnx.Module],
+    parts: dict[str, Any],
     loss: Loss,
     source: Source,
     *,
@@ -93,7 +94,7 @@ def train_mapper(
     """
     folder = Path(folder).expanduser().resolve()
     checkpoints = folder.with_name(f"{folder.name}.checkpoints")
-    graph, params = nnx.split(dict(parts))
+    graph, params = nnx.split(parts)
     rate = warmup_cosine(recipe.learning_rate, recipe.steps, recipe.warmup)
     factors = {"model/vision": recipe.stage1_rate, "model/text": recipe.stage1_rate}
 

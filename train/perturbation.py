@@ -115,11 +115,10 @@ def evaluate(
         raise ValueError(
             f"perturbation: examples and batch must be at least 1, got {examples} and {batch}"
         )
-    if isinstance(model, CLIPMapperVQA):
-        check_answers(model)
-    make = question_examples if isinstance(model, CLIPMapperVQA) else caption_examples
     batch = min(batch, examples)
-    drawn = make(model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=batch)
+    drawn = draw_examples(
+        model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=batch
+    )
     found: dict[str, list[np.ndarray]] = {one: [] for one in modality}
     graph, parameters = nnx.split(model)
     sweeps = {one: _sweep(graph, drawn, one) for one in modality}
@@ -189,6 +188,16 @@ def _sweep(graph: Any, drawn: Examples, modality: str) -> Callable:
         return perturbation.sweep(measured, relevance, removable)
 
     return sweep
+
+
+def draw_examples(model: CLIPMapper, **options: Any) -> Examples:
+    """Questions or captions, as the model has it; see `question_examples`, `caption_examples`."""
+    if isinstance(model, CLIPMapperVQA):
+        check_answers(model)
+        return question_examples(model, **options)
+    if isinstance(model, CLIPMapperCaption):
+        return caption_examples(model, **options)
+    raise TypeError(f"expected a CLIPMapperVQA or CLIPMapperCaption, got {type(model).__name__}")
 
 
 def question_examples(

@@ -10,8 +10,8 @@ from flax import nnx
 from jaxrel.explainer import token_relevance
 from jaxrel.metrics import Interval
 from jaxrel.metrics.randomisation import agreement, cascade
-from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperVQA
-from jaxrel.train.perturbation import STREAMS, caption_examples, question_examples
+from jaxrel.models.clipmapper import CLIPMapper
+from jaxrel.train.perturbation import STREAMS, draw_examples
 
 METHODS = (
     "raw",
@@ -59,8 +59,9 @@ def evaluate(
     """
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples}")
-    make = question_examples if isinstance(model, CLIPMapperVQA) else caption_examples
-    drawn = make(model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=examples)
+    drawn = draw_examples(
+        model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=examples
+    )
     graph, parameters = nnx.split(model)
 
     def maps(parameters: Any) -> dict[str, dict[str, Any]]:

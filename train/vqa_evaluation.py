@@ -109,7 +109,7 @@ def _right(
     found = []
     truth = answer_indices(model, asked)
     # What does not fill the last batch is answered together with what is there twice.
-    padded = [*asked, *asked[:1] * (-len(asked) % batch)]
+    padded = [*asked, *([asked[0]] * (-len(asked) % batch))]
     for start in trange(0, len(padded), batch, desc="answering", leave=False):
         inputs = model_inputs(model, padded[start : start + batch])
         if withheld:
@@ -131,7 +131,7 @@ def _by_kind(asked: Asked, right: Bool[np.ndarray, " questions"]) -> dict[str, A
 
 
 def _most_frequent(asked: Asked) -> dict[str, float]:
-    shares = {}
+    shares: dict[str, float] = {}
     for kind in ANSWERS:
         given = [question.answer for _, question in asked if question.kind == kind]
         if given:
