@@ -716,9 +716,14 @@ class CLIPMapperCaption(CLIPMapper):
         ids = _generate(self, jnp.asarray(inputs["image"]))
         return self.sentences(ids)
 
+    def tokens(self, inputs: Inputs) -> list[list[str]]:
+        """Return one string per token to display it; "" for special and unknown tokens."""
+        unknown = getattr(self.processor.tokenizer, "unk_token", None)
+        return [["" if t == unknown else t for t in row] for row in super().tokens(inputs)]
+
     def sentences(self, ids: Int[Array | np.ndarray, "batch tokens"]) -> list[str]:
-        """Return captions in words."""
-        rows = self.processor.tokens(np.asarray(ids))
+        """Return captions in words, without what the tokenizer does not know."""
+        rows = self.tokens({"text": ids})
         return [" ".join(filter(None, row)).replace(" ##", "") for row in rows]
 
     def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
@@ -741,7 +746,8 @@ class CLIPMapperCaption(CLIPMapper):
 
         Args:
           inputs: pictures and captions, one caption per picture.
-          target: the positions of the words to explain, from 1, or one; all words by default.
+          target: the positions of the words to explain, from 1, or one; by default all words
+            but those that the tokenizer does not know, such as a word tokenizer's commas.
 
         Raises:
           ValueError: the numbers do not fit, or a caption has no word there.
@@ -755,9 +761,11 @@ class CLIPMapperCaption(CLIPMapper):
         if not words.all():
             raise ValueError(f"the caption of picture {int(words.argmin())} has no words")
         asked = None if target is None else _positions(target)
+        shown = self.tokens(inputs)
         rows = []
         for example, count in enumerate(words):
-            chosen = range(1, count + 1) if asked is None else asked
+            known = [i for i in range(1, count + 1) if shown[example][i]]
+            chosen = known if asked is None else asked
             for position in chosen:
                 if not 1 <= position <= count:
                     raise ValueError(

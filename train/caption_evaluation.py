@@ -126,7 +126,7 @@ Its greedy captions judged on the split `{split}` ({tested} scenes), with bootst
 |---|---|
 {rows}
 
-The first captions:
+The first captions (its tokenizer knows no commas; they are left out):
 
 {examples}
 """

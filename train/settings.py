@@ -133,6 +133,10 @@ class MapperShapes:
 class VqaShapes(MapperShapes):
     """Settings of the recipe `vqa-shapes`: each picture of a batch with all its questions."""
 
+    stage1: str = _setting("caption-shapes", "what the model begins as: a CLIP or a CLIPmapper")
+    steps: int = _setting(2_500, "of the optimiser")
+    batch: int = _setting(16, "pictures per step")
+
     def __post_init__(self):
         super().__post_init__()
         _check_context(self.context, 18, "questions")
@@ -142,6 +146,7 @@ class VqaShapes(MapperShapes):
 class CaptionShapes(MapperShapes):
     """Settings of the recipe `caption-shapes`: each picture of a batch with one caption."""
 
+    steps: int = _setting(2_400, "of the optimiser")
     batch: int = _setting(64, "pictures per step")
     context: int = _setting(34, "tokens of the longest text")
     full: float = _setting(1.0, "share of captions that name every object")
