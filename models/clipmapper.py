@@ -409,8 +409,10 @@ class CLIPMapper(nnx.Module):
         }
 
     def tokens(self, inputs: Inputs) -> list[list[str]]:
-        """Return one string per text token to display it; "" stands for special tokens."""
-        return self.processor.tokens(np.asarray(inputs["text"]))
+        """Return one string per text token to display it; "" for special and unknown tokens."""
+        unknown = getattr(self.processor.tokenizer, "unk_token", None)
+        rows = self.processor.tokens(np.asarray(inputs["text"]))
+        return [["" if token == unknown else token for token in row] for row in rows]
 
     def seen(self, picture: Any) -> Any:
         """Return the part of a picture that the model sees; `prepare` crops to the middle."""
@@ -715,11 +717,6 @@ class CLIPMapperCaption(CLIPMapper):
         """Return a caption for each picture, in words."""
         ids = _generate(self, jnp.asarray(inputs["image"]))
         return self.sentences(ids)
-
-    def tokens(self, inputs: Inputs) -> list[list[str]]:
-        """Return one string per token to display it; "" for special and unknown tokens."""
-        unknown = getattr(self.processor.tokenizer, "unk_token", None)
-        return [["" if t == unknown else t for t in row] for row in super().tokens(inputs)]
 
     def sentences(self, ids: Int[Array | np.ndarray, "batch tokens"]) -> list[str]:
         """Return captions in words, without what the tokenizer does not know."""
