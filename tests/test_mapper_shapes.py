@@ -107,7 +107,7 @@ def test_vqa_evaluation_and_card(vqa):
 
 def test_accuracy_is_that_of_the_answers(vqa, monkeypatch):
     model, _ = vqa
-    monkeypatch.setattr(vqa_evaluation, "_best", lambda model, inputs: np.zeros(8, int))
+    monkeypatch.setattr(vqa_evaluation, "best_answers", lambda model, inputs: np.zeros(8, int))
     result = vqa_evaluation.evaluate(model, scenes=12, located=0, batch=8)
     truth = [q.answer for i in range(12) for q in Shapes().scene("test", i).questions]
     share = truth.count(model.config.answers[0]) / len(truth)

@@ -23,6 +23,7 @@ from jaxrel.train.data import coco, vqa_v2
 from jaxrel.train.data.files import Choice, PictureSource
 from jaxrel.train.mapper_training import caption_loss, new_model, train_mapper
 from jaxrel.train.settings import CaptionCoco, VqaV2
+from jaxrel.train.vqa_evaluation import best_answers
 
 Example = dict[str, Any]
 
@@ -203,7 +204,7 @@ def evaluate_vqa(
             image=[record["image"] for record in padded],
             text=[record["question"] for record in padded],
         )
-        best = np.asarray(_best(model, inputs))[: len(records)]
+        best = np.asarray(best_answers(model, inputs))[: len(records)]
         for record, index in zip(records, best, strict=True):
             answer = model.config.answers[index]
             scores.append(vqa_v2.vqa_accuracy(answer, record["answers"]))
@@ -261,8 +262,3 @@ def _count(asked: int, source: PictureSource) -> int:
     if asked < 1:
         raise ValueError(f"scenes must be at least 1, got {asked}")
     return min(asked, len(source))
-
-
-@jax.jit
-def _best(model: CLIPMapperVQA, inputs: Any) -> Array:
-    return model(inputs).argmax(-1)

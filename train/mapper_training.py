@@ -15,8 +15,8 @@ from jax import numpy as jnp
 from jaxtyping import Array
 
 from jaxrel.models.auto import from_pretrained
-from jaxrel.models.clip import CLIP
-from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperConfig, end_of_text
+from jaxrel.models.clip import CLIP, end_of_text
+from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperConfig
 from jaxrel.train.clip_shapes import SETTINGS_FILE
 from jaxrel.train.loop import fit
 from jaxrel.train.optimiser import adamw, warmup_cosine

@@ -209,10 +209,9 @@ def question_examples(
     for i in trange(count, desc="drawing", leave=False):
         scene = data.scene(split, i)
         asked.append((scene, scene.questions[int(rng.integers(len(scene.questions)))]))
-    inputs = model.pairs(model_inputs(model, asked[:batch]))
-    parts = [inputs] + [
+    parts = [
         model.pairs(model_inputs(model, asked[start : start + batch]))
-        for start in range(batch, count, batch)
+        for start in range(0, count, batch)
     ]
     inputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     inputs["truth"] = answer_indices(model, asked)

@@ -99,7 +99,8 @@ def answer_indices(model: CLIPMapperVQA, asked: Asked) -> Int[np.ndarray, " ques
 
 
 @jax.jit
-def _best(model: CLIPMapperVQA, inputs: Any) -> jax.Array:
+def best_answers(model: CLIPMapperVQA, inputs: Any) -> jax.Array:
+    """The index of the most probable answer to each question."""
     return model(inputs).argmax(-1)
 
 
@@ -115,7 +116,7 @@ def _right(
         if withheld:
             keep = np.arange(model.config.clip.vision.tokens) == 0
             inputs["image_keep"] = jnp.broadcast_to(jnp.asarray(keep), (batch, len(keep)))
-        found.append(np.asarray(_best(model, inputs)))
+        found.append(np.asarray(best_answers(model, inputs)))
     return np.concatenate(found)[: len(asked)] == truth
 
 
