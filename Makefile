@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	  --text "a red circle" --text "a red star" --method weighted,equal --out $(OUT)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Errors in a cell fail; the executed copies, with their pictures, go to $(OUT).
 notebooks: $(VENV)/.installed

@@ -228,13 +228,34 @@ class CLIPMapper(nnx.Module):
           text_keep: which of the text's tokens are seen, beside the padding, which never is.
           return_attention: also return the attention maps by name.
         """
+        (_, words), maps = self.streams(
+            image,
+            text,
+            image_keep=image_keep,
+            text_keep=text_keep,
+            return_attention=return_attention,
+        )
+        return words, maps
+
+    def streams(
+        self,
+        image: Float[Array, "batch tokens features"],
+        text: Int[Array, "batch words"],
+        *,
+        image_keep: Bool[Array, "batch tokens"] | None = None,
+        text_keep: Bool[Array, "batch words"] | None = None,
+        return_attention: bool = False,
+    ) -> tuple[
+        tuple[Float[Array, "batch tokens mapped"], Float[Array, "batch words mapped"]], Maps
+    ]:
+        """As `map`, with the picture's tokens as the last layer's words read them before these."""
         tokens, maps = self.text(
             text,
             keep=text_keep,
             remat=self.config.clip.remat,
             return_attention=return_attention,
         )
-        out, mapped = self.mapper(
+        (seen, words), mapped = self.mapper(
             self.vision_in(self.vision_norm(image)),
             self.text_in(self.text_norm(tokens)),
             None if image_keep is None else key_mask(image_keep),
@@ -242,7 +263,8 @@ class CLIPMapper(nnx.Module):
             remat=self.config.clip.remat,
             return_attention=return_attention,
         )
-        return self.final_norm(out), {} if maps is None else {"text": maps, **(mapped or {})}
+        named = {} if maps is None else {"text": maps, **(mapped or {})}
+        return (seen, self.final_norm(words)), named
 
     def _text_mask(self, text: Array, keep: Array | None) -> Mask:
         """Which tokens of the text are seen in stage 2, and from where."""

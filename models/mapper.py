@@ -155,7 +155,9 @@ class Mapper(nnx.Module):
         *,
         remat: bool = False,
         return_attention: bool = False,
-    ) -> tuple[Float[Array, "batch tokens width"], Maps | None]:
+    ) -> tuple[
+        tuple[Float[Array, "batch patches width"], Float[Array, "batch tokens width"]], Maps | None
+    ]:
         """Run all layers.
 
         Args:
@@ -167,7 +169,8 @@ class Mapper(nnx.Module):
           return_attention: also return the attention maps.
 
         Returns:
-          The text's tokens after the last layer, and the maps of all layers by name (or None).
+          The streams, the picture's as the text reads it in the last layer, the text's after it;
+          and the maps of all layers by name (or None).
         """
         stacked: dict[str, Array] = {}
         if self.layers > 1:
@@ -182,10 +185,10 @@ class Mapper(nnx.Module):
                 # Inside a scan nothing can merge the recomputation with the first computation.
                 layer = jax.checkpoint(layer, prevent_cse=False)
             (image, text), stacked = jax.lax.scan(layer, (image, text), parameters)
-        (_, text), last = self.last(image, text, image_mask, text_mask)
+        (image, text), last = self.last(image, text, image_mask, text_mask)
         if not return_attention:
-            return text, None
+            return (image, text), None
         joined = {name: value[None] for name, value in last.items()}
         for name, value in stacked.items():
             joined[name] = jnp.concatenate([value, joined[name]]) if name in joined else value
-        return text, joined
+        return (image, text), joined

@@ -1,5 +1,6 @@
 """The tests' world is stricter than a user's: types are checked, warnings are errors."""
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -34,3 +35,15 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Free the compiled programs of each file.
+
+    Each holds several memory maps, of which a process may have 65530 (vm.max_map_count): with the
+    programs of all files, the compiler's next request for memory would end the process.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()

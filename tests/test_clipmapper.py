@@ -212,7 +212,7 @@ def only(model, inputs, patches, words):
     embedded = text.token_embedding(inputs["text"]) + text.position_embedding[...]
     causal = causal_mask(words.shape[1])
     tokens, _ = text.transformer(take(embedded, words), causal)
-    out, _ = model.mapper(
+    (_, out), _ = model.mapper(
         model.vision_in(model.vision_norm(image)),
         model.text_in(model.text_norm(tokens)),
         None,

@@ -124,6 +124,10 @@ def test_two_streams_is_the_loop(importance, residual, reads):
 
 
 def test_known_models_are_schedules():
+    def assert_same(found, expected):
+        # The same sums in another program: they may be fused, and so rounded, differently.
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
     rng = np.random.default_rng(1)
     sizes = ((2, 3, 3), (1, 4, 4), (3, 3, 3), (3, 4, 4), (3, 3, 4), (3, 4, 3))
     s, q, of_s, of_q, s_cross, q_cross = (float32(random_layers(rng, *size)) for size in sizes)
@@ -132,10 +136,10 @@ def test_known_models_are_schedules():
     moments = [{"sq": s_cross, "qs": short[0]}, {"ss": of_s, "qq": short[1]}]
     # A block without moments has no layers.
     maps = two_streams([[{"ss": s}], [], [{"qq": q}], moments])
-    jax.tree.map(np.testing.assert_array_equal, maps, expected)
+    jax.tree.map(assert_same, maps, expected)
     expected = attention.encoder_decoder(q, of_s, s_cross, importance="norm")
     maps = two_streams([[{"qq": q}], [{"ss": of_s}, {"sq": s_cross}]], importance="norm")
-    jax.tree.map(np.testing.assert_array_equal, maps, expected)
+    jax.tree.map(assert_same, maps, expected)
 
 
 @pytest.mark.usefixtures("x64")

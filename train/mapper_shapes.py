@@ -3,6 +3,8 @@
 Stage 1 begins as a CLIP. Both losses add, while training, that of naming the object each patch
 shows (colour, shape, size, or background) from stage 1's tokens, by a linear layer that is then
 thrown away: it makes stage 1 tell objects apart many times sooner than answers or words do.
+That of questions also adds the loss of finding, from the picture's tokens in stage 2, the patches
+that each question is about: without it, how two objects lie to each other is not learnt.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import trange
 
 from jaxrel.models.clipmapper import (
@@ -33,6 +35,8 @@ SIDE = 64
 CAPTIONS = 5
 QUESTIONS = 7
 _VALUES = (tuple(COLOURS), SHAPES, tuple(SIZES))
+# The most phrases of a question that stand for objects.
+_PHRASES = 2
 # A patch shows the object that covers the most of it, if that is at least this share.
 _COVERED = 0.15
 
@@ -65,6 +69,36 @@ class PatchNames(nnx.Module):
         return named + background.mean()
 
 
+class AskedPatches(nnx.Module):
+    """Which patches show what a question asks about, read from stage 2's picture tokens."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs) -> None:
+        self.head = nnx.Linear(features, _PHRASES, rngs=rngs)
+
+    def loss(
+        self,
+        tokens: Float[Array, "batch tokens features"],
+        asked: Bool[Array, "batch patches phrases"],
+        counted: Bool[Array, " batch"],
+    ) -> Float[Array, ""]:
+        """Mean binary cross-entropy of the patches asked about plus that of all others.
+
+        Args:
+          tokens: of the picture, for one question each, the class token first.
+          asked: whether a patch shows what the first phrase of the question stands for, and the
+            second.
+          counted: which questions count.
+        """
+        logits = self.head(tokens[:, 1:]).astype(jnp.float32)
+        wrong = optax.sigmoid_binary_cross_entropy(logits, asked.astype(jnp.float32))
+
+        def mean(of: Array) -> Array:
+            of = of & counted[:, None, None]
+            return jnp.where(of, wrong, 0).sum() / jnp.maximum(of.sum(), 1)
+
+        return mean(asked) + mean(~asked)
+
+
 def load_scenes(
     recipe: MapperShapes, model: CLIPMapper, split: str, count: int, read: Callable[[Scene], Any]
 ) -> tuple[dict[str, np.ndarray], list[Any]]:
@@ -83,10 +117,7 @@ def load_scenes(
 
 def shown_by_patch(scene: Scene, grid: tuple[int, int]) -> Int[np.ndarray, "patches 3"]:
     """Indices of colour, shape and size of the object each patch shows; -1 for background."""
-    rows, columns = grid
-    objects, height, width = scene.masks.shape
-    cells = scene.masks.reshape(objects, rows, height // rows, columns, width // columns)
-    cover = cells.mean(axis=(2, 4)).reshape(objects, -1)
+    cover = _cover(scene, grid)
     named = [
         [values.index(x) for values, x in zip(_VALUES, (o.colour, o.shape, o.size), strict=True)]
         for o in scene.objects
@@ -96,9 +127,33 @@ def shown_by_patch(scene: Scene, grid: tuple[int, int]) -> Int[np.ndarray, "patc
     ).astype(np.int8)
 
 
+def asked_by_patch(scene: Scene, grid: tuple[int, int]) -> Bool[np.ndarray, "7 patches 2"]:
+    """By question and phrase, whether a patch shows an object that the phrase stands for."""
+    covered = _cover(scene, grid) >= _COVERED
+    asked = np.zeros((QUESTIONS, covered.shape[1], _PHRASES), bool)
+    for i, question in enumerate(scene.questions):
+        for phrase, objects in enumerate(question.named):
+            asked[i, :, phrase] = covered[list(objects)].any(axis=0)
+    return asked
+
+
+def _cover(scene: Scene, grid: tuple[int, int]) -> Float[np.ndarray, "objects patches"]:
+    """The share of each patch that each object covers."""
+    rows, columns = grid
+    objects, height, width = scene.masks.shape
+    cells = scene.masks.reshape(objects, rows, height // rows, columns, width // columns)
+    return cells.mean(axis=(2, 4)).reshape(objects, -1)
+
+
 def vqa_examples(recipe: VqaShapes, model: CLIPMapperVQA, split: str, count: int) -> Arrays:
     """Scenes with all their questions; what is missing to seven has the answer -1."""
-    arrays, asked = load_scenes(recipe, model, split, count, lambda scene: scene.questions)
+    grid = model.config.clip.vision.grid
+
+    def read(scene: Scene) -> Any:
+        return scene.questions, asked_by_patch(scene, grid)
+
+    arrays, rest = load_scenes(recipe, model, split, count, read)
+    asked = [questions for questions, _ in rest]
     index = {answer: i for i, answer in enumerate(model.config.answers)}
     ids = model.processor.text([q.text for qs in asked for q in qs], recipe.context)
     text = np.zeros((count, QUESTIONS, recipe.context), np.int32)
@@ -110,7 +165,8 @@ def vqa_examples(recipe: VqaShapes, model: CLIPMapperVQA, split: str, count: int
         text[i, len(questions) :] = ids[start]
         answer[i, : len(questions)] = [index[q.answer] for q in questions]
         start += len(questions)
-    return Arrays(**arrays, text=text, answer=answer)
+    patches = np.stack([patches for _, patches in rest])
+    return Arrays(**arrays, text=text, answer=answer, asked=patches)
 
 
 class CaptionExamples:
@@ -142,19 +198,36 @@ class CaptionExamples:
 
 
 def vqa_loss(
-    model: CLIPMapperVQA, tokens: Array, batch: dict[str, Array]
+    model: CLIPMapperVQA,
+    patches: AskedPatches,
+    tokens: Array,
+    batch: dict[str, Array],
+    asked_loss: float,
 ) -> tuple[Array, dict[str, Array]]:
-    """Mean cross-entropy of the right answers, and their share that is found."""
+    """Mean cross-entropy of the right answers, with the loss of the patches asked about.
+
+    Args:
+      model: what is trained.
+      patches: the head that finds the patches.
+      tokens: of the pictures, as `encode_image` returns them.
+      batch: as `vqa_examples` makes it.
+      asked_loss: weight of finding the patches.
+
+    Returns:
+      The loss, and {"accuracy": the share of right answers, "asked": the loss of the patches}.
+    """
     questions = batch["text"].shape[1]
     text = batch["text"].reshape(-1, batch["text"].shape[-1]).astype(jnp.int32)
     answer = batch["answer"].reshape(-1).astype(jnp.int32)
-    words, _ = model.map(jnp.repeat(tokens, questions, axis=0), text)
+    (seen, words), _ = model.streams(jnp.repeat(tokens, questions, axis=0), text)
     logits = model.answer_logits(words, text)
     asked = answer >= 0
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, answer.clip(0))
     right = logits.argmax(-1) == answer
     count = asked.sum()
-    return jnp.where(asked, entropy, 0).sum() / count, {"accuracy": (right & asked).sum() / count}
+    found = patches.loss(seen, batch["asked"].reshape(-1, *batch["asked"].shape[2:]), asked)
+    loss = jnp.where(asked, entropy, 0).sum() / count + asked_loss * found
+    return loss, {"accuracy": (right & asked).sum() / count, "asked": found}
 
 
 def train_vqa(recipe: VqaShapes, folder: Path) -> CLIPMapper:
@@ -168,7 +241,13 @@ def train_vqa(recipe: VqaShapes, folder: Path) -> CLIPMapper:
     model = new_model(recipe, CLIPMapperVQA, answers=answers())
     _check_size(recipe, model)
     examples = vqa_examples(recipe, model, "train", recipe.scenes)
-    return _train(recipe, folder, model, vqa_loss, examples, "vqa-shapes")
+    patches = AskedPatches(model.config.width, rngs=nnx.Rngs(recipe.seed))
+
+    def loss(parts: Any, tokens: Array, batch: dict[str, Array]) -> Any:
+        return vqa_loss(parts["model"], parts["patches"], tokens, batch, recipe.asked_loss)
+
+    parts = {"model": model, "patches": patches}
+    return _train(recipe, folder, parts, loss, examples, "vqa-shapes")
 
 
 def train_caption(recipe: CaptionShapes, folder: Path) -> CLIPMapper:
@@ -182,10 +261,10 @@ def train_caption(recipe: CaptionShapes, folder: Path) -> CLIPMapper:
     _check_size(recipe, model)
     examples = CaptionExamples(recipe, model, "train", recipe.scenes)
 
-    def loss(model: CLIPMapperCaption, tokens: Array, batch: dict[str, Array]) -> Any:
-        return caption_loss(model, tokens, batch["text"])
+    def loss(parts: Any, tokens: Array, batch: dict[str, Array]) -> Any:
+        return caption_loss(parts["model"], tokens, batch["text"])
 
-    return _train(recipe, folder, model, loss, examples, "caption-shapes")
+    return _train(recipe, folder, {"model": model}, loss, examples, "caption-shapes")
 
 
 def _check_size(recipe: MapperShapes, model: CLIPMapper) -> None:
@@ -200,20 +279,20 @@ def _check_size(recipe: MapperShapes, model: CLIPMapper) -> None:
 def _train(
     recipe: MapperShapes,
     folder: Path,
-    model: CLIPMapper,
+    parts: dict[str, Any],
     loss_of: Callable[..., Any],
     examples: Any,
     name: str,
 ) -> CLIPMapper:
-    names = PatchNames(model.config.clip.vision.width, rngs=nnx.Rngs(recipe.seed))
+    vision = parts["model"].config.clip.vision
+    parts = parts | {"names": PatchNames(vision.width, rngs=nnx.Rngs(recipe.seed))}
 
     def loss(parts: Any, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         model = parts["model"]
         tokens, _ = model.encode_image(normalise(batch["image"]))
-        value, metrics = loss_of(model, tokens, batch)
-        patches = parts["names"].loss(model.vision_norm(tokens), batch["shown"])
-        return value + recipe.patch_loss * patches, metrics | {"patches": patches}
+        value, metrics = loss_of(parts, tokens, batch)
+        named = parts["names"].loss(model.vision_norm(tokens), batch["shown"])
+        return value + recipe.patch_loss * named, metrics | {"patches": named}
 
-    parts = {"model": model, "names": names}
     # Half the size, and no answer or word changes.
     return train_mapper(recipe, folder, parts, loss, examples, name=name, dtype="float16")

@@ -134,11 +134,14 @@ class VqaShapes(MapperShapes):
     """Settings of the recipe `vqa-shapes`: each picture of a batch with all its questions."""
 
     stage1: str = _setting("caption-shapes", "what the model begins as: a CLIP or a CLIPmapper")
-    steps: int = _setting(2_500, "of the optimiser")
+    steps: int = _setting(3_500, "of the optimiser")
     batch: int = _setting(16, "pictures per step")
+    asked_loss: float = _setting(0.5, "weight of finding the patches that each question is about")
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.asked_loss < math.inf:
+            raise ValueError(f"asked_loss must be 0 or more, got {self.asked_loss}")
         _check_context(self.context, 18, "questions")
 
 

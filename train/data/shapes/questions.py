@@ -72,14 +72,19 @@ class Question:
         kind: what it asks for.
         text: the question, lower case, with its question mark.
         answer: the one right answer, one of `ANSWERS[kind]`.
-        objects: indices of the objects asked about, in the order in which they are named; empty
-            where what is asked for is not there.
+        named: indices of the objects that each phrase of the question stands for, in the order
+            of the phrases; none where what is asked for is not there.
     """
 
     kind: Kind
     text: str
     answer: str
-    objects: tuple[int, ...]
+    named: tuple[tuple[int, ...], ...]
+
+    @property
+    def objects(self) -> tuple[int, ...]:
+        """Indices of all objects asked about, in the order in which they are named."""
+        return tuple(index for phrase in self.named for index in phrase)
 
 
 def ask_questions(
@@ -131,7 +136,7 @@ def _attribute(
         return None
     i = pick(rng, list(named))
     text = pick(rng, TEMPLATES[kind]).format(_the(rng, named[i]))
-    return Question(kind, text, getattr(objects[i], kind), (i,))
+    return Question(kind, text, getattr(objects[i], kind), ((i,),))
 
 
 def _count(
@@ -146,7 +151,7 @@ def _count(
         description = Description(**{repeated: value})
     text = pick(rng, TEMPLATES["count"]).format(description.text(plural=True))
     found = description.matches(objects)
-    return Question("count", text, str(len(found)), found)
+    return Question("count", text, str(len(found)), (found,))
 
 
 def _counted_value(rng: np.random.Generator, values: list[str], attribute: Attribute) -> str | None:
@@ -169,7 +174,8 @@ def _existence(rng: np.random.Generator, objects: tuple[Object, ...]) -> Questio
     else:
         description = _absent_variant(rng, objects, thing)
     text = pick(rng, TEMPLATES["existence"]).format(with_article(description.text()))
-    return Question("existence", text, "yes" if exists else "no", description.matches(objects))
+    answer = "yes" if exists else "no"
+    return Question("existence", text, answer, (description.matches(objects),))
 
 
 def _absent_variant(
@@ -192,7 +198,7 @@ def _relation(rng: np.random.Generator, objects: tuple[Object, ...]) -> Question
     holds = rng.random() < 0.5
     form = pick(rng, RELATIONS[word if holds else OPPOSITES[word]])
     text = pick(rng, TEMPLATES["relation"]).format(_the(rng, named[i]), form, _the(rng, named[j]))
-    return Question("relation", text, "yes" if holds else "no", (i, j))
+    return Question("relation", text, "yes" if holds else "no", ((i,), (j,)))
 
 
 def _comparison(rng: np.random.Generator, objects: tuple[Object, ...]) -> Question:
@@ -211,7 +217,7 @@ def _compare_extents(rng: np.random.Generator, objects: tuple[Object, ...]) -> Q
     word = pick(rng, EXTENTS)
     text = _LARGER.format(_the(rng, named[i]), word, _the(rng, named[j]))
     holds = (objects[i].size == "large") == (word == "larger")
-    return Question("comparison", text, "yes" if holds else "no", (i, j))
+    return Question("comparison", text, "yes" if holds else "no", ((i,), (j,)))
 
 
 def _compare_amounts(rng: np.random.Generator, objects: tuple[Object, ...]) -> Question:
@@ -227,4 +233,4 @@ def _compare_amounts(rng: np.random.Generator, objects: tuple[Object, ...]) -> Q
     text = _MORE.format(word, first.text(plural=True), second.text(plural=True))
     more = values.count(pair[0]) > values.count(pair[1])
     answer = "yes" if more == (word == "more") else "no"
-    return Question("comparison", text, answer, first.matches(objects) + second.matches(objects))
+    return Question("comparison", text, answer, (first.matches(objects), second.matches(objects)))
