@@ -4,7 +4,7 @@ from jaxrel.lrp import composites, rules
 from jaxrel.lrp.composites import Composite, everything, first, layer, op, path
 from jaxrel.lrp.conservation import conservation
 from jaxrel.lrp.plan import plan
-from jaxrel.lrp.transformation import lrp, modified_gradient, value_and_lrp
+from jaxrel.lrp.transformation import lrp, lrp_vjp, modified_gradient, value_and_lrp
 
 __all__ = [
     "Composite",
@@ -14,6 +14,7 @@ __all__ = [
     "first",
     "layer",
     "lrp",
+    "lrp_vjp",
     "modified_gradient",
     "op",
     "path",

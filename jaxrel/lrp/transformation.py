@@ -99,6 +99,53 @@ def value_and_lrp(
     return explained
 
 
+def lrp_vjp(
+    fun: Callable,
+    rules: Any,
+    *,
+    argnums: int | Sequence[int] | None = 0,
+    at: Any = (),
+    unknown: Unknown = "error",
+    gradient: bool = False,
+) -> Callable:
+    """Run a function once, and explain its output as often as wanted, as `jax.vjp` does.
+
+    `vmap` of the second result explains many targets at the cost of one forward pass and one
+    backward pass each:
+
+        value, explain = jaxrel.lrp_vjp(fun, rules)(x)
+        relevance = jax.vmap(explain)(jnp.eye(classes) * value)
+
+    Args:
+      fun, rules, argnums, at, unknown: as in `lrp`.
+      gradient: whether the cotangents themselves, relevance / value, go in and come out in the
+        place of relevance: with rules that change the derivative (`Guided`, `Deconvnet`) these
+        are their method's result, and with `Gradient` everywhere the gradient.
+
+    Returns:
+      A function `(*args) -> (value, explain)`, and `explain(seed)` returns what `lrp` does for
+      that seed.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: see `lrp`.
+    """
+    composite = as_composite(rules)
+    at = as_places(at)
+    _check_argnums(argnums, at)
+
+    def run(*args, **kwargs):
+        call = Call.of(functools.partial(fun, **kwargs), args, argnums, False, "lrp_vjp")
+        outs, back = forward(call, call.prepare(composite, at, unknown), at)
+
+        def explain(seed: Any) -> Any:
+            start = _modified(outs[0], seed) if gradient else cotangent(outs[0], seed)
+            return call.gather(back(start)[0], as_cotangent if gradient else as_relevance)
+
+        return call.value(outs), explain
+
+    return run
+
+
 def modified_gradient(
     fun: Callable,
     rules: Any,
@@ -111,20 +158,10 @@ def modified_gradient(
     With rules that change the derivative (`Guided`, `Deconvnet`) this is their method's result.
     `seed` is the cotangent of the output; by default ones.
     """
-    composite = as_composite(rules)
-    _check_argnums(argnums, ())
+    run = lrp_vjp(fun, rules, argnums=argnums, unknown=unknown, gradient=True)
 
     def explained(*args, seed: Any = None, **kwargs):
-        call = Call.of(functools.partial(fun, **kwargs), args, argnums, False, "modified_gradient")
-        prepared = call.prepare(composite, (), unknown)
-
-        def start(out):
-            if seed is None:
-                return jnp.ones_like(out)
-            return _finite(as_seed("modified_gradient", out, seed, "cotangent")).astype(out.dtype)
-
-        _, cotangents, _ = pull_back(call, prepared, (), start)
-        return call.gather(cotangents, lambda value, c, direct: c)
+        return run(*args, **kwargs)[1](seed)
 
     return explained
 
@@ -248,6 +285,22 @@ def pull_back(
     Returns the flat outputs, the cotangents, and that of the carrier that `touches` thread
     through the program.
     """
+    outs, back = forward(call, prepared, at, touches=touches, carrier=carrier)
+    return outs, *back(start(outs[0]))
+
+
+def forward(
+    call: Call,
+    prepared: Prepared,
+    at: Sequence,
+    *,
+    touches: Mapping[Value, Touch] | None = None,
+    carrier: Any = None,
+) -> tuple[list, Callable[[Any], tuple[Cotangents, Any]]]:
+    """Run forward; return the flat outputs, and what goes backward from the output's cotangent.
+
+    See `pull_back`.
+    """
     graph, args = prepared.graph, list(call.traced.args)
     leaves = [i for i, value in enumerate(graph.ins[: len(args)]) if value in prepared.explained]
     tagged = find_tags(graph, [name for name in at if isinstance(name, str)], "lrp")
@@ -267,16 +320,20 @@ def pull_back(
 
     xs, ws = [args[i] for i in leaves], [args[i] for i in weights]
     channels = [jnp.zeros_like(x) for x in xs]
-    (out, carried), pullback, (outs, values) = jax.vjp(
+    (_, carried), pullback, (outs, values) = jax.vjp(
         run, xs, ws, channels, zeros, carrier, has_aux=True
     )
-    still = jax.tree.map(jnp.zeros_like, carried)
-    cx, cw, direct, ct, carrier = pullback((start(out), still))
-    found = {i: (x, c, r) for i, x, c, r in zip(leaves, xs, cx, direct, strict=True)}
-    at_tags, c_at_tags = gather(tagged, values), gather(tagged, ct)
-    gathered = {name: (value, c_at_tags[name]) for name, value in at_tags.items()}
-    gathered |= {call.paths[i]: (w, c) for i, w, c in zip(weights, ws, cw, strict=True)}
-    return outs, Cotangents(found, gathered), carrier
+
+    def back(c: Any) -> tuple[Cotangents, Any]:
+        still = jax.tree.map(jnp.zeros_like, carried)
+        cx, cw, direct, ct, carrier = pullback((c, still))
+        found = {i: (x, c, r) for i, x, c, r in zip(leaves, xs, cx, direct, strict=True)}
+        at_tags, c_at_tags = gather(tagged, values), gather(tagged, ct)
+        gathered = {name: (value, c_at_tags[name]) for name, value in at_tags.items()}
+        gathered |= {call.paths[i]: (w, c) for i, w, c in zip(weights, ws, cw, strict=True)}
+        return Cotangents(found, gathered), carrier
+
+    return outs, back
 
 
 def as_relevance(value: Any, c: Any, direct: Any) -> Any:
@@ -284,6 +341,18 @@ def as_relevance(value: Any, c: Any, direct: Any) -> Any:
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     relevance = value.astype(dtype) * c.astype(dtype)
     return relevance if direct is None else relevance + direct.astype(dtype)
+
+
+def as_cotangent(value: Any, c: Any, direct: Any) -> Any:
+    """The cotangent c itself."""
+    return c
+
+
+def _modified(out: Any, seed: Any) -> Any:
+    """The output's cotangent, as it is given."""
+    if seed is None:
+        return jnp.ones_like(out)
+    return _finite(as_seed("modified_gradient", out, seed, "cotangent")).astype(out.dtype)
 
 
 def cotangent(out: Any, seed: Any) -> Any:

@@ -1,0 +1,168 @@
+"""Are the words that captions often have the right ones? Precision, recall and F1 by word.
+
+After Sun et al. 2022, "Explain and improve: LRP-inference fine-tuning for image captioning
+models", who call the mean precision mAP; it is no average precision over thresholds.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxrel.metrics.captions import References, Tokens, _check
+from jaxrel.metrics.statistics import Interval, _times_drawn
+
+
+class FrequentWords(NamedTuple):
+    """How well captions use words; the means over words with intervals over pictures.
+
+    Attributes:
+      words: in the order given.
+      true_positives: per word, in how many pictures the caption and a reference have it.
+      false_positives: the caption alone.
+      false_negatives: a reference alone.
+      precision: per word, true positives of what captions have; 0 where they never have it.
+      recall: per word, true positives of what references have; 0 where they never have it.
+      f1: per word, the harmonic mean of the two; 0 where both are 0.
+      mean_precision: over the words, what the paper calls mAP.
+      mean_recall: over the words.
+      mean_f1: over the words, of their F1.
+    """
+
+    words: tuple[str, ...]
+    true_positives: Int[np.ndarray, " words"]
+    false_positives: Int[np.ndarray, " words"]
+    false_negatives: Int[np.ndarray, " words"]
+    precision: Float[np.ndarray, " words"]
+    recall: Float[np.ndarray, " words"]
+    f1: Float[np.ndarray, " words"]
+    mean_precision: Interval
+    mean_recall: Interval
+    mean_f1: Interval
+
+
+def frequent_words(
+    candidates: Sequence[Tokens],
+    references: Sequence[References],
+    words: Sequence[str],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> FrequentWords:
+    """Precision, recall and F1 of words, by their presence in captions and in references.
+
+    A word is expected where any reference of the picture has it. How often a sentence has it
+    does not count, and forms of a word are words of their own.
+
+    Args:
+      candidates: one caption per picture.
+      references: the references of each picture, at least one.
+      words: such as `FLICKR30K_FREQUENT` or `COCO_FREQUENT`.
+      seed: of the resampling.
+      resamples: how many samples of pictures are drawn with replacement.
+
+    Raises:
+      ValueError: no captions, numbers that differ, a picture without references, text in place
+        of tokens or of words, no words, or a word twice.
+    """
+    _check("frequent_words", candidates, references)
+    _check_words("frequent_words", words)
+    said, expected = _present(candidates, words), _expected(references, words)
+    counts = _counts(said, expected, np.ones((len(said), 1)))[0]
+    scores = _scores(counts)
+    drawn = _scores(_counts(said, expected, _weights(len(said), seed, resamples))).mean(-1)
+    tp, fp, fn = counts.astype(np.int64)
+    return FrequentWords(tuple(words), tp, fp, fn, *scores, *_intervals(scores.mean(-1), drawn))
+
+
+def frequent_words_difference(
+    first: Sequence[Tokens],
+    second: Sequence[Tokens],
+    references: Sequence[References],
+    words: Sequence[str],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> dict[str, Interval]:
+    """How much better the first model uses words than the second, on the same pictures.
+
+    Args:
+      first: captions of one model, one per picture.
+      second: captions of another, of the same pictures.
+      references: the references of each picture, at least one.
+      words: as in `frequent_words`.
+      seed: of the resampling, which both models meet.
+      resamples: how many samples of pictures are drawn with replacement.
+
+    Returns:
+      `mean_precision`, `mean_recall` and `mean_f1` of the first less the second's.
+
+    Raises:
+      ValueError: as `frequent_words`.
+    """
+    for captions in (first, second):
+        _check("frequent_words_difference", captions, references)
+    _check_words("frequent_words_difference", words)
+    expected = _expected(references, words)
+    once, weights = np.ones((len(first), 1)), _weights(len(first), seed, resamples)
+    means, drawn = (
+        [
+            _scores(_counts(_present(captions, words), expected, times)).mean(-1)
+            for captions in (first, second)
+        ]
+        for times in (once, weights)
+    )
+    found = _intervals((means[0] - means[1])[0], drawn[0] - drawn[1])
+    return dict(zip(("mean_precision", "mean_recall", "mean_f1"), found, strict=True))
+
+
+def _present(
+    captions: Sequence[Tokens], words: Sequence[str]
+) -> Bool[np.ndarray, "captions words"]:
+    return np.array([[word in tokens for word in words] for tokens in map(set, captions)])
+
+
+def _expected(
+    references: Sequence[References], words: Sequence[str]
+) -> Bool[np.ndarray, "pictures words"]:
+    return _present([[w for tokens in picture for w in tokens] for picture in references], words)
+
+
+def _weights(
+    pictures: int, seed: int, resamples: int
+) -> Float[np.ndarray, "{pictures} {resamples}"]:
+    return _times_drawn(np.random.default_rng(seed), pictures, resamples)
+
+
+def _counts(
+    said: Bool[np.ndarray, "pictures words"],
+    expected: Bool[np.ndarray, "pictures words"],
+    weights: Float[np.ndarray, "pictures resamples"],
+) -> Float[np.ndarray, "resamples 3 words"]:
+    """True positives, false positives and false negatives, each picture as often as drawn."""
+    kinds = (said & expected, said & ~expected, ~said & expected)
+    return np.stack([weights.T @ kind.astype(np.float64) for kind in kinds], axis=1)
+
+
+def _scores(
+    counts: Float[np.ndarray, "*resamples 3 words"],
+) -> Float[np.ndarray, "*resamples 3 words"]:
+    """Precision, recall and F1."""
+    tp, fp, fn = np.moveaxis(counts, -2, 0)
+    parts = [(tp, tp + fp), (tp, tp + fn), (2 * tp, 2 * tp + fp + fn)]
+    return np.stack([part / np.maximum(whole, 1) for part, whole in parts], axis=-2)
+
+
+def _intervals(
+    means: Float[np.ndarray, " measures"], drawn: Float[np.ndarray, "resamples measures"]
+) -> list[Interval]:
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return [
+        Interval(float(a), float(b), float(c)) for a, b, c in zip(means, low, high, strict=True)
+    ]
+
+
+def _check_words(what: str, words: Sequence[str]) -> None:
+    if isinstance(words, str) or not len(words) or len(set(words)) != len(words):
+        raise ValueError(f"{what}: expected a list of different words, got {words!r}")

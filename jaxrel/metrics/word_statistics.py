@@ -1,0 +1,407 @@
+"""Can the map of a word tell that the word is hallucinated?
+
+After Sun et al. 2022, "Explain and improve: LRP-inference fine-tuning for image captioning
+models": statistics of each mention's map, and how well they separate words that are true of the
+picture from those that are not, as the area under the ROC curve. One statistic per mention; the
+reference implementation keeps the largest of a true word's mentions and the smallest of a
+hallucinated word's, which widens the gap by itself.
+
+    found = mentions(captions, references, FLICKR30K_FREQUENT)
+    scores = map_statistics(maps)                # maps[i] is the map of mention i
+    auc_intervals(scores, found.true, picture=found.picture)
+"""
+
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from jaxrel.metrics.captions import References, Tokens, _check
+from jaxrel.metrics.correctness import check_maps
+from jaxrel.metrics.statistics import Interval, _times_drawn
+
+QUANTILES: tuple[float, ...] = tuple(i / 100 for i in range(100))
+
+# Weights of mentions in resamples held at a time: 32 MiB as float64.
+_WEIGHTS_AT_ONCE = 2**22
+
+# Shapes and dtypes are told apart here so that a wrong one meets our own error.
+Scores = Shaped[Array | np.ndarray, "*statistics mentions"]
+Statistics = Mapping[str, Shaped[Array | np.ndarray, "..."]]
+Labels = Shaped[Array | np.ndarray, "..."]
+Pictures = Int[Array | np.ndarray, "..."]
+
+
+class Mentions(NamedTuple):
+    """Where captions mention words, in the order of the captions.
+
+    Attributes:
+      words: the word.
+      picture: the number of its caption.
+      position: its place in the caption, from 0.
+      true: is it in a reference of the picture?
+    """
+
+    words: tuple[str, ...]
+    picture: Int[np.ndarray, " mentions"]
+    position: Int[np.ndarray, " mentions"]
+    true: Bool[np.ndarray, " mentions"]
+
+
+class Threshold(NamedTuple):
+    """A statistic that says of a word whether it is true.
+
+    Attributes:
+      statistic: its name.
+      threshold: words with at least this much are said to be true.
+      sensitivity: the share of true words that are said to be true.
+      specificity: the share of hallucinated words that are said not to be.
+    """
+
+    statistic: str
+    threshold: float
+    sensitivity: float
+    specificity: float
+
+
+def mentions(
+    captions: Sequence[Tokens], references: Sequence[References], words: Collection[str]
+) -> Mentions:
+    """Every mention of a word in captions, and whether the references have the word too.
+
+    Words are compared as they are. A word that a caption has twice is two mentions.
+
+    Args:
+      captions: one per picture.
+      references: the references of each picture, at least one.
+      words: those to look for, such as `FLICKR30K_FREQUENT`.
+
+    Raises:
+      ValueError: no captions, numbers that differ, a picture without references, or text in
+        place of tokens or of words.
+    """
+    _check("mentions", captions, references)
+    if isinstance(words, str):
+        raise ValueError(f"mentions: the words are the text {words!r}; expected a set or list")
+    union = [{word for reference in picture for word in reference} for picture in references]
+    found = [
+        (word, i, place, word in union[i])
+        for i, caption in enumerate(captions)
+        for place, word in enumerate(caption)
+        if word in words
+    ]
+    return Mentions(
+        tuple(word for word, *_ in found),
+        np.array([i for _, i, _, _ in found], np.int64),
+        np.array([place for _, _, place, _ in found], np.int64),
+        np.array([true for *_, true in found], bool),
+    )
+
+
+def map_statistics(
+    maps: Float[Array | np.ndarray, "*words height width"],
+    *,
+    quantiles: Sequence[int | float] = QUANTILES,
+) -> dict[str, Float[Array, "*words"]]:
+    """One number per map: how much relevance a word has, said in several ways.
+
+    Args:
+      maps: signed relevance, of relevance per channel the mean; or attention, of which the mean,
+        the maximum and the quantiles tell something.
+      quantiles: from 0 to 1, interpolated linearly; static.
+
+    Returns:
+      `mean`, `mean_abs`, `mean_positive` (of the positive pixels alone, 0 where there are none),
+      `max` and `quantile 0`, `quantile 0.01`, ... for each of `quantiles`; float32 (float64 for
+      float64 maps). Pure, and made for `jax.jit`.
+
+    Raises:
+      ValueError: maps without pixels, a map that is not finite (NaN under `jax.jit`), or a
+        quantile outside [0, 1].
+    """
+    if not all(0 <= q <= 1 for q in quantiles):
+        raise ValueError(f"map_statistics: quantiles lie from 0 to 1, got {tuple(quantiles)}")
+    if not maps.shape[-1] * maps.shape[-2]:
+        raise ValueError(
+            f"map_statistics: expected maps [..., height, width] with pixels, got "
+            f"{list(maps.shape)}"
+        )
+    check_maps("map_statistics", maps)
+    names = ("mean", "mean_abs", "mean_positive", "max", *(f"quantile {q:g}" for q in quantiles))
+    # A dict that leaves jax.jit is sorted by its names.
+    found = _map_statistics(jnp.asarray(maps), tuple(float(q) for q in quantiles))
+    return dict(zip(names, found, strict=True))
+
+
+def roc_auc(scores: Scores, true: Labels) -> Float[np.ndarray, "*statistics"]:
+    """The area under the ROC curve: how often a true word has the higher score.
+
+    Over all pairs of a true and a hallucinated mention; equal scores count half. 0.5 is chance;
+    below it, hallucinated words have the higher scores.
+
+    Args:
+      scores: of each mention, by any number of statistics.
+      true: bool, False for hallucinated mentions.
+
+    Raises:
+      ValueError: mentions of one kind alone, whose area is not defined; scores that are not
+        finite or not as many as mentions; or `true` is not bool.
+    """
+    values, kind = _checked("roc_auc", scores, true)
+    flat = values.reshape(-1, kind.size)
+    areas = _areas(flat, kind, np.ones((kind.size, 1)))
+    return areas[:, 0].reshape(values.shape[:-1])
+
+
+def auc_intervals(
+    statistics: Statistics,
+    true: Labels,
+    *,
+    picture: Pictures | None = None,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> dict[str, Interval]:
+    """`roc_auc` by statistic, with bootstrap 95% intervals over pictures.
+
+    The mentions of a picture are not independent, and are drawn together. A resample with
+    mentions of one kind alone has no area and is left out. Each interval holds for itself:
+    nothing is corrected for how many statistics there are.
+
+    Args:
+      statistics: scores of the same mentions by name, as `map_statistics` gives them.
+      true: bool, False for hallucinated mentions.
+      picture: the picture of each mention; None for a picture per mention.
+      seed: of the resampling.
+      resamples: how many samples are drawn with replacement.
+
+    Raises:
+      ValueError: as `roc_auc`; no statistics; pictures that are not as many as mentions; or no
+        resample has mentions of both kinds.
+    """
+    names, scores, kind = _stacked("auc_intervals", statistics, true)
+    groups = _groups("auc_intervals", picture, kind.size)
+    drawn = _resampled("auc_intervals", scores, kind, groups, seed, resamples)
+    return _intervals(names, roc_auc(scores, kind), drawn)
+
+
+def auc_differences(
+    first: Statistics,
+    second: Statistics,
+    true: Labels,
+    *,
+    picture: Pictures | None = None,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> dict[str, Interval]:
+    """How much better the first method separates than the second, on the same mentions.
+
+    The area of each statistic of the first less that of the second's statistic of that name,
+    with bootstrap 95% intervals: both methods meet the same resamples of pictures.
+
+    Args:
+      first: scores by name; to compare different statistics, give both the same name.
+      second: scores of the same mentions, with the same names.
+      true: as in `auc_intervals`.
+      picture: as in `auc_intervals`.
+      seed: of the resampling.
+      resamples: how many samples are drawn with replacement.
+
+    Raises:
+      ValueError: as `auc_intervals`, or the names differ.
+    """
+    if set(first) != set(second):
+        raise ValueError(
+            f"auc_differences: statistics {', '.join(sorted(first))} of the first and "
+            f"{', '.join(sorted(second))} of the second; give the same names"
+        )
+    names, one, kind = _stacked("auc_differences", first, true)
+    _, two, _ = _stacked("auc_differences", {name: second[name] for name in names}, true)
+    groups = _groups("auc_differences", picture, kind.size)
+    both = np.concatenate([one, two])
+    drawn = _resampled("auc_differences", both, kind, groups, seed, resamples)
+    areas = roc_auc(both, kind)
+    half = len(names)
+    return _intervals(names, areas[:half] - areas[half:], drawn[:half] - drawn[half:])
+
+
+def best_threshold(statistics: Statistics, true: Labels) -> Threshold:
+    """The statistic that separates best, and the threshold at which it does.
+
+    The statistic has the largest `roc_auc`, the first of equal ones; the threshold is the score
+    with the largest sensitivity + specificity - 1 (Youden 1950), the highest of equal ones.
+    Both are chosen on these mentions, which flatters them: measure on others with
+    `sensitivity_specificity`.
+
+    Args:
+      statistics: scores of the same mentions by name.
+      true: bool, False for hallucinated mentions.
+
+    Raises:
+      ValueError: as `auc_intervals`.
+    """
+    names, scores, kind = _stacked("best_threshold", statistics, true)
+    best = int(np.argmax(roc_auc(scores, kind)))
+    thresholds = np.unique(scores[best])[::-1]
+    accepted, caught = _told(scores[best], kind, thresholds)
+    real, false = int(kind.sum()), int((~kind).sum())
+    # In whole numbers, so that equal ones are equal.
+    i = int(np.argmax(accepted * false + caught * real))
+    return Threshold(
+        names[best], float(thresholds[i]), float(accepted[i] / real), float(caught[i] / false)
+    )
+
+
+def sensitivity_specificity(
+    scores: Shaped[Array | np.ndarray, " scores"], true: Labels, threshold: int | float
+) -> tuple[float, float]:
+    """The shares of true and of hallucinated mentions that a threshold tells.
+
+    Args:
+      scores: of each mention.
+      true: bool, False for hallucinated mentions.
+      threshold: mentions with at least this score are said to be true.
+
+    Returns:
+      The share of true mentions said to be true, and of hallucinated ones said not to be.
+
+    Raises:
+      ValueError: as `roc_auc`, since one of the shares is of none.
+    """
+    values, kind = _checked("sensitivity_specificity", scores, true)
+    accepted, caught = _told(values, kind, np.array([threshold], np.float64))
+    return float(accepted[0] / kind.sum()), float(caught[0] / (~kind).sum())
+
+
+@functools.partial(jax.jit, static_argnames="quantiles")
+def _map_statistics(
+    maps: Float[Array, "*words height width"], quantiles: tuple[float, ...]
+) -> list[Float[Array, "*words"]]:
+    x = maps.reshape(*maps.shape[:-2], -1)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    positive = (x > 0).sum(-1)
+    mean_positive = jnp.maximum(x, 0).sum(-1) / jnp.where(positive == 0, 1, positive)
+    parts = jnp.quantile(x, jnp.asarray(quantiles, x.dtype), axis=-1)
+    return [x.mean(-1), jnp.abs(x).mean(-1), mean_positive, x.max(-1), *parts]
+
+
+def _resampled(
+    what: str,
+    scores: Float[np.ndarray, "statistics mentions"],
+    true: Bool[np.ndarray, " mentions"],
+    group: Int[np.ndarray, " mentions"],
+    seed: int,
+    resamples: int,
+) -> Float[np.ndarray, "statistics defined"]:
+    """The areas in the resamples that have mentions of both kinds."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _WEIGHTS_AT_ONCE // len(group))
+    areas = []
+    for start in range(0, resamples, chunk):
+        drawn = _times_drawn(rng, int(group.max()) + 1, min(chunk, resamples - start))
+        areas.append(_areas(scores, true, drawn[group]))
+    found = np.concatenate(areas, axis=-1)
+    defined = np.isfinite(found[0])
+    if not defined.any():
+        raise ValueError(
+            f"{what}: none of {resamples} resamples of {group.max() + 1} pictures has both true "
+            "and hallucinated mentions; give more pictures or resamples"
+        )
+    return found[:, defined]
+
+
+def _areas(
+    scores: Float[np.ndarray, "statistics mentions"],
+    true: Bool[np.ndarray, " mentions"],
+    weights: Float[np.ndarray, "mentions resamples"],
+) -> Float[np.ndarray, "statistics resamples"]:
+    """Weighted areas; NaN where a kind has no weight."""
+    positive, negative = weights[true], weights[~true]
+    pairs = positive.sum(0) * negative.sum(0)
+    won = np.array([_won(one[true], one[~true], positive, negative) for one in scores])
+    return np.where(pairs > 0, won / np.where(pairs > 0, pairs, 1), np.nan)
+
+
+def _won(
+    true: Float[np.ndarray, " true"],
+    hallucinated: Float[np.ndarray, " hallucinated"],
+    positive: Float[np.ndarray, "true resamples"],
+    negative: Float[np.ndarray, "hallucinated resamples"],
+) -> Float[np.ndarray, " resamples"]:
+    """In how many pairs the true mention has the higher score, equal pairs at a half."""
+    order = np.argsort(hallucinated)
+    # The weight of the lowest 0, 1, 2, ... hallucinated mentions.
+    lowest = np.concatenate([np.zeros_like(negative[:1]), np.cumsum(negative[order], axis=0)])
+    below, up_to = (
+        np.searchsorted(hallucinated[order], true, side=side) for side in ("left", "right")
+    )
+    return np.einsum("mr,mr->r", positive, lowest[below] + lowest[up_to]) / 2
+
+
+def _told(
+    scores: Float[np.ndarray, " mentions"],
+    true: Bool[np.ndarray, " mentions"],
+    thresholds: Float[np.ndarray, " thresholds"],
+) -> tuple[Int[np.ndarray, " thresholds"], Int[np.ndarray, " thresholds"]]:
+    """How many true mentions are said to be true, and how many hallucinated ones not to be."""
+    missed, caught = (np.searchsorted(np.sort(scores[kind]), thresholds) for kind in (true, ~true))
+    return true.sum() - missed, caught
+
+
+def _intervals(
+    names: Sequence[str],
+    means: Float[np.ndarray, " statistics"],
+    drawn: Float[np.ndarray, "statistics resamples"],
+) -> dict[str, Interval]:
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=-1)
+    rows = zip(names, means, low, high, strict=True)
+    return {name: Interval(float(a), float(b), float(c)) for name, a, b, c in rows}
+
+
+def _groups(what: str, picture: Pictures | None, count: int) -> Int[np.ndarray, " mentions"]:
+    """Pictures numbered from 0."""
+    if picture is None:
+        return np.arange(count)
+    if picture.shape != (count,):
+        raise ValueError(
+            f"{what}: pictures of {list(picture.shape)} for {count} mentions; give one number "
+            "per mention"
+        )
+    return np.unique(np.asarray(picture), return_inverse=True)[1]
+
+
+def _stacked(
+    what: str, statistics: Statistics, true: Labels
+) -> tuple[list[str], Float[np.ndarray, "statistics mentions"], Bool[np.ndarray, " mentions"]]:
+    if not statistics:
+        raise ValueError(f"{what}: expected scores by statistic, got none")
+    rows = [_checked(f"{what}: {name!r}", one, true) for name, one in statistics.items()]
+    wrong = {name: list(one.shape) for name, one in statistics.items() if one.ndim != 1}
+    if wrong:
+        raise ValueError(f"{what}: expected one score per mention, got shapes {wrong}")
+    return list(statistics), np.stack([values for values, _ in rows]), rows[0][1]
+
+
+def _checked(
+    what: str, scores: Scores, true: Labels
+) -> tuple[Float[np.ndarray, "*statistics mentions"], Bool[np.ndarray, " mentions"]]:
+    values, kind = np.asarray(scores, np.float64), np.asarray(true)
+    if kind.dtype != np.bool_:
+        raise ValueError(
+            f"{what}: `true` must be bool, False for hallucinated mentions, got {kind.dtype}"
+        )
+    if kind.ndim != 1 or values.shape[-1:] != kind.shape:
+        raise ValueError(
+            f"{what}: scores of {list(values.shape)} and `true` of {list(kind.shape)}; expected "
+            "[..., mentions] and [mentions]"
+        )
+    if not 0 < kind.sum() < kind.size:
+        raise ValueError(
+            f"{what}: an area needs true and hallucinated mentions, got {kind.sum()} true ones "
+            f"of {kind.size}"
+        )
+    check_maps(f"{what}: scores", values)
+    return values, kind
