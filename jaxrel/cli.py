@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.explainer import METHODS, TWO_STREAM
+from jaxrel.word_relevance import WORD_METHODS
 
 # What is asked of a picture, and the bundled model that does it when none is named.
 DEFAULT_MODELS = {"text": "clip-shapes", "question": "vqa-shapes", "caption": "caption-shapes"}
@@ -111,9 +112,9 @@ def _add_explain(commands: Any) -> None:
     )
     explain.add_argument(
         "--method",
-        default="weighted",
         help=f"one or several, with commas, or 'all': {', '.join(METHODS)} (with --text); "
-        f"{', '.join(TWO_STREAM)} (with --question and --caption) (default: weighted)",
+        f"{', '.join(TWO_STREAM)} (of a CLIPmapper); {', '.join(WORD_METHODS)} (of a Captioner) "
+        "(default: weighted; of a Captioner lrp)",
     )
     explain.add_argument(
         "--layers", type=_numbers, help="layers that count, such as 0,1 or --layers=-2,-1"
@@ -200,12 +201,16 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _explain(options: argparse.Namespace) -> None:
     from jaxrel import explain, report
     from jaxrel.attention.transformation import check_methods
+    from jaxrel.models import Captioner
     from jaxrel.pictures import read_pictures
 
     asked = "question" if options.question else "caption" if options.caption else "text"
     known = METHODS if asked == "text" else TWO_STREAM
-    named = known if options.method == "all" else options.method.split(",")
-    methods = check_methods([name.strip() for name in named if name.strip()], known, "method")
+    if asked == "caption":
+        known = tuple(dict.fromkeys((*TWO_STREAM, *WORD_METHODS)))
+    named = None if options.method in (None, "all") else _names(options.method)
+    if named is not None:
+        check_methods(named, known, "method")
     if options.answer is not None and asked != "question":
         raise ValueError("--answer goes with --question")
     pictures = read_pictures(options.picture)
@@ -220,6 +225,12 @@ def _explain(options: argparse.Namespace) -> None:
     options.model = options.model or DEFAULT_MODELS[asked]
     model = _load(options.model)
     _check_asked(model, asked, options.model)
+    if isinstance(model, Captioner):
+        known = WORD_METHODS
+    elif asked == "caption":
+        known = TWO_STREAM
+    usual = known if options.method == "all" else ("lrp" if known is WORD_METHODS else "weighted",)
+    methods = check_methods(usual if named is None else named, known, "method")
     explanations = explain(
         model,
         image=pictures,

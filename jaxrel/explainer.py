@@ -20,10 +20,12 @@ from jaxrel.attention.two_stream_methods import (
     TWO_STREAM_METHODS,
     value_and_two_stream_relevance,
 )
+from jaxrel.explain_captions import explain_captions
 from jaxrel.explanation import Explanation
 from jaxrel.lrp import Composite, composites, everything, rules
 from jaxrel.lrp.composites import as_composite
 from jaxrel.lrp.conservation import value_and_measured_lrp
+from jaxrel.pictures import seen_pictures
 
 # What is propagated to the embedded tokens, and there summed over features.
 BY_RULES = {
@@ -88,7 +90,7 @@ def explain(
     image: Any,
     text: Any = None,
     target: Any = None,
-    method: str | Sequence[str] = "weighted",
+    method: str | Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     importance: str = "grad_value",
@@ -98,11 +100,14 @@ def explain(
     """Explain how much each patch of a picture and each word of a sentence matters to a score.
 
     For CLIP the score is the similarity of the picture and the sentence, for CLIPMapper the
-    logit of an answer to a question, or of each word of a caption. Everything is one compiled
-    program: one forward and one backward pass for all examples and all methods that need no LRP.
+    logit of an answer to a question, or of each word of a caption, as for Captioner. Everything
+    is one compiled program: one forward and one backward pass for all examples and all methods
+    that need no LRP. For Captioner see `jaxrel.word_relevance`: its maps are of pixels, and the
+    backward pass, not the forward pass, is one per word.
 
     Args:
-      model: a model that speaks the protocol `Explainable`, such as `jaxrel.models.CLIP`.
+      model: a model that speaks the protocol `Explainable`, such as `jaxrel.models.CLIP`, and
+        where it also speaks `jaxrel.word_relevance.Captions`, is explained by that.
       image: a PIL picture, a uint8 `[height, width, 3]` array, or a list of them.
       text: a sentence, question or caption, or a list of them; see `model.pairs` for how
         pictures and texts are matched. None where the model writes the text (captions).
@@ -110,10 +115,12 @@ def explain(
         most probable answer, all words of the caption.
       method: one of `jaxrel.explainer.METHODS` (of a model whose streams attend to each other,
         `TWO_STREAM`), or several: those of `jaxrel.attention`, and 'lrp' (AttnLRP), 'cp_lrp' and
-        'input_x_gradient', which propagate to the embedded tokens.
+        'input_x_gradient', which propagate to the embedded tokens; of a Captioner, those of
+        `jaxrel.word_relevance.WORD_METHODS`. By default 'weighted', of a Captioner 'lrp'.
       layers: the layers that count, such as `[-1]` for the last alone; all, by default. Not of
-        models whose streams attend to each other.
-      heads: the attention heads that count; as `layers`.
+        models whose streams attend to each other, nor of a Captioner.
+      heads: the attention heads that count; as `layers`. Of a Captioner with several heads,
+        those through which relevance reaches the picture.
       importance: the measure of the weighted method.
       lrp: other rules for the method 'lrp': see `jaxrel.lrp`.
       name: the model's name, for the record.
@@ -125,6 +132,19 @@ def explain(
       TypeError, ValueError: bad pictures, text, target, method, layers or measure; the message
         says what was expected. Relevance that is not finite (a model with NaN weights).
     """
+    if hasattr(model, "word_scores"):
+        return explain_captions(
+            model,
+            image=image,
+            text=text,
+            target=target,
+            method="lrp" if method is None else method,
+            layers=layers,
+            heads=heads,
+            lrp=lrp,
+            name=name,
+        )
+    method = "weighted" if method is None else method
     layout = model.layout
     schedule = getattr(layout, "schedule", ())
     methods = check_methods(method, TWO_STREAM if schedule else METHODS, "method")
@@ -164,7 +184,7 @@ def explain(
         "target": tuple(model.describe(inputs)),
         "score": score,
         "tokens": tuple(map(tuple, model.tokens(inputs))),
-        "pictures": _seen(model, image, len(score), inputs.get("example")),
+        "pictures": seen_pictures(model, image, len(score), inputs.get("example")),
         "model": name,
     }
     where = {"picture": np.asarray(inputs["example"]).tolist()} if "example" in inputs else {}
@@ -285,14 +305,6 @@ def _by_token(stream: Any, found: Mapping[str, Any]) -> Any:
     """Relevance of each token of a stream; those before the tagged content have none."""
     relevance = found[f"{stream.name}/tokens"].sum(-1)
     return jnp.pad(relevance, ((0, 0), (stream.tokens - relevance.shape[1], 0)))
-
-
-def _seen(model: Any, image: Any, rows: int, example: Any) -> tuple[np.ndarray, ...]:
-    pictures = list(image) if isinstance(image, list | tuple) else [image]
-    seen = [np.asarray(model.seen(picture)) for picture in pictures]
-    if example is not None:
-        return tuple(seen[i] for i in np.asarray(example))
-    return tuple(seen) if len(seen) == rows else tuple(seen * rows)
 
 
 def _modalities(streams: Any, relevance: Mapping, content: Mapping) -> dict[str, Any]:

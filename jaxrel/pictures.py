@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -159,3 +160,12 @@ def _rgb(image: Image.Image, path: Path) -> Image.Image:
             f"{path} has pixels of Pillow's mode {image.mode!r}, which have no sure colour "
             f"({error}); save it as an 8-bit RGB or grey picture"
         ) from error
+
+
+def seen_pictures(model: Any, image: Any, rows: int, example: Any) -> tuple[np.ndarray, ...]:
+    """By row, what the model sees of its picture."""
+    pictures = list(image) if isinstance(image, list | tuple) else [image]
+    seen = [np.asarray(model.seen(picture)) for picture in pictures]
+    if example is not None:
+        return tuple(seen[i] for i in np.asarray(example))
+    return tuple(seen) if len(seen) == rows else tuple(seen * rows)

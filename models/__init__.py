@@ -1,6 +1,7 @@
 """Plain Flax NNX modules and their weights."""
 
 from jaxrel.models.auto import from_pretrained
+from jaxrel.models.captioner import Captioner, CaptionerConfig
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from jaxrel.models.clipmapper import (
     CLIPMapper,
@@ -11,20 +12,36 @@ from jaxrel.models.clipmapper import (
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.processor import Processor, image_processing
 from jaxrel.models.tokenizer import word_tokenizer
+from jaxrel.models.vision import (
+    VGG,
+    ResNet,
+    ResNetConfig,
+    VGGConfig,
+    imagenet_processing,
+    load_encoder,
+)
 
 __all__ = [
     "CLIP",
+    "VGG",
     "CLIPConfig",
     "CLIPMapper",
     "CLIPMapperCaption",
     "CLIPMapperConfig",
     "CLIPMapperVQA",
+    "Captioner",
+    "CaptionerConfig",
     "Layout",
     "Processor",
+    "ResNet",
+    "ResNetConfig",
     "Stream",
     "TextConfig",
+    "VGGConfig",
     "VisionConfig",
     "from_pretrained",
     "image_processing",
+    "imagenet_processing",
+    "load_encoder",
     "word_tokenizer",
 ]

@@ -3,10 +3,11 @@
 import os
 from typing import Any
 
-from jaxrel.models import clip, clipmapper
+from jaxrel.models import captioner, clip, clipmapper
 from jaxrel.models.weights import CONFIG, find_folder, read_any_config
 
 _CLASSES: dict[str, Any] = {
+    captioner.MODEL_TYPE: captioner.Captioner,
     clip.MODEL_TYPE: clip.CLIP,
     clipmapper.MODEL_TYPE: clipmapper.CLIPMapper,
 }

@@ -661,8 +661,13 @@ class CLIPMapperCaption(CLIPMapper):
 
     def log_probability(self, inputs: Inputs) -> Float[Array, " batch"]:
         """Return the mean log-probability of the caption's words and its end (teacher forcing)."""
-        text = jnp.asarray(inputs["text"])
-        logp = jax.nn.log_softmax(self(inputs)[:, :-1])
+        return self.mean_log_probability(self(inputs), jnp.asarray(inputs["text"]))
+
+    def mean_log_probability(
+        self, logits: Float[Array, "batch tokens vocabulary"], text: Int[Array, "batch tokens"]
+    ) -> Float[Array, " batch"]:
+        """As `log_probability`, from the logits of the word after each token."""
+        logp = jax.nn.log_softmax(logits[:, :-1])
         of_word = jnp.take_along_axis(logp, text[:, 1:, None], axis=-1)[..., 0]
         end = end_of_text(text, self.config.clip.text.eos_token_id)
         counted = jnp.arange(1, text.shape[1]) <= end[:, None]
@@ -672,13 +677,19 @@ class CLIPMapperCaption(CLIPMapper):
         """Return the logit of one word of each caption: the scalar that explanations explain.
 
         Args:
-          inputs: pictures and captions; "position" int [batch], if there, is the target.
+          inputs: pictures and captions; "position" int [batch], if there, is the target. With
+            "words" bool [batch, tokens] it is the mean of the logits of several words.
           target: the position of the word in its caption, from 1 (0 is the start token), one or
             one per caption.
 
         Raises:
           ValueError: neither the inputs nor `target` say which word.
         """
+        if target is None and "words" in inputs:
+            of_word = jnp.take_along_axis(
+                self(inputs)[:, :-1], jnp.asarray(inputs["text"])[:, 1:, None], axis=-1
+            )
+            return (of_word[..., 0] * self.readout(inputs)["text"][:, :-1]).sum(-1)
         if target is None and "position" not in inputs:
             raise ValueError(
                 "which word of the caption? Pass target= its position, from 1, or make the inputs "
@@ -767,6 +778,7 @@ class CLIPMapperCaption(CLIPMapper):
           inputs: pictures and captions, one caption per picture.
           target: the positions of the words to explain, from 1, or one; by default all words
             but those that the tokenizer does not know, such as a word tokenizer's commas.
+            "caption" explains each caption as a whole, in one row: the mean of its words' logits.
 
         Raises:
           ValueError: the numbers do not fit, or a caption has no word there.
@@ -779,8 +791,12 @@ class CLIPMapperCaption(CLIPMapper):
         words = np.asarray(self.content(inputs)["text"]).sum(-1)
         if not words.all():
             raise ValueError(f"the caption of picture {int(words.argmin())} has no words")
-        asked = None if target is None else _positions(target)
         shown = self.tokens(inputs)
+        if isinstance(target, str) and target == "caption":
+            known = np.array([[bool(token) for token in row] for row in shown])
+            kept = {name: jnp.asarray(value) for name, value in inputs.items()}
+            return kept | {"words": jnp.asarray(known), "example": jnp.arange(captions)}
+        asked = None if target is None else _positions(target)
         rows = []
         for example, count in enumerate(words):
             known = [i for i in range(1, count + 1) if shown[example][i]]
@@ -797,14 +813,23 @@ class CLIPMapperCaption(CLIPMapper):
         return by_row | {"position": position, "example": example}
 
     def describe(self, inputs: Inputs) -> list[str]:
-        """Return each row's word, after the words before it."""
-        rows, position = self.tokens(inputs), np.asarray(inputs["position"])
+        """Return each row's word, after the words before it; or its whole caption."""
+        rows = self.tokens(inputs)
+        if "words" in inputs:
+            return [" ".join(filter(None, row)) for row in rows]
+        position = np.asarray(inputs["position"])
         before = [" ".join(filter(None, row[:i])) for row, i in zip(rows, position, strict=True)]
         words = [row[i] for row, i in zip(rows, position, strict=True)]
         return [f"{start} [{word}]".strip() for start, word in zip(before, words, strict=True)]
 
-    def readout(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
-        """Return the token that each word is predicted from: the one before it."""
+    def readout(self, inputs: Inputs) -> dict[str, Array]:
+        """Return the token that each word is predicted from: the one before it.
+
+        Of whole captions the weights of all that a word is predicted from, [batch, tokens].
+        """
+        if "words" in inputs:
+            before = jnp.roll(jnp.asarray(inputs["words"]), -1, axis=1).astype(jnp.float32)
+            return {"text": before / before.sum(-1, keepdims=True)}
         return {"text": jnp.asarray(inputs["position"]) - 1}
 
     def content(self, inputs: Inputs) -> dict[str, Bool[Array, "batch tokens"]]:
@@ -820,8 +845,8 @@ def _positions(target: Any) -> np.ndarray:
     asked = np.atleast_1d(np.asarray(target))
     if asked.ndim != 1 or not asked.size or not np.issubdtype(asked.dtype, np.integer):
         raise ValueError(
-            "target must be the position of a word in its caption, from 1, or several; got "
-            f"{target!r}"
+            "target must be the position of a word in its caption, from 1, or several, or "
+            f"'caption'; got {target!r}"
         )
     return asked
 

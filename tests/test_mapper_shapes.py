@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from jax import numpy as jnp
 
 from jaxrel import cli
 from jaxrel.models import CLIPMapperCaption, CLIPMapperVQA
@@ -151,18 +152,23 @@ def test_perturbation(made, request, tmp_path):
 
 
 def test_perturbation_measures_what_it_says(captioner):
-    """At p = 0 the log-probability of the model's own greedy word is the highest there is."""
+    """With nothing removed: the greedy word is the most probable; captions as the model has it."""
     model, _ = captioner
-    drawn = perturbation.caption_examples(
+    whole, words = perturbation.caption_examples(
         model, data_seed=0, split="test", count=4, seed=0, batch=4
     )
-    logits = np.asarray(model({k: drawn.inputs[k] for k in ("image", "text")}), np.float64)
-    for i, position in enumerate(drawn.inputs["position"]):
+    inputs = {k: jnp.asarray(words.inputs[k]) for k in ("image", "text")}
+    mapped, _ = model.map(model.encode_image(inputs["image"])[0], inputs["text"])
+    logits = np.asarray(model(inputs), np.float64)
+    found = np.asarray(words.measured(model, mapped, words.inputs))
+    for i, position in enumerate(words.inputs["position"]):
         row = logits[i, position - 1]
         want = row.max() - np.log(np.exp(row).sum())
-        found = np.asarray(drawn.measured(model, drawn.inputs))[i]
-        np.testing.assert_allclose(found, want, rtol=1e-4)
-        assert not drawn.removable["text"][i, position - 1 :].any()
+        np.testing.assert_allclose(found[i], want, rtol=1e-4)
+        assert not words.removable["text"][i, position - 1 :].any()
+    captions = whole.measured(model, mapped, whole.inputs)
+    np.testing.assert_allclose(captions, model.log_probability(inputs), rtol=1e-5)
+    assert [*whole.removable, *words.removable] == ["image", "text"]
 
 
 def test_sanity(vqa):

@@ -421,3 +421,20 @@ def test_what_explain_refuses():
             jaxrel.explain(model, image=picture, text="what is red", **choice)
     with error(r"this model has no answer 'purple'; it has 4 answers: red, blue, two, yes"):
         jaxrel.explain(model, image=picture, text="what is red", target="purple")
+
+
+def test_explain_whole_captions(caption):
+    """The mean of the words' logits, and of what is linear in them."""
+    pictures = random_pictures()
+    words = jaxrel.explain(caption, image=pictures, text=TEXTS, method=["raw", "lrp"])
+    whole = jaxrel.explain(
+        caption, image=pictures, text=TEXTS, target="caption", method=["raw", "lrp"]
+    )
+    for one, by_word in zip(whole, words, strict=True):
+        assert one.target == tuple(TEXTS)
+        assert one.report["picture"] == [0, 1]
+        of = np.asarray(by_word.report["picture"])
+        image = np.stack([by_word.image[of == i].mean(0) for i in (0, 1)])
+        score = [by_word.score[of == i].mean() for i in (0, 1)]
+        np.testing.assert_allclose(one.score, score, rtol=1e-5)
+        np.testing.assert_allclose(one.image, image, rtol=0, atol=1e-4 * np.abs(image).max())

@@ -1,7 +1,7 @@
 """The perturbation test of CLIPmapper on Shapes (`perturbation/1`, after Chefer et al. 2021).
 
 Tokens are removed in the order of their relevance, by hiding them from attention everywhere, and
-the model is watched: does its answer stay right, does its own word stay probable? One program
+the model is watched: does its answer stay right, does its own caption stay probable? One program
 goes through methods, signs and steps, for each modality.
 """
 
@@ -59,14 +59,15 @@ class Examples:
       removable: by modality, bool [examples, tokens].
       explained: what is explained, in words.
       measure: what is measured, in words.
-      measured: `(model, inputs) -> [examples]`, of inputs with keep masks.
+      measured: `(model, words, inputs) -> [examples]`; `words` are the text's tokens in the end,
+        as `model.map` returns them where some tokens are hidden.
     """
 
     inputs: dict[str, Any]
     removable: dict[str, np.ndarray]
     explained: str
     measure: str
-    measured: Callable[[Any, Any], Array]
+    measured: Callable[[Any, Array, Any], Array]
 
 
 def evaluate(
@@ -84,10 +85,10 @@ def evaluate(
 
     A model that answers questions is asked one question per scene, drawn by `seed`, and its own
     answer is explained; measured is whether its answer is right. A model that captions writes
-    its own captions, and one word of each, drawn by `seed` from the fifth on, is explained;
-    measured is the log-probability of this word (not of the whole caption, as `perturbation/1`
-    has it: every word has a map of its own). The token that an output is read from is
-    never removed, nor are class, start and end tokens.
+    its own captions. Where patches are removed, the caption as a whole is explained, and measured
+    is the mean log-probability of its words and end. Where words are removed, one word of each
+    caption is explained, drawn by `seed` from the fifth on, and measured is its log-probability.
+    The token that an output is read from is never removed, nor are class, start and end tokens.
 
     Args:
       model: either of both.
@@ -116,12 +117,52 @@ def evaluate(
             f"perturbation: examples and batch must be at least 1, got {examples} and {batch}"
         )
     batch = min(batch, examples)
-    drawn = draw_examples(
+    sets = draw_examples(
         model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=batch
     )
-    found: dict[str, list[np.ndarray]] = {one: [] for one in modality}
+    drawn = {one: next(x for x in sets if one in x.removable) for one in modality}
+    values: dict[str, np.ndarray] = {}
+    for some in sets:
+        chosen = [one for one in modality if one in some.removable]
+        if chosen:
+            values |= _perturbed(model, some, chosen, methods, batch=batch, seed=seed)
+    settings = {
+        "task": model.task,
+        "data": "Shapes",
+        "split": split,
+        "data_seed": data_seed,
+        "seed": seed,
+        "lrp": "attn_lrp; cp_lrp for the method of this name",
+        "versions": {"jaxrel": version("jaxrel"), "jax": jax.__version__},
+    }
+    baseline = "equal" if "equal" in methods else None
+    return {
+        one: perturbation.summary(
+            dict(zip(methods, values[one], strict=True)),
+            measure=drawn[one].measure,
+            baseline=baseline,
+            cost={method: COST[method] for method in methods},
+        )
+        | settings
+        | {"modality": one, "explained": drawn[one].explained}
+        for one in modality
+    }
+
+
+def _perturbed(
+    model: CLIPMapper,
+    drawn: Examples,
+    modality: Sequence[str],
+    methods: Sequence[str],
+    *,
+    batch: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """By modality, what is measured: [methods, signs, steps, examples]."""
     graph, parameters = nnx.split(model)
     sweeps = {one: _sweep(graph, drawn, one) for one in modality}
+    found: dict[str, list[np.ndarray]] = {one: [] for one in modality}
+    examples = len(drawn.inputs["text"])
     for start in trange(0, examples, batch, desc="perturbing", unit="batch"):
         # One size compiles once: the last batch begins again with the first examples.
         rows = np.arange(start, start + batch) % examples
@@ -132,28 +173,7 @@ def evaluate(
             stacked = jnp.stack([relevance[method][STREAMS[one]] for method in methods])
             removable = jnp.asarray(drawn.removable[one][rows])
             found[one].append(np.asarray(sweeps[one](parameters, inputs, stacked, removable)))
-    settings = {
-        "task": model.task,
-        "data": "Shapes",
-        "split": split,
-        "data_seed": data_seed,
-        "seed": seed,
-        "explained": drawn.explained,
-        "lrp": "attn_lrp; cp_lrp for the method of this name",
-        "versions": {"jaxrel": version("jaxrel"), "jax": jax.__version__},
-    }
-    baseline = "equal" if "equal" in methods else None
-    return {
-        one: perturbation.summary(
-            dict(zip(methods, np.concatenate(parts, axis=-1)[..., :examples], strict=True)),
-            measure=drawn.measure,
-            baseline=baseline,
-            cost={method: COST[method] for method in methods},
-        )
-        | settings
-        | {"modality": one}
-        for one, parts in found.items()
-    }
+    return {one: np.concatenate(x, axis=-1)[..., :examples] for one, x in found.items()}
 
 
 def relevance_by_method(
@@ -181,20 +201,25 @@ def _sweep(graph: Any, drawn: Examples, modality: str) -> Callable:
     @jax.jit
     def sweep(parameters, inputs, relevance, removable):
         model = nnx.merge(graph, parameters)
+        image, text = jnp.asarray(inputs["image"]), jnp.asarray(inputs["text"])
+        # Removing words leaves the picture's tokens as they are.
+        whole = None if modality == "image" else model.encode_image(image)[0]
 
         def measured(keep):
-            return drawn.measured(model, {**inputs, f"{modality}_keep": keep})
+            tokens = model.encode_image(image, keep)[0] if whole is None else whole
+            words, _ = model.map(tokens, text, **{f"{modality}_keep": keep})
+            return drawn.measured(model, words, inputs)
 
         return perturbation.sweep(measured, relevance, removable)
 
     return sweep
 
 
-def draw_examples(model: CLIPMapper, **options: Any) -> Examples:
+def draw_examples(model: CLIPMapper, **options: Any) -> list[Examples]:
     """Questions or captions, as the model has it; see `question_examples`, `caption_examples`."""
     if isinstance(model, CLIPMapperVQA):
         check_answers(model)
-        return question_examples(model, **options)
+        return [question_examples(model, **options)]
     if isinstance(model, CLIPMapperCaption):
         return caption_examples(model, **options)
     raise TypeError(f"expected a CLIPMapperVQA or CLIPMapperCaption, got {type(model).__name__}")
@@ -217,8 +242,9 @@ def question_examples(
     inputs["truth"] = answer_indices(model, asked)
     content = jax.device_get(model.content(inputs))
 
-    def right(model: CLIPMapperVQA, inputs: Any) -> Array:
-        return (model(inputs).argmax(-1) == inputs["truth"]).astype(jnp.float32)
+    def right(model: CLIPMapperVQA, words: Array, inputs: Any) -> Array:
+        answer = model.answer_logits(words, jnp.asarray(inputs["text"])).argmax(-1)
+        return (answer == inputs["truth"]).astype(jnp.float32)
 
     return Examples(
         inputs,
@@ -231,8 +257,8 @@ def question_examples(
 
 def caption_examples(
     model: CLIPMapperCaption, *, data_seed: int, split: str, count: int, seed: int, batch: int
-) -> Examples:
-    """One word of the model's own caption of each scene, from its fifth word on."""
+) -> list[Examples]:
+    """The model's own caption of each scene, and one word of it, from the fifth on."""
     data, rng = Shapes(seed=data_seed), np.random.default_rng(seed)
     parts, made, index = [], 0, 0
     with tqdm(total=count, desc="captioning", leave=False) as bar:
@@ -253,23 +279,38 @@ def caption_examples(
                     "trained"
                 )
     inputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    captions = {name: inputs[name] for name in ("image", "text")}
+    whole = jax.device_get(dict(model.pairs(captions, "caption")))
     content = jax.device_get(model.content(inputs))
     # What the word is predicted from stays.
     columns = np.arange(content["text"].shape[1])
     text = content["text"] & (columns < inputs["position"][:, None] - 1)
 
-    def log_probability(model: CLIPMapperCaption, inputs: Any) -> Array:
-        logits = jax.nn.log_softmax(model(inputs))
-        row, position = jnp.arange(len(logits)), inputs["position"]
-        return logits[row, position - 1, inputs["text"][row, position]]
+    def of_word(model: CLIPMapperCaption, words: Array, inputs: Any) -> Array:
+        row, position = jnp.arange(len(words)), jnp.asarray(inputs["position"])
+        log_probability = jax.nn.log_softmax(model.word_logits(words)[row, position - 1])
+        return log_probability[row, jnp.asarray(inputs["text"])[row, position]]
 
-    return Examples(
-        inputs,
-        {"image": content["vision"], "text": text},
-        "one word of the model's own caption",
-        "log-probability of the model's own word",
-        log_probability,
-    )
+    def of_caption(model: CLIPMapperCaption, words: Array, inputs: Any) -> Array:
+        logits, text = model.word_logits(words), jnp.asarray(inputs["text"])
+        return model.mean_log_probability(logits, text)
+
+    return [
+        Examples(
+            whole,
+            {"image": content["vision"]},
+            "the model's own caption as a whole: the mean of its words' logits",
+            "mean log-probability of the model's own caption",
+            of_caption,
+        ),
+        Examples(
+            inputs,
+            {"text": text},
+            "one word of the model's own caption",
+            "log-probability of the model's own word",
+            of_word,
+        ),
+    ]
 
 
 def save(result: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from jaxrel.explainer import token_relevance
 from jaxrel.metrics import Interval
 from jaxrel.metrics.randomisation import agreement, cascade
 from jaxrel.models.clipmapper import CLIPMapper
-from jaxrel.train.perturbation import STREAMS, draw_examples
+from jaxrel.train.perturbation import STREAMS, Examples, draw_examples
 
 METHODS = (
     "raw",
@@ -59,9 +59,26 @@ def evaluate(
     """
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples}")
-    drawn = draw_examples(
+    sets = draw_examples(
         model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=examples
     )
+    result: dict[str, Any] = {
+        "protocol": "randomisation/1",
+        "task": model.task,
+        "split": split,
+        "data_seed": data_seed,
+        "seed": seed,
+        "examples": examples,
+    }
+    for drawn in sets:
+        result |= _agreement(model, drawn, methods, seed)
+    return result
+
+
+def _agreement(
+    model: CLIPMapper, drawn: Examples, methods: Sequence[str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """By modality of the examples, the table."""
     graph, parameters = nnx.split(model)
 
     def maps(parameters: Any) -> dict[str, dict[str, Any]]:
@@ -71,22 +88,16 @@ def evaluate(
     original = maps(parameters)
     shuffled = cascade(parameters, groups(model), jax.random.key(seed))
     forgotten = [(name, maps(one)) for name, one in shuffled]
-    result: dict[str, Any] = {
-        "protocol": "randomisation/1",
-        "task": model.task,
-        "split": split,
-        "data_seed": data_seed,
-        "seed": seed,
-        "examples": examples,
-    }
-    for modality, stream in STREAMS.items():
+    result = {}
+    for modality, removable in drawn.removable.items():
+        stream = STREAMS[modality]
         table = agreement(
             {method: rows[stream] for method, rows in original.items()},
             (
                 (name, {method: rows[stream] for method, rows in found.items()})
                 for name, found in forgotten
             ),
-            valid=np.asarray(drawn.removable[modality]),
+            valid=np.asarray(removable),
         )
         result[modality] = {
             name: {method: one._asdict() for method, one in row.items()}

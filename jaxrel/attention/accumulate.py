@@ -155,17 +155,26 @@ def row(
       relevance: a full relevance map.
       readout: the read-out token: 0 for a leading class token, the index of the end token
         for a CLIP text, the predicting position for a causal captioner. One index for all
-        examples, or one each; negative ones count from the end.
+        examples, or one each; negative ones count from the end. Where the scalar is the mean of
+        what is read from several tokens, their weights, float [batch, query].
 
     Returns:
       One row per example, the read-out token's own entry included.
 
     Raises:
-      ValueError: the index does not exist. Under `jax.jit` an index is not known, and one
-        that does not exist gives a row of NaN.
+      ValueError: the index does not exist, or the weights are not one per token. Under `jax.jit`
+        an index is not known, and one that does not exist gives a row of NaN.
       TypeError: the indices are not integers.
     """
     batch, tokens, _ = relevance.shape
+    if getattr(readout, "ndim", 0) == 2:
+        weights: Any = jnp.asarray(readout)
+        if weights.shape != (batch, tokens) or not jnp.issubdtype(weights.dtype, jnp.floating):
+            raise ValueError(
+                f"row: weights of read-out tokens must be float [{batch}, {tokens}], got "
+                f"{weights.dtype} {list(weights.shape)}"
+            )
+        return matmul(weights[:, None].astype(relevance.dtype), jnp.asarray(relevance))[:, 0]
     index = readout_index(readout, batch=batch, tokens=tokens)
     return jnp.take_along_axis(
         jnp.asarray(relevance), index[:, None, None], axis=1, mode="fill", fill_value=jnp.nan

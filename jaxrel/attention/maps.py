@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int
 # Shapes are checked by the functions themselves, so that a wrong one is reported in
 # their own words: which map, what was given, what was expected.
 FloatArray = Float[Array, "..."] | Float[np.ndarray, "..."]
-Readout = int | np.integer | Int[Array, "..."] | Int[np.ndarray, "..."]
+Readout = (
+    int | np.integer | Int[Array, "..."] | Int[np.ndarray, "..."] | Float[Array, "batch query"]
+)
 Selection = slice | Sequence[int] | None
 
 # An accelerator multiplies float32 matrices in fewer bits unless told otherwise.

@@ -1,0 +1,118 @@
+"""What models that write captions have in common: ids, words and rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def special_ids(tokenizer: Any) -> tuple[int, int, int]:
+    """Return a tokenizer's start, end and padding; the end pads where there is no padding.
+
+    Raises:
+      ValueError: there is no tokenizer, or it has no start or end.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "this model has no tokenizer, and does not know how captions start; load it with "
+            "from_pretrained, or pass processor=Processor(tokenizer, ...)"
+        )
+    start, end, pad = (getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad"))
+    if start is None or end is None:
+        raise ValueError(
+            "this model's tokenizer has no start or no end token (bos_token, eos_token), and a "
+            "caption needs both; see word_tokenizer"
+        )
+    return start, end, end if pad is None else pad
+
+
+def end_of_caption(text: Int[Array | np.ndarray, "batch tokens"], end: int) -> Int[Array, " batch"]:
+    """Return the position of each caption's first end token; without one, its length."""
+    found = jnp.asarray(text) == end
+    return jnp.where(found.any(-1), found.argmax(-1), found.shape[1])
+
+
+def logit_by_token(
+    logits: Float[Array, "batch tokens vocabulary"], text: Int[Array, "batch tokens"]
+) -> Float[Array, "batch tokens"]:
+    """Return the logit of each token given those before it, or its log-probability.
+
+    Args:
+      logits: of the token after each token, or their log-softmax.
+      text: token ids.
+
+    Returns:
+      Column i is for token i; nothing comes before token 0, and column 0 is zero.
+    """
+    chosen = jnp.take_along_axis(logits[:, :-1], text[:, 1:, None], axis=-1)[..., 0]
+    return jnp.pad(chosen, ((0, 0), (1, 0)))
+
+
+def mean_log_probability(
+    logits: Float[Array, "batch tokens vocabulary"], text: Int[Array, "batch tokens"], end: int
+) -> Float[Array, " batch"]:
+    """Return the mean log-probability of each caption's words and its end (teacher forcing)."""
+    of_word = logit_by_token(jax.nn.log_softmax(logits), text)
+    place = jnp.arange(text.shape[1])
+    counted = (place >= 1) & (place <= end_of_caption(text, end)[:, None])
+    return jnp.where(counted, of_word, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
+
+
+def word_rows(
+    shown: Sequence[Sequence[str]], words: Sequence[int] | np.ndarray, target: Any = None
+) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
+    """Return one row per word to explain: which caption it is in, and its position there.
+
+    Args:
+      shown: by caption, how to display each token; "" for a token that stands for no word.
+      words: by caption, how many tokens there are between start and end.
+      target: the positions to explain, from 1, or one; None: all that can be displayed.
+
+    Raises:
+      ValueError: a caption has no words, or none at a position.
+    """
+    words = np.asarray(words)
+    if not words.all():
+        raise ValueError(f"the caption of picture {int(words.argmin())} has no words")
+    asked = None if target is None else positions(target)
+    rows = []
+    for example, count in enumerate(words):
+        known = [i for i in range(1, count + 1) if shown[example][i]]
+        if asked is None and not known:
+            raise ValueError(f"the tokenizer knows no word of the caption of picture {example}")
+        for position in known if asked is None else asked:
+            if not 1 <= position <= count:
+                raise ValueError(
+                    f"the caption of picture {example} has words 1 to {count}, and no word "
+                    f"{position}"
+                )
+            rows.append((example, position))
+    example, position = np.asarray(rows, np.int32).T
+    return example, position
+
+
+def positions(target: Any) -> Int[np.ndarray, " words"]:
+    """Return positions of words as an array; ValueError if they are none."""
+    asked = np.atleast_1d(np.asarray(target))
+    if asked.ndim != 1 or not asked.size or not np.issubdtype(asked.dtype, np.integer):
+        raise ValueError(
+            "target must be the position of a word in its caption, from 1, or several; got "
+            f"{target!r}"
+        )
+    return asked
+
+
+def describe_words(shown: Sequence[Sequence[str]], position: Any) -> list[str]:
+    """Return each row's word in brackets, after the words before it."""
+    places = np.asarray(position).tolist()
+    before = [" ".join(filter(None, row[:i])) for row, i in zip(shown, places, strict=True)]
+    words = [row[i] for row, i in zip(shown, places, strict=True)]
+    return [f"{start} [{word}]".strip() for start, word in zip(before, words, strict=True)]
+
+
+def sentences(shown: Sequence[Sequence[str]]) -> list[str]:
+    """Return captions in words, without the tokens that stand for none."""
+    return [" ".join(filter(None, row)).replace(" ##", "") for row in shown]
