@@ -188,6 +188,23 @@ def _add_evaluate(commands: Any) -> None:
                 help="whose tokens are removed (default: image,text)",
             )
 
+    captioner = judged.add_parser(
+        "captioner",
+        help="judge explanations of captions: remove, locate, and tell what is not there",
+    )
+    captioner.add_argument("--model", required=True, help="a Captioner: name or folder")
+    captioner.add_argument("--data", help="folder of COCO or Flickr30k (default: Shapes)")
+    captioner.add_argument("--split", help="split of the data set, other than the usual one")
+    captioner.add_argument("--scenes", type=int, default=512, help="how many (default: 512)")
+    captioner.add_argument(
+        "--method", default="all", help="one or several, with commas (default: all)"
+    )
+    captioner.add_argument("--batch", type=int, default=16, help="at a time (default: 16)")
+    captioner.add_argument("--beams", type=int, default=1, help="1 is greedy (default: 1)")
+    captioner.add_argument("--seed", type=int, default=0, help="of 'random' (default: 0)")
+    captioner.add_argument("--out", default="out", type=Path, help="folder (default: out)")
+    captioner.set_defaults(run=_captioner)
+
 
 def _numbers(text: str) -> tuple[int, ...]:
     try:
@@ -400,6 +417,34 @@ def _sanity(options: argparse.Namespace) -> None:
     for modality in ("image", "text"):
         print(sanity.markdown(result, modality))
     print(f"wrote {file}")
+
+
+def _captioner(options: argparse.Namespace) -> None:
+    _require_report()
+    from jaxrel.models.captioner import Captioner
+    from jaxrel.train import captioner_evaluation, captioner_tables
+
+    if options.out.exists() and not options.out.is_dir():
+        raise NotADirectoryError(f"--out {options.out} is a file; name a folder")
+    model = _load(options.model)
+    if not isinstance(model, Captioner):
+        raise ValueError(
+            f"{options.model!r} is a {type(model).__name__}; this test is made for Captioner"
+        )
+    result = captioner_evaluation.evaluate(
+        model,
+        data=options.data,
+        split=options.split,
+        methods=_names(options.method, captioner_evaluation.METHODS),
+        scenes=options.scenes,
+        batch=options.batch,
+        beams=options.beams,
+        seed=options.seed,
+    )
+    result = {"model": options.model, **result}
+    files = captioner_tables.save(result, options.out)
+    print(captioner_tables.markdown(result))
+    print("wrote " + ", ".join(map(str, files)))
 
 
 def _require_report() -> None:

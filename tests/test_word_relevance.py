@@ -271,7 +271,7 @@ def test_positions_that_do_not_fit(small):
 
 
 def test_explain_captions(small, relevance):
-    model, inputs, positions = small
+    model = small[0]
     found = relevance[1]
     maps = jaxrel.explain(
         model, image=random_pictures(), text=TEXTS, target=[2, 1], method=["lrp", "attention"]

@@ -1,4 +1,4 @@
-"""How true the captions of a CLIPmapper for Shapes are."""
+"""How true the captions of a model for Shapes are, and what they hallucinate."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 from tqdm.auto import trange
 
-from jaxrel.metrics import Interval, bootstrap, bootstrap_ratio
+from jaxrel.metrics import Interval, bootstrap, bootstrap_ratio, chair
 from jaxrel.metrics.captions import CiderD, tokenise
+from jaxrel.models.captioner import Captioner
 from jaxrel.models.clipmapper import CLIPMapperCaption
 from jaxrel.train.clip_shapes import SETTINGS_FILE
-from jaxrel.train.data.shapes import Shapes
-from jaxrel.train.data.shapes.claims import facts
+from jaxrel.train.data.shapes import Scene, Shapes
+from jaxrel.train.data.shapes.claims import claims, facts
 from jaxrel.train.settings import CaptionShapes, changed_flags
 
 
 def evaluate(
-    model: CLIPMapperCaption,
+    model: CLIPMapperCaption | Captioner,
     *,
     data_seed: int = 0,
     split: str = "test",
@@ -35,7 +36,8 @@ def evaluate(
 
     Returns:
       `protocol`, the shares of stated objects that are true of their scene, of objects that are
-      mentioned, and CIDEr-D against the scene's five captions, with bootstrap 95% intervals.
+      mentioned, of objects that are stated and not there (`hallucination`), and CIDEr-D against
+      the scene's five captions, with bootstrap 95% intervals.
 
     Raises:
       ValueError: no scenes.
@@ -53,24 +55,44 @@ def evaluate(
     captions = captions[:scenes]
     references = [[tokenise(c.text) for c in scene.captions] for scene in drawn]
     cider = CiderD.from_references(references).score([tokenise(c) for c in captions], references)
+    counts = _counts(captions, drawn)
     return {
         "protocol": "caption-shapes/1",
         "split": split,
         "data_seed": data_seed,
         "scenes": scenes,
-        "truth": _truth(captions, drawn),
+        "truth": _shares(counts, SHARES),
+        "hallucination": _shares(counts, HALLUCINATIONS),
         "CIDEr-D": bootstrap(np.asarray(cider))._asdict(),
         "examples": captions[:5],
     }
 
 
-def _truth(captions: list[str], drawn: list[Any]) -> dict[str, Any]:
-    """Shares over all statements, with intervals from resampled captions."""
-    found = facts(captions, drawn)
+def _counts(captions: list[str], drawn: list[Scene]) -> dict[str, np.ndarray]:
+    """What each caption states and what of it is there; for CHAIR shapes alone."""
+    counts = facts(captions, drawn)
+    named = [
+        [claim.description.shape for claim in claims(caption) if claim.description.shape]
+        for caption in captions
+    ]
+    shapes = chair(named, [{thing.shape for thing in scene.objects} for scene in drawn])
+    return counts | {
+        "captions": np.ones(len(captions), int),
+        "hallucinates": counts["hallucinated"] > 0,
+        "shapes": shapes.mentions,
+        "no_such_shape": shapes.hallucinated,
+        "hallucinates_shape": shapes.hallucinated > 0,
+    }
+
+
+def _shares(
+    counts: dict[str, np.ndarray], shares: tuple[tuple[str, str, str], ...]
+) -> dict[str, Any]:
+    """Shares over all captions, with intervals from resampled captions."""
     return {
-        name: bootstrap_ratio(found[part], found[whole])._asdict()
-        for name, part, whole in SHARES
-        if found[whole].any()
+        name: bootstrap_ratio(counts[part], counts[whole])._asdict()
+        for name, part, whole in shares
+        if counts[whole].any()
     }
 
 
@@ -80,6 +102,13 @@ SHARES = (
     ("stated numbers that are right", "counted_true", "counted"),
     ("stated relations that are true", "related_true", "related"),
     ("objects of the scene that are mentioned", "mentioned", "objects"),
+)
+
+HALLUCINATIONS = (
+    ("stated objects that are not there", "hallucinated", "stated"),
+    ("captions that state such an object", "hallucinates", "captions"),
+    ("named shapes that are not there (CHAIR_i)", "no_such_shape", "shapes"),
+    ("captions that name such a shape (CHAIR_s)", "hallucinates_shape", "captions"),
 )
 
 

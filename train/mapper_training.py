@@ -12,7 +12,7 @@ import jax
 import optax
 from flax import nnx
 from jax import numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from jaxrel.models.auto import from_pretrained
 from jaxrel.models.clip import CLIP, end_of_text
@@ -24,6 +24,7 @@ from jaxrel.train.pipeline import Source, batches
 
 M = TypeVar("M", bound=CLIPMapper)
 Loss = Callable[[dict[str, Any], dict[str, Array]], tuple[Array, dict[str, Array]]]
+KeyedLoss = Callable[[dict[str, Any], dict[str, Array], Array], tuple[Array, dict[str, Array]]]
 
 
 def new_model(
@@ -92,19 +93,60 @@ def train_mapper(
     Raises:
       ValueError, FloatingPointError, OSError: see `fit`.
     """
-    folder = Path(folder).expanduser().resolve()
-    checkpoints = folder.with_name(f"{folder.name}.checkpoints")
-    graph, params = nnx.split(parts)
     rate = warmup_cosine(recipe.learning_rate, recipe.steps, recipe.warmup)
     factors = {"model/vision": recipe.stage1_rate, "model/text": recipe.stage1_rate}
+    return train_parts(
+        recipe,
+        folder,
+        parts,
+        lambda parts, batch, key: loss(parts, batch),
+        adamw(rate, weight_decay=recipe.weight_decay, b2=0.98, factors=factors),
+        rate,
+        source,
+        name=name,
+        workers=workers,
+        dtype=dtype,
+    )
+
+
+def train_parts(
+    recipe: Any,
+    folder: Path,
+    parts: dict[str, Any],
+    loss: KeyedLoss,
+    optimiser: optax.GradientTransformation,
+    rate: optax.Schedule,
+    source: Source,
+    *,
+    name: str,
+    workers: int = 0,
+    dtype: str = "float32",
+) -> Any:
+    """What `train_mapper` does, for any model, optimiser and loss; only `nnx.Param`s are trained.
+
+    Args:
+      recipe, folder, parts, source, name, workers, dtype: see `train_mapper`.
+      loss: `(parts, batch, key) -> (value, metrics)`, with the metric "accuracy".
+      optimiser: of the parameters of the parts.
+      rate: of learning, for the log.
+
+    Returns:
+      The model as it is in the folder.
+
+    Raises:
+      ValueError, FloatingPointError, OSError: see `fit`.
+    """
+    folder = Path(folder).expanduser().resolve()
+    checkpoints = folder.with_name(f"{folder.name}.checkpoints")
+    graph, params, *rest = nnx.split(parts, nnx.Param, ...)
 
     def of_params(params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
-        return loss(nnx.merge(graph, params), batch)
+        return loss(nnx.merge(graph, params, *rest), batch, key)
 
     params = fit(
         of_params,
         params,
-        adamw(rate, weight_decay=recipe.weight_decay, b2=0.98, factors=factors),
+        optimiser,
         batches(source, batch=recipe.batch, seed=recipe.seed, workers=workers),
         steps=recipe.steps,
         key=jax.random.key(recipe.seed),
@@ -117,12 +159,13 @@ def train_mapper(
         show="accuracy",
         name=name,
     )
-    nnx.merge(graph, params)["model"].save_pretrained(folder, dtype=dtype)
+    model = nnx.merge(graph, params, *rest)["model"]
+    model.save_pretrained(folder, dtype=dtype)
     settings = json.dumps(dataclasses.asdict(recipe), indent=2)
     (folder / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
     shutil.copy(checkpoints / "train.jsonl", folder / "train.jsonl")
     # Only what can be read again makes the checkpoints superfluous.
-    trained = from_pretrained(folder)
+    trained = type(model).from_pretrained(folder)
     shutil.rmtree(checkpoints)
     return trained
 
@@ -133,8 +176,26 @@ def caption_loss(
     """Mean cross-entropy of the captions' words and ends, and their share that is foreseen."""
     text = text.astype(jnp.int32)
     words, _ = model.map(tokens, text[:, :-1])
-    logits, following = model.word_logits(words), text[:, 1:]
     end = end_of_text(text, model.config.clip.text.eos_token_id)
+    return word_loss(model.word_logits(words), text, end)
+
+
+def word_loss(
+    logits: Float[Array, "batch rest vocabulary"],
+    text: Int[Array, "batch tokens"],
+    end: Int[Array, " batch"],
+) -> tuple[Array, dict[str, Array]]:
+    """Mean cross-entropy of captions' words and ends, and their share that is foreseen.
+
+    Args:
+      logits: of the token after each but the last.
+      text: token ids.
+      end: the position of each caption's end; what follows it does not count.
+
+    Returns:
+      The loss, and {"accuracy": the share}.
+    """
+    following = text[:, 1:]
     counted = jnp.arange(1, text.shape[1]) <= end[:, None]
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, following)
     right = (logits.argmax(-1) == following) & counted

@@ -36,6 +36,8 @@ def adamw(
     *,
     weight_decay: float = 0.0,
     clip: float | None = 1.0,
+    clamp: float = math.inf,
+    b1: float = 0.9,
     b2: float = 0.999,
     factors: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
@@ -48,14 +50,18 @@ def adamw(
       learning_rate: a number or a schedule, such as `warmup_cosine`.
       weight_decay: of matrices, times the learning rate.
       clip: largest norm of the gradient of all that is trained; None for none.
+      clamp: largest size of each component of the gradient, before `clip`; inf for none.
+      b1: decay of the first moment.
       b2: decay of the second moment.
       factors: of the learning rate, by the beginning of the parameters' path: {"clip": 0.1}
         or {"clip/text": 0.0}. The longest that fits counts; 0 freezes, without optimiser state.
 
     Raises:
-      ValueError: a factor is negative or not finite, or, when the optimiser is initialised, no
-        parameter is where it points.
+      ValueError: a factor is negative or not finite, the clamp is not positive, or, when the
+        optimiser is initialised, no parameter is where a factor points.
     """
+    if not clamp > 0:
+        raise ValueError(f"clamp must be positive, got {clamp}")
     given = dict(factors or {})
     for prefix, value in given.items():
         if not 0 <= value < math.inf:
@@ -78,8 +84,8 @@ def adamw(
         # First of all, so that what is frozen does not count in the norm and XLA can leave out
         # its backward pass.
         optax.masked(optax.set_to_zero(), each(lambda name, x: factor(name) == 0)),
-        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
-        optax.masked(optax.scale_by_adam(b2=b2), each(lambda name, x: factor(name) > 0)),
+        _bounded(clip, clamp),
+        optax.masked(optax.scale_by_adam(b1=b1, b2=b2), each(lambda name, x: factor(name) > 0)),
         optax.add_decayed_weights(weight_decay, mask=each(decays)),
         optax.stateless(lambda updates, params: scaled(updates)),
         optax.scale_by_learning_rate(learning_rate),
@@ -97,3 +103,10 @@ def adamw(
         return chain.init(params)
 
     return optax.GradientTransformation(init, chain.update)
+
+
+def _bounded(clip: float | None, clamp: float) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.identity() if clamp == math.inf else optax.clip(clamp),
+        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+    )

@@ -1,16 +1,20 @@
 """The recipes, by name: what `jaxrel train` and `jaxrel evaluate` can run."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-from jaxrel.models import CLIP, CLIPMapperCaption, CLIPMapperVQA
+from jaxrel.models import CLIP, Captioner, CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train import (
     caption_evaluation,
+    captioner_real,
+    captioner_shapes,
     clip_shapes,
     mapper_real,
     mapper_shapes,
     vqa_evaluation,
 )
+from jaxrel.train.settings import AoAShapes, GridTDShapes
 
 
 class Recipe(NamedTuple):
@@ -40,4 +44,20 @@ RECIPES = {
     "caption-coco": Recipe(
         CLIPMapperCaption, mapper_real.train_caption, mapper_real.evaluate_caption
     ),
+    **{
+        f"{settings.kind}-shapes": Recipe(
+            Captioner,
+            captioner_shapes.train,
+            captioner_shapes.evaluate,
+            partial(captioner_shapes.card, recipe=settings),
+        )
+        for settings in (GridTDShapes, AoAShapes)
+    },
+    **{
+        f"{kind}-{dataset}": Recipe(
+            Captioner, captioner_real.train, partial(captioner_real.evaluate, dataset=dataset)
+        )
+        for kind in ("gridtd", "aoa")
+        for dataset in captioner_real.READERS
+    },
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -61,12 +61,20 @@ class ClipShapes:
             raise ValueError(f"clip-shapes: full must be from 0 to 1, got {self.full}")
 
 
-def _check_training(recipe: Any) -> None:
-    """Raise ValueError for numbers with which no training can begin."""
-    for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "layers"):
+def _check_training(
+    recipe: Any, counts: tuple[str, ...] = (), numbers: tuple[str, ...] = ()
+) -> None:
+    """Raise ValueError for numbers with which no training can begin.
+
+    Args:
+      recipe: the settings.
+      counts: further settings that must be at least 1.
+      numbers: further settings that must be 0 or more.
+    """
+    for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", *counts):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(recipe, name)}")
-    for name in ("stage1_rate", "weight_decay", "warmup"):
+    for name in ("warmup", *numbers):
         if not 0 <= getattr(recipe, name) < math.inf:
             raise ValueError(f"{name} must be 0 or more, got {getattr(recipe, name)}")
     if not 0 < recipe.learning_rate < math.inf:
@@ -80,6 +88,15 @@ def _check_training(recipe: Any) -> None:
         raise ValueError(
             f"batch must be a multiple of accumulate {recipe.accumulate}, got {recipe.batch}"
         )
+
+
+def _check_real(recipe: Any) -> None:
+    """Raise ValueError if no data are named, or what to do with bad pictures is unclear."""
+    if not recipe.data:
+        raise ValueError("data is empty; name the folder of the data set with --data")
+    for name in ("missing", "corrupt"):
+        if getattr(recipe, name) not in ("error", "skip"):
+            raise ValueError(f"{name} must be error or skip, got {getattr(recipe, name)!r}")
 
 
 def _check_context(context: int, least: int, what: str) -> None:
@@ -119,7 +136,7 @@ class MapperShapes:
     checkpoint_every: int = _setting(250, "steps between two checkpoints")
 
     def __post_init__(self):
-        _check_training(self)
+        _check_training(self, ("layers",), ("stage1_rate", "weight_decay"))
         if self.scenes < 1 or not 0 <= self.patch_loss < math.inf:
             raise ValueError(
                 f"scenes must be at least 1 and patch_loss 0 or more, got {self.scenes} and "
@@ -193,12 +210,8 @@ class MapperReal:
     checkpoint_every: int = _setting(1_000, "steps between two checkpoints")
 
     def __post_init__(self):
-        _check_training(self)
-        if not self.data:
-            raise ValueError("data is empty; name the folder of the data set with --data")
-        for name in ("missing", "corrupt"):
-            if getattr(self, name) not in ("error", "skip"):
-                raise ValueError(f"{name} must be error or skip, got {getattr(self, name)!r}")
+        _check_training(self, ("layers",), ("stage1_rate", "weight_decay"))
+        _check_real(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +230,209 @@ class CaptionCoco(MapperReal):
     context: int = _setting(40, "tokens of the longest text")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Captioner:
+    """What all recipes of captioners have in common.
+
+    "The paper" in the help is Sun et al. 2022.
+    """
+
+    kind: ClassVar[str]
+
+    seed: int = _setting(0, "of the parameters, the dropout and the order of examples")
+    steps: int = _setting(3_000, "of the optimiser")
+    batch: int = _setting(32, "captions per step, each with its picture (the paper's: 32)")
+    accumulate: int = _setting(1, "parts of the batch, one after the other, to save memory")
+    learning_rate: float = _setting(
+        5e-4, "the highest; it falls to 0 as a cosine (the paper's: 5e-4, less on a plateau)"
+    )
+    warmup: int = _setting(100, "steps until the highest learning rate (the paper's: 0)")
+    b1: float = _setting(0.8, "of Adam (the paper's: 0.8)")
+    b2: float = _setting(0.999, "of Adam (the paper's: 0.999)")
+    clamp: float = _setting(0.1, "bound of each gradient's size (the paper's: 0.1)")
+    embed: int = _setting(512, "features of a word (the paper's: 512)")
+    hidden: int = _setting(512, "features of states and attended values (the paper's: 512)")
+    context: int = _setting(32, "tokens of the longest caption, with start and end")
+    dtype: str = _setting("float32", "of the computation: float32 or bfloat16")
+    log_every: int = _setting(50, "steps between two lines of the log")
+    checkpoint_every: int = _setting(250, "steps between two checkpoints")
+
+    def __post_init__(self):
+        _check_training(self)
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
+        if not 0 < self.clamp <= math.inf:
+            raise ValueError(f"clamp must be positive (inf: no bound), got {self.clamp}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _GridTD:
+    """What captioners with adaptive attention and two LSTMs have of their own."""
+
+    kind: ClassVar[str] = "gridtd"
+
+    dropout: float = _setting(0.5, "before the prediction of the word (the paper's: 0.5)")
+    attention: str = _setting(
+        "paper", "form of the attention's scores: paper, or 'as coded' by its authors"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _AoA:
+    """What captioners with multi-head attention behind a gate have of their own."""
+
+    kind: ClassVar[str] = "aoa"
+
+    dropout: float = _setting(0.3, "before the prediction of the word (the paper's: 0.3)")
+    heads: int = _setting(8, "of the attention (the paper's: 8)")
+    attention_dropout: float = _setting(0.1, "of the attention maps (the paper's: 0.1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionerShapes(_Captioner):
+    """What the recipes `gridtd-shapes` and `aoa-shapes` have in common.
+
+    Raises:
+      ValueError: a setting is out of range.
+    """
+
+    data_seed: int = _setting(0, "of the Shapes data set")
+    split: str = _setting("biased_train", "split to train on; biased_train teaches to hallucinate")
+    scenes: int = _setting(40_000, "training scenes, drawn once and kept in memory")
+    full: float = _setting(1.0, "share of captions that name every object")
+    steps: int = _setting(2_000, "of the optimiser")
+    batch: int = _setting(64, "pictures per step, each with one caption (the paper's: 32)")
+    learning_rate: float = _setting(
+        1e-3, "the highest; it falls to 0 as a cosine (the paper's: 5e-4, less on a plateau)"
+    )
+    encoder: str = _setting(
+        "16,32-32,64-64,128-128", "channels of the VGG's convolutions; a pooling is at each comma"
+    )
+    embed: int = _setting(128, "features of a word (the paper's: 512)")
+    hidden: int = _setting(256, "features of states and attended values (the paper's: 512)")
+    patch_loss: float = _setting(0.5, "weight of naming the object that each position shows")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_context(self.context, 31, "captions")
+        if self.scenes < 1 or not 0 <= self.patch_loss < math.inf:
+            raise ValueError(
+                f"scenes must be at least 1 and patch_loss 0 or more, got {self.scenes} and "
+                f"{self.patch_loss}"
+            )
+        if self.batch > self.scenes:
+            raise ValueError(f"batch {self.batch} is more than the {self.scenes} scenes")
+        if not 0 <= self.full <= 1:
+            raise ValueError(f"full must be from 0 to 1, got {self.full}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GridTDShapes(_GridTD, CaptionerShapes):
+    """Settings of the recipe `gridtd-shapes`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AoAShapes(_AoA, CaptionerShapes):
+    """Settings of the recipe `aoa-shapes`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionerReal(_Captioner):
+    """What the recipes of captioners on COCO and on Flickr30k have in common.
+
+    Raises:
+      ValueError: a setting is out of range.
+    """
+
+    dataset: ClassVar[str]
+
+    data: str = _setting("", "folder of the data set, as downloaded and unpacked")
+    split: str = _setting("train", "split to train on, in which words are counted too")
+    missing: str = _setting("error", "what to do with missing pictures: error or skip")
+    corrupt: str = _setting("error", "what to do with damaged pictures: error or skip")
+    at_least: int = _setting(3, "how often a word must occur to be one of the model's")
+    encoder: str = _setting(
+        "vgg16", "vgg16, resnet50 or another preset, or a VGG's channels, such as 32-32,64-64"
+    )
+    encoder_weights: str = _setting(
+        "timm/vgg16.tv_in1k",
+        "file, folder or hub name of the encoder's weights; empty: from nothing",
+    )
+    encoder_rate: float = _setting(
+        0.0, "factor on the learning rate in the encoder; 0 freezes it (to fine-tune, paper: 0.2)"
+    )
+    image_size: int = _setting(224, "pixels of a side of the pictures (the paper's: 224)")
+    steps: int = _setting(45_000, "of the optimiser; about ten epochs")
+    warmup: int = _setting(1_000, "steps until the highest learning rate (the paper's: 0)")
+    dtype: str = _setting("bfloat16", "of the computation: float32 or bfloat16")
+    workers: int = _setting(8, "processes that read pictures; 0 reads in threads")
+    checkpoint_every: int = _setting(1_000, "steps between two checkpoints")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_real(self)
+        if self.at_least < 1 or not 0 <= self.encoder_rate < math.inf:
+            raise ValueError(
+                f"at_least must be at least 1 and encoder_rate 0 or more, got {self.at_least} and "
+                f"{self.encoder_rate}"
+            )
+        if not self.encoder_weights and not self.encoder_rate:
+            raise ValueError(
+                "encoder_weights is empty and encoder_rate 0: an encoder would be frozen that "
+                "has learnt nothing. Name its weights with --encoder-weights, or train it with "
+                "--encoder-rate 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Coco(CaptionerReal):
+    """COCO in Karpathy's splits."""
+
+    dataset: ClassVar[str] = "coco"
+
+    split: str = _setting("train+restval", "split to train on, in which words are counted too")
+    at_least: int = _setting(4, "how often a word must occur to be one of the model's")
+    steps: int = _setting(175_000, "of the optimiser; about ten epochs")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flickr30k(CaptionerReal):
+    """Flickr30k in Karpathy's splits."""
+
+    dataset: ClassVar[str] = "flickr30k"
+
+
+@dataclasses.dataclass(frozen=True)
+class GridTDCoco(_GridTD, _Coco):
+    """Settings of the recipe `gridtd-coco`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AoACoco(_AoA, _Coco):
+    """Settings of the recipe `aoa-coco`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GridTDFlickr30k(_GridTD, _Flickr30k):
+    """Settings of the recipe `gridtd-flickr30k`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AoAFlickr30k(_AoA, _Flickr30k):
+    """Settings of the recipe `aoa-flickr30k`."""
+
+
 SETTINGS: dict[str, type] = {
     "clip-shapes": ClipShapes,
     "vqa-shapes": VqaShapes,
     "caption-shapes": CaptionShapes,
     "vqa-v2": VqaV2,
     "caption-coco": CaptionCoco,
+    "gridtd-shapes": GridTDShapes,
+    "aoa-shapes": AoAShapes,
+    "gridtd-coco": GridTDCoco,
+    "aoa-coco": AoACoco,
+    "gridtd-flickr30k": GridTDFlickr30k,
+    "aoa-flickr30k": AoAFlickr30k,
 }
