@@ -131,7 +131,9 @@ def train(recipe: CaptionerShapes, folder: Path) -> Captioner:
     """
     check_new_folder(folder)
     model = new_model(recipe)
-    names = PatchNames(model.config.features, rngs=nnx.Rngs(recipe.seed))
+    grid = model.config.grid
+    assert grid is not None
+    names = PatchNames(model.config.features, grid, rngs=nnx.Rngs(recipe.seed))
 
     def weighed(parts: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         return loss(parts, batch, key, patch_loss=recipe.patch_loss)

@@ -1,10 +1,12 @@
 """Recipes `vqa-shapes` and `caption-shapes`: CLIPmapper, trained on Shapes on two CPU cores.
 
 Stage 1 begins as a CLIP. Both losses add, while training, that of naming the object each patch
-shows (colour, shape, size, or background) from stage 1's tokens, by a linear layer that is then
-thrown away: it makes stage 1 tell objects apart many times sooner than answers or words do.
-That of questions also adds the loss of finding, from the picture's tokens in stage 2, the patches
-that each question is about: without it, how two objects lie to each other is not learnt.
+shows (colour, shape, size, or background) and the patch's place from stage 1's tokens, by a linear
+layer that is then thrown away: it makes stage 1 tell objects apart many times sooner than answers
+or words do, and gives it a notion of left and below, which a CLIP need not have.
+That of questions also adds the loss of finding what each question is about: its patches, from the
+picture's tokens in stage 2, and its place, from the token that the answer is read from. Without
+these, counts and comparisons are learnt late, and how two objects lie to each other not at all.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import trange
 
+from jaxrel.models.clip import end_of_text
 from jaxrel.models.clipmapper import (
     CLIPMapper,
     CLIPMapperCaption,
@@ -42,10 +45,17 @@ _COVERED = 0.15
 
 
 class PatchNames(nnx.Module):
-    """What each patch shows, read from stage 1's normalised tokens by one linear layer."""
+    """What each patch shows, and where it is, read from normalised tokens by one linear layer.
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs) -> None:
-        self.head = nnx.Linear(features, sum(map(len, _VALUES)) + 1, rngs=rngs)
+    Args:
+      features: of a token.
+      grid: (rows, columns) of patches.
+      rngs: for the initial parameters.
+    """
+
+    def __init__(self, features: int, grid: tuple[int, int], *, rngs: nnx.Rngs) -> None:
+        self.head = nnx.Linear(features, sum(map(len, _VALUES)) + 3, rngs=rngs)
+        self.grid = grid
 
     def loss(
         self,
@@ -54,28 +64,51 @@ class PatchNames(nnx.Module):
     ) -> Float[Array, ""]:
         """Mean cross-entropy of colour, shape and size where there is an object, and of whether.
 
+        Added is the mean Huber loss of the row and the column.
+
         Args:
           tokens: of the picture, normalised, the class token first.
           shown: indices of colour, shape and size; -1 where a patch shows the background.
         """
         logits = self.head(tokens[:, 1:]).astype(jnp.float32)
-        *names, there = jnp.split(logits, np.cumsum([len(v) for v in _VALUES]), axis=-1)
+        *names, rest = jnp.split(logits, np.cumsum([len(v) for v in _VALUES]), axis=-1)
+        there, place = rest[..., :1], rest[..., 1:]
         shown = shown.astype(jnp.int32)
         covered = shown[..., 0] >= 0
         entropy = optax.softmax_cross_entropy_with_integer_labels
         wrong = sum(entropy(name, shown[..., i].clip(0)) for i, name in enumerate(names))
         background = optax.sigmoid_binary_cross_entropy(there[..., 0], covered.astype(jnp.float32))
         named = jnp.where(covered, wrong, 0).sum() / jnp.maximum(covered.sum(), 1)
-        return named + background.mean()
+        index = jnp.arange(shown.shape[1])
+        placed = jnp.stack([index // self.grid[1], index % self.grid[1]], axis=-1)
+        wrong_place = optax.huber_loss(place, jnp.broadcast_to(placed, place.shape))
+        return named + background.mean() + wrong_place.mean()
 
 
-class AskedPatches(nnx.Module):
-    """Which patches show what a question asks about, read from stage 2's picture tokens."""
+class Asked(nnx.Module):
+    """What a question asks about: which patches show it, and where it lies."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs) -> None:
-        self.head = nnx.Linear(features, _PHRASES, rngs=rngs)
+        self.patches = nnx.Linear(features, _PHRASES, rngs=rngs)
+        self.places = nnx.Linear(features, 2 * _PHRASES, rngs=rngs)
 
-    def loss(
+    def place_loss(
+        self,
+        token: Float[Array, "batch features"],
+        place: Float[Array, "batch phrases 2"],
+    ) -> Float[Array, ""]:
+        """Mean Huber loss of the places of single objects, in sides of a patch.
+
+        Args:
+          token: that the answer is read from, normalised.
+          place: (x, y) of what each phrase stands for; -1 where that is not one object.
+        """
+        found = self.places(token).astype(jnp.float32).reshape(place.shape)
+        there = place >= 0
+        wrong = optax.huber_loss(found, place.astype(jnp.float32))
+        return jnp.where(there, wrong, 0).sum() / jnp.maximum(there.sum(), 1)
+
+    def patch_loss(
         self,
         tokens: Float[Array, "batch tokens features"],
         asked: Bool[Array, "batch patches phrases"],
@@ -89,7 +122,7 @@ class AskedPatches(nnx.Module):
             second.
           counted: which questions count.
         """
-        logits = self.head(tokens[:, 1:]).astype(jnp.float32)
+        logits = self.patches(tokens[:, 1:]).astype(jnp.float32)
         wrong = optax.sigmoid_binary_cross_entropy(logits, asked.astype(jnp.float32))
 
         def mean(of: Array) -> Array:
@@ -137,6 +170,17 @@ def asked_by_patch(scene: Scene, grid: tuple[int, int]) -> Bool[np.ndarray, "7 p
     return asked
 
 
+def asked_places(scene: Scene, grid: tuple[int, int]) -> Float[np.ndarray, "7 2 2"]:
+    """By question and phrase, (x, y) of the one object it stands for, in patches; or -1."""
+    places = np.full((QUESTIONS, _PHRASES, 2), -1, np.float32)
+    for i, question in enumerate(scene.questions):
+        for phrase, objects in enumerate(question.named):
+            if len(objects) == 1:
+                thing = scene.objects[objects[0]]
+                places[i, phrase] = thing.x * grid[1], thing.y * grid[0]
+    return places
+
+
 def _cover(scene: Scene, grid: tuple[int, int]) -> Float[np.ndarray, "objects patches"]:
     """The share of each patch that each object covers."""
     rows, columns = grid
@@ -150,10 +194,10 @@ def vqa_examples(recipe: VqaShapes, model: CLIPMapperVQA, split: str, count: int
     grid = model.config.clip.vision.grid
 
     def read(scene: Scene) -> Any:
-        return scene.questions, asked_by_patch(scene, grid)
+        return scene.questions, asked_by_patch(scene, grid), asked_places(scene, grid)
 
     arrays, rest = load_scenes(recipe, model, split, count, read)
-    asked = [questions for questions, _ in rest]
+    asked = [questions for questions, *_ in rest]
     index = {answer: i for i, answer in enumerate(model.config.answers)}
     ids = model.processor.text([q.text for qs in asked for q in qs], recipe.context)
     text = np.zeros((count, QUESTIONS, recipe.context), np.int32)
@@ -165,8 +209,8 @@ def vqa_examples(recipe: VqaShapes, model: CLIPMapperVQA, split: str, count: int
         text[i, len(questions) :] = ids[start]
         answer[i, : len(questions)] = [index[q.answer] for q in questions]
         start += len(questions)
-    patches = np.stack([patches for _, patches in rest])
-    return Arrays(**arrays, text=text, answer=answer, asked=patches)
+    patches, places = (np.stack(part) for part in list(zip(*rest, strict=True))[1:])
+    return Arrays(**arrays, text=text, answer=answer, asked=patches, place=places)
 
 
 class CaptionExamples:
@@ -199,22 +243,23 @@ class CaptionExamples:
 
 def vqa_loss(
     model: CLIPMapperVQA,
-    patches: AskedPatches,
+    about: Asked,
     tokens: Array,
     batch: dict[str, Array],
     asked_loss: float,
 ) -> tuple[Array, dict[str, Array]]:
-    """Mean cross-entropy of the right answers, with the loss of the patches asked about.
+    """Mean cross-entropy of the right answers, with the loss of what is asked about.
 
     Args:
       model: what is trained.
-      patches: the head that finds the patches.
+      about: the heads that find what is asked about.
       tokens: of the pictures, as `encode_image` returns them.
       batch: as `vqa_examples` makes it.
-      asked_loss: weight of finding the patches.
+      asked_loss: weight of finding what is asked about.
 
     Returns:
-      The loss, and {"accuracy": the share of right answers, "asked": the loss of the patches}.
+      The loss, and {"accuracy": the share of right answers, "asked": the loss of the patches,
+      "places": that of the places}.
     """
     questions = batch["text"].shape[1]
     text = batch["text"].reshape(-1, batch["text"].shape[-1]).astype(jnp.int32)
@@ -225,9 +270,13 @@ def vqa_loss(
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, answer.clip(0))
     right = logits.argmax(-1) == answer
     count = asked.sum()
-    found = patches.loss(seen, batch["asked"].reshape(-1, *batch["asked"].shape[2:]), asked)
-    loss = jnp.where(asked, entropy, 0).sum() / count + asked_loss * found
-    return loss, {"accuracy": (right & asked).sum() / count, "asked": found}
+    patches, place = (x.reshape(-1, *x.shape[2:]) for x in (batch["asked"], batch["place"]))
+    end = end_of_text(text, model.config.clip.text.eos_token_id)
+    read = jnp.take_along_axis(words, end[:, None, None], axis=1)[:, 0]
+    found, placed = about.patch_loss(seen, patches, asked), about.place_loss(read, place)
+    loss = jnp.where(asked, entropy, 0).sum() / count + asked_loss * (found + placed)
+    metrics = {"accuracy": (right & asked).sum() / count, "asked": found, "places": placed}
+    return loss, metrics
 
 
 def train_vqa(recipe: VqaShapes, folder: Path) -> CLIPMapper:
@@ -241,12 +290,12 @@ def train_vqa(recipe: VqaShapes, folder: Path) -> CLIPMapper:
     model = new_model(recipe, CLIPMapperVQA, answers=answers())
     _check_size(recipe, model)
     examples = vqa_examples(recipe, model, "train", recipe.scenes)
-    patches = AskedPatches(model.config.width, rngs=nnx.Rngs(recipe.seed))
+    about = Asked(model.config.width, rngs=nnx.Rngs(recipe.seed))
 
     def loss(parts: Any, tokens: Array, batch: dict[str, Array]) -> Any:
-        return vqa_loss(parts["model"], parts["patches"], tokens, batch, recipe.asked_loss)
+        return vqa_loss(parts["model"], parts["about"], tokens, batch, recipe.asked_loss)
 
-    parts = {"model": model, "patches": patches}
+    parts = {"model": model, "about": about}
     return _train(recipe, folder, parts, loss, examples, "vqa-shapes")
 
 
@@ -285,7 +334,7 @@ def _train(
     name: str,
 ) -> CLIPMapper:
     vision = parts["model"].config.clip.vision
-    parts = parts | {"names": PatchNames(vision.width, rngs=nnx.Rngs(recipe.seed))}
+    parts = parts | {"names": PatchNames(vision.width, vision.grid, rngs=nnx.Rngs(recipe.seed))}
 
     def loss(parts: Any, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         model = parts["model"]

@@ -153,7 +153,7 @@ class VqaShapes(MapperShapes):
     stage1: str = _setting("caption-shapes", "what the model begins as: a CLIP or a CLIPmapper")
     steps: int = _setting(3_500, "of the optimiser")
     batch: int = _setting(16, "pictures per step")
-    asked_loss: float = _setting(0.5, "weight of finding the patches that each question is about")
+    asked_loss: float = _setting(0.5, "weight of finding what each question is about")
 
     def __post_init__(self):
         super().__post_init__()
