@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import numpy as jnp
 from jaxtyping import Int
 
 from jaxrel.attention.transformation import check_methods
@@ -56,7 +57,7 @@ def explain_captions(
         word_relevance(
             model,
             prepared | {"text": prepared["text"][:, :length]},
-            places,
+            jnp.asarray(places),
             method=methods,
             lrp=lrp,
             at_once=max(1, _TOGETHER // len(places)),

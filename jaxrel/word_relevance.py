@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -27,7 +28,8 @@ WORD_METHODS = (
     "guided_grad_cam",
     "attention",
 )
-SIGNED_WORDS = frozenset(WORD_METHODS) - {"grad_cam", "attention"}
+# The maps of "grad_cam" are not negative, its words may be.
+SIGNED_WORDS = frozenset(WORD_METHODS) - {"attention"}
 
 
 def _is_relu(operation: Any) -> bool:
@@ -62,7 +64,7 @@ class Captions(Protocol):
 def word_relevance(
     model: Any,
     inputs: Mapping[str, Any],
-    positions: Int[Array, "batch words"],
+    positions: Int[Array, "..."] | Int[np.ndarray, "..."],
     *,
     method: Sequence[str] = ("lrp",),
     lrp: Any = None,
@@ -83,8 +85,8 @@ def word_relevance(
     Args:
       model: what speaks the protocol `Captions`, such as `jaxrel.models.Captioner`.
       inputs: "image" and "text", as the model's `prepare` makes them; other entries are passed on.
-      positions: the words to explain, by caption, counted from 1 (token 0 is the start); 0 where
-        a caption has fewer of them: their relevance is 0.
+      positions: [batch, words], the words to explain, by caption, counted from 1 (token 0 is the
+        start); 0 where a caption has fewer of them: their relevance is 0.
       method: some of `WORD_METHODS`.
       lrp: other rules for "lrp".
       at_once: how many words go backward together; all, by default. Fewer need less memory.
@@ -111,7 +113,7 @@ def word_relevance(
         )
     if at_once is not None and at_once < 1:
         raise ValueError(f"word_relevance: at_once must be 1 or more, got {at_once}")
-    return _word_relevance(
+    score, found = _word_relevance(
         model,
         {name: jnp.asarray(value) for name, value in inputs.items()},
         jnp.asarray(positions),
@@ -119,6 +121,8 @@ def word_relevance(
         composite=composites.captioning() if lrp is None else as_composite(lrp),
         at_once=at_once,
     )
+    # A compiled program returns a dictionary in the order of its keys.
+    return score, {one: found[one] for one in method}
 
 
 @functools.partial(jax.jit, static_argnames=("methods", "composite", "at_once"))

@@ -798,10 +798,11 @@ class Captioner(nnx.Module):
             raise TypeError(f"text must be integer token ids, got {text.dtype}; use model.prepare")
         # A traced value cannot be looked at; an id out of range would give NaN there.
         if not isinstance(text, jax.core.Tracer):
-            outside = np.asarray((text < 0) | (text >= self.config.vocab_size))
+            ids = np.asarray(text)
+            outside = (ids < 0) | (ids >= self.config.vocab_size)
             if outside.any():
                 raise ValueError(
-                    f"text holds the id {int(np.asarray(text)[outside][0])}, and this model has "
+                    f"text holds the id {int(ids[outside][0])}, and this model has "
                     f"the ids 0 to {self.config.vocab_size - 1}: another tokenizer made it"
                 )
         pictures = len(inputs["features"] if "features" in inputs else inputs["image"])

@@ -793,9 +793,9 @@ class CLIPMapperCaption(CLIPMapper):
             raise ValueError(f"the caption of picture {int(words.argmin())} has no words")
         shown = self.tokens(inputs)
         if isinstance(target, str) and target == "caption":
-            known = np.array([[bool(token) for token in row] for row in shown])
+            whole = jnp.asarray([[bool(token) for token in row] for row in shown])
             kept = {name: jnp.asarray(value) for name, value in inputs.items()}
-            return kept | {"words": jnp.asarray(known), "example": jnp.arange(captions)}
+            return kept | {"words": whole, "example": jnp.arange(captions)}
         asked = None if target is None else _positions(target)
         rows = []
         for example, count in enumerate(words):

@@ -533,7 +533,7 @@ def test_folders_that_do_not_fit(model, folder, tmp_path):
     with error(r"config.json: expected objects clip_config and mapper_config"):
         CLIPMapper.from_pretrained(copy)
     copy = edited(folder, tmp_path, lambda config: config.update(model_type="bert"))
-    with error(r"describes a model of type 'bert'; known are clip, clipmapper"):
+    with error(r"describes a model of type 'bert'; known are captioner, clip, clipmapper"):
         models.from_pretrained(copy)
     with error(r"no model folder 'nowhere'", FileNotFoundError):
         models.from_pretrained("nowhere")

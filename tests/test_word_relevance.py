@@ -11,7 +11,7 @@ from jax import numpy as jnp
 import jaxrel
 from jaxrel import composites, everything, path, rules
 from jaxrel.models.captioner import reference_order
-from jaxrel.word_relevance import word_relevance
+from jaxrel.word_relevance import WORD_METHODS, word_relevance
 from tests.test_captioner import TEXTS, captioner, random_pictures, reference
 
 FIXTURE = Path(__file__).parent / "fixtures" / "word_relevance.npz"

@@ -695,7 +695,7 @@ def _hallucination(
     }
     beside = {"probability": "probability", "1 - sentinel": "seen"}
     scores |= {n: {n: cases.found[key]} for n, key in beside.items() if key in cases.found}
-    drawn = {"picture": cases.picture, "resamples": settings.resamples}
+    drawn: dict[str, Any] = {"picture": cases.picture, "resamples": settings.resamples}
     result: dict[str, Any] = {
         name: {
             "auc": _as_dicts(auc_intervals(one, true, **drawn)),

@@ -65,9 +65,14 @@ class Pictures(Protocol):
       frequent: the words whose precision and recall are measured.
     """
 
-    name: str
-    groups: tuple[str, ...]
-    frequent: tuple[str, ...]
+    @property
+    def name(self) -> str: ...  # noqa: D102 - among the attributes
+
+    @property
+    def groups(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def frequent(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def __len__(self) -> int: ...
 
@@ -209,7 +214,7 @@ class RealPictures:
     def words(self, i: int, caption: Sequence[str]) -> list[Word]:
         """The words for objects, all of one group."""
         categories, boxes = self._categories(i), self._boxes(i)
-        seen = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        seen = np.all(boxes[:, 2:] > boxes[:, :2], axis=-1).tolist()
         written = {_object_name(word) for tokens in self.references(i) for word in tokens}
         found = []
         for place, word in enumerate(caption):
@@ -280,7 +285,8 @@ def open_pictures(
         made, split = Shapes(seed=data_seed, size=side), split or SPLITS["Shapes"]
         drawn = trange(scenes, desc="drawing", leave=False)
         return ShapesPictures(tuple(made.scene(split, i) for i in drawn))
-    folder, annotated = Path(data), {}
+    folder = Path(data)
+    annotated: dict[int, Record] = {}
     if (folder / "dataset_flickr30k.json").is_file():
         name, frequent = "Flickr30k", FLICKR30K_FREQUENT
         source = flickr30k.captions(folder, split or SPLITS[name])

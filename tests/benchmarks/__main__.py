@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tests.benchmarks import clip_attention, lrp, streaming_forms
+from tests.benchmarks import captioner, clip_attention, lrp, streaming_forms
 from tests.benchmarks.table import hardware
 
 BENCHMARKS = {
@@ -18,6 +18,8 @@ BENCHMARKS = {
     "lrp-resnet50": partial(lrp.run, "ResNet-50", batch=4),
     "lrp-vit": partial(lrp.run, "ViT-B/16", batch=4),
     "lrp-decoder": partial(lrp.run, "12-layer decoder", batch=4),
+    "captioner-gridtd": partial(captioner.run, "gridtd"),
+    "captioner-aoa": partial(captioner.run, "aoa"),
 }
 
 
