@@ -108,6 +108,8 @@ def _by_caption(
 def _chosen_heads(model: Any, heads: Sequence[int], captions: int) -> np.ndarray:
     """Which heads relevance goes through, [captions, heads]."""
     known = getattr(model.config, "heads", 1)
+    if not len(heads):
+        raise ValueError(f"heads is empty; choose some of 0 to {known - 1}, or None for all")
     chosen = np.zeros(known, bool)
     for head in heads:
         if not -known <= head < known:

@@ -8,9 +8,8 @@ of a VGG or a ResNet, or as features of regions (bottom-up attention, Anderson e
 """
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -54,11 +53,11 @@ from jaxrel.models.weights import (
     CONFIG,
     Parameter,
     find_folder,
-    new_folder,
+    parameters_by_path,
     read_config,
     read_parameters,
     read_tensors,
-    write_tensors,
+    write_model,
 )
 
 MODEL_TYPE = "captioner"
@@ -692,7 +691,7 @@ class Captioner(nnx.Module):
         model = _abstract(config, Processor.from_folder(folder))
         tensors = read_tensors(folder, allow_pickle=allow_pickle)
         shapes = {path: variable.shape for path, variable in _parameters(model)}
-        _fill(model, read_parameters(tensors, _table(shapes), shapes))
+        _fill(model, read_parameters(tensors, parameters_by_path(shapes), shapes))
         return model
 
     @classmethod
@@ -748,15 +747,8 @@ class Captioner(nnx.Module):
           FileExistsError: the folder exists and is no model folder.
           ValueError: another dtype.
         """
-        if dtype not in ("float32", "float16"):
-            raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
         parameters = {path: np.asarray(value[...]) for path, value in _parameters(self)}
-        table = _table({path: value.shape for path, value in parameters.items()})
-        with new_folder(folder) as draft:
-            text = json.dumps(self.config.to_dict(), indent=2)
-            (draft / CONFIG).write_text(text + "\n", encoding="utf-8")
-            write_tensors(draft, parameters, table, dtype=dtype)
-            self.processor.save(draft)
+        write_model(folder, self.config.to_dict(), parameters, self.processor, dtype=dtype)
 
     # Checks.
 
@@ -963,11 +955,6 @@ def _fill(model: Captioner, parameters: Mapping[tuple[str, ...], np.ndarray]) ->
     for path, variable in _parameters(model):
         if path in parameters:
             variable.set_value(jnp.asarray(parameters[path]))
-
-
-def _table(paths: Mapping[tuple[str, ...], Any]) -> Sequence[Parameter]:
-    """Tensors are named by their paths; no other library has these."""
-    return [Parameter(path, ".".join(path)) for path in paths]
 
 
 # The reference implementation.

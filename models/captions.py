@@ -99,8 +99,8 @@ def positions(target: Any) -> Int[np.ndarray, " words"]:
     asked = np.atleast_1d(np.asarray(target))
     if asked.ndim != 1 or not asked.size or not np.issubdtype(asked.dtype, np.integer):
         raise ValueError(
-            "target must be the position of a word in its caption, from 1, or several; got "
-            f"{target!r}"
+            "target must be the position of a word in its caption, from 1, or several (of a "
+            f"CLIPMapper also 'caption'); got {target!r}"
         )
     return asked
 

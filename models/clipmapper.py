@@ -6,10 +6,9 @@ co-attention in every layer. Two models are made of it: one answers questions, o
 """
 
 import dataclasses
-import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,6 +19,13 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrel import capture_with_grad
+from jaxrel.models.captions import (
+    describe_words,
+    logit_by_token,
+    sentences,
+    special_ids,
+    word_rows,
+)
 from jaxrel.models.clip import (
     CLIP,
     CLIPConfig,
@@ -34,13 +40,12 @@ from jaxrel.models.processor import Processor
 from jaxrel.models.transformer import ACTIVATIONS, Mask, causal_mask, key_mask, layer_norm
 from jaxrel.models.weights import (
     CONFIG,
-    Parameter,
     find_folder,
-    new_folder,
+    parameters_by_path,
     read_config,
     read_parameters,
     read_tensors,
-    write_tensors,
+    write_model,
 )
 
 MODEL_TYPE = "clipmapper"
@@ -313,7 +318,7 @@ class CLIPMapper(nnx.Module):
         model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), processor=processor))
         shapes = {path: variable.shape for path, variable in _parameters(model)}
         tensors = read_tensors(folder, allow_pickle=allow_pickle)
-        parameters = read_parameters(tensors, _table(shapes), shapes)
+        parameters = read_parameters(tensors, parameters_by_path(shapes), shapes)
         for path, variable in _parameters(model):
             variable.set_value(jnp.asarray(parameters[path]))
         return model
@@ -331,15 +336,8 @@ class CLIPMapper(nnx.Module):
           FileExistsError: the folder exists and is no model folder.
           ValueError: another dtype.
         """
-        if dtype not in ("float32", "float16"):
-            raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
         parameters = {path: np.asarray(value[...]) for path, value in _parameters(self)}
-        table = _table({path: value.shape for path, value in parameters.items()})
-        with new_folder(folder) as draft:
-            text = json.dumps(self.config.to_dict(), indent=2)
-            (draft / CONFIG).write_text(text + "\n", encoding="utf-8")
-            write_tensors(draft, parameters, table, dtype=dtype)
-            self.processor.save(draft)
+        write_model(folder, self.config.to_dict(), parameters, self.processor, dtype=dtype)
 
     def init_from(self, other: "CLIP | CLIPMapper") -> None:
         """Begin with the parameters of another model, in place.
@@ -539,9 +537,14 @@ class CLIPMapperVQA(CLIPMapper):
         self, words: Float[Array, "batch words mapped"], text: Int[Array, "batch words"]
     ) -> Float[Array, "batch answers"]:
         """Read the answers' logits at the question's end token; see `map`."""
+        return self.head(self.at_end(words, text)).astype(jnp.float32)
+
+    def at_end(
+        self, words: Float[Array, "batch words mapped"], text: Int[Array, "batch words"]
+    ) -> Float[Array, "batch mapped"]:
+        """The token that the answer is read from: the question's end."""
         end = end_of_text(text, self.config.clip.text.eos_token_id)
-        read = jnp.take_along_axis(words, end[:, None, None], axis=1)[:, 0]
-        return self.head(read).astype(jnp.float32)
+        return jnp.take_along_axis(words, end[:, None, None], axis=1)[:, 0]
 
     def predict(self, inputs: Inputs) -> Float[Array, "batch answers"]:
         """Return each answer's probability."""
@@ -667,11 +670,11 @@ class CLIPMapperCaption(CLIPMapper):
         self, logits: Float[Array, "batch tokens vocabulary"], text: Int[Array, "batch tokens"]
     ) -> Float[Array, " batch"]:
         """As `log_probability`, from the logits of the word after each token."""
-        logp = jax.nn.log_softmax(logits[:, :-1])
-        of_word = jnp.take_along_axis(logp, text[:, 1:, None], axis=-1)[..., 0]
+        of_token = logit_by_token(jax.nn.log_softmax(logits), text)
         end = end_of_text(text, self.config.clip.text.eos_token_id)
-        counted = jnp.arange(1, text.shape[1]) <= end[:, None]
-        return jnp.where(counted, of_word, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
+        place = jnp.arange(text.shape[1])
+        counted = (place >= 1) & (place <= end[:, None])
+        return jnp.where(counted, of_token, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
 
     def score(self, inputs: Inputs, target: Any = None) -> Float[Array, " batch"]:
         """Return the logit of one word of each caption: the scalar that explanations explain.
@@ -686,10 +689,8 @@ class CLIPMapperCaption(CLIPMapper):
           ValueError: neither the inputs nor `target` say which word.
         """
         if target is None and "words" in inputs:
-            of_word = jnp.take_along_axis(
-                self(inputs)[:, :-1], jnp.asarray(inputs["text"])[:, 1:, None], axis=-1
-            )
-            return (of_word[..., 0] * self.readout(inputs)["text"][:, :-1]).sum(-1)
+            of_token = logit_by_token(self(inputs), jnp.asarray(inputs["text"]))
+            return of_token.mean(axis=-1, where=jnp.asarray(inputs["words"]))
         if target is None and "position" not in inputs:
             raise ValueError(
                 "which word of the caption? Pass target= its position, from 1, or make the inputs "
@@ -714,7 +715,7 @@ class CLIPMapperCaption(CLIPMapper):
           is full ends there.
         """
         text = self.config.clip.text
-        start, end, pad = self._special_ids()
+        start, end, pad = special_ids(self.processor.tokenizer)
         # A caption has one start, and padding only after its end (which may be the same token).
         never = jnp.zeros(text.vocab_size, bool).at[jnp.array([start, pad])].set(True)
         never = never.at[end].set(False)
@@ -735,17 +736,6 @@ class CLIPMapperCaption(CLIPMapper):
         positions = jnp.arange(1, text.context)
         return jax.lax.scan(step, (empty, ended), positions)[0][0]
 
-    def _special_ids(self) -> tuple[int, int, int]:
-        """The tokenizer's start, end and padding; the configuration's end may be a convention."""
-        tokenizer = self.processor.tokenizer
-        if tokenizer is None:
-            raise ValueError(
-                "this model has no tokenizer, and does not know how captions start; load it with "
-                "from_pretrained, or pass processor=Processor(tokenizer, ...)"
-            )
-        start, end, pad = (getattr(tokenizer, f"{x}_token_id") for x in ("bos", "eos", "pad"))
-        return start, end, end if pad is None else pad
-
     def predict(self, inputs: Inputs) -> list[str]:
         """Return a caption for each picture, in words."""
         ids = _generate(self, jnp.asarray(inputs["image"]))
@@ -754,7 +744,7 @@ class CLIPMapperCaption(CLIPMapper):
     def sentences(self, ids: Int[Array | np.ndarray, "batch tokens"]) -> list[str]:
         """Return captions in words, without what the tokenizer does not know."""
         rows = self.tokens({"text": ids})
-        return [" ".join(filter(None, row)).replace(" ##", "") for row in rows]
+        return sentences(rows)
 
     def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
         """Make inputs from pictures and captions; without a caption the model writes it.
@@ -789,26 +779,13 @@ class CLIPMapperCaption(CLIPMapper):
                 f"{pictures} pictures and {captions} captions: give one caption per picture"
             )
         words = np.asarray(self.content(inputs)["text"]).sum(-1)
-        if not words.all():
-            raise ValueError(f"the caption of picture {int(words.argmin())} has no words")
         shown = self.tokens(inputs)
         if isinstance(target, str) and target == "caption":
+            word_rows(shown, words)  # says which caption has no words
             whole = jnp.asarray([[bool(token) for token in row] for row in shown])
             kept = {name: jnp.asarray(value) for name, value in inputs.items()}
             return kept | {"words": whole, "example": jnp.arange(captions)}
-        asked = None if target is None else _positions(target)
-        rows = []
-        for example, count in enumerate(words):
-            known = [i for i in range(1, count + 1) if shown[example][i]]
-            chosen = known if asked is None else asked
-            for position in chosen:
-                if not 1 <= position <= count:
-                    raise ValueError(
-                        f"the caption of picture {example} has words 1 to {count}, and no word "
-                        f"{position}"
-                    )
-                rows.append((example, position))
-        example, position = jnp.asarray(rows, jnp.int32).T
+        example, position = map(jnp.asarray, word_rows(shown, words, target))
         by_row = {name: jnp.asarray(value)[example] for name, value in inputs.items()}
         return by_row | {"position": position, "example": example}
 
@@ -817,10 +794,7 @@ class CLIPMapperCaption(CLIPMapper):
         rows = self.tokens(inputs)
         if "words" in inputs:
             return [" ".join(filter(None, row)) for row in rows]
-        position = np.asarray(inputs["position"])
-        before = [" ".join(filter(None, row[:i])) for row, i in zip(rows, position, strict=True)]
-        words = [row[i] for row, i in zip(rows, position, strict=True)]
-        return [f"{start} [{word}]".strip() for start, word in zip(before, words, strict=True)]
+        return describe_words(rows, inputs["position"])
 
     def readout(self, inputs: Inputs) -> dict[str, Array]:
         """Return the token that each word is predicted from: the one before it.
@@ -841,16 +815,6 @@ class CLIPMapperCaption(CLIPMapper):
         return content
 
 
-def _positions(target: Any) -> np.ndarray:
-    asked = np.atleast_1d(np.asarray(target))
-    if asked.ndim != 1 or not asked.size or not np.issubdtype(asked.dtype, np.integer):
-        raise ValueError(
-            "target must be the position of a word in its caption, from 1, or several, or "
-            f"'caption'; got {target!r}"
-        )
-    return asked
-
-
 _KINDS: dict[str, type[CLIPMapper]] = {"vqa": CLIPMapperVQA, "caption": CLIPMapperCaption}
 
 
@@ -866,8 +830,3 @@ def _generate(model: CLIPMapperCaption, image: Array) -> Array:
 
 def _parameters(model: CLIPMapper) -> list[tuple[Any, nnx.Variable]]:
     return list(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-
-
-def _table(paths: Mapping[tuple[str, ...], Any]) -> Sequence[Parameter]:
-    """Tensors are named by their paths, and layers stay stacked: no other library has these."""
-    return [Parameter(path, ".".join(map(str, path))) for path in paths]

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -338,6 +338,43 @@ def write_tensors(
         written = [tensor.astype(dtype) for tensor in parameter.to_tensors(value)]
         tensors |= zip(names, written, strict=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def parameters_by_path(paths: Iterable[tuple[Any, ...]]) -> list[Parameter]:
+    """Tensors named by their paths, stacked as they are: for models that no other library has."""
+    return [Parameter(path, ".".join(map(str, path))) for path in paths]
+
+
+def write_model(
+    folder: str | os.PathLike,
+    config: Mapping[str, Any],
+    parameters: Mapping[tuple[Any, ...], np.ndarray],
+    processor: Any,
+    *,
+    dtype: str,
+) -> None:
+    """Write config.json, model.safetensors and the processor's files.
+
+    The folder appears as a whole, or, when something fails, not at all.
+
+    Args:
+      folder: a new folder, or an older model folder, which is replaced.
+      config: the content of config.json.
+      parameters: by path, which names them.
+      processor: the model's.
+      dtype: of the file: "float32", or "float16" for half the size.
+
+    Raises:
+      FileExistsError: the folder exists and is no model folder.
+      ValueError: another dtype.
+    """
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
+    with new_folder(folder) as draft:
+        text = json.dumps(config, indent=2)
+        (draft / CONFIG).write_text(text + "\n", encoding="utf-8")
+        write_tensors(draft, parameters, parameters_by_path(parameters), dtype=dtype)
+        processor.save(draft)
 
 
 @contextmanager

@@ -728,3 +728,10 @@ def test_pass_conserves_elsewhere(x64, f):
 @pytest.mark.parametrize("rule", [Pass(), Guided(), Deconvnet(), BetaSmooth(), Stop()])
 def test_what_does_not_conserve_says_so(rule):
     assert "rule" in rule.loses
+
+
+@pytest.mark.parametrize("make", [clipped, scaled, where_zero])
+def test_equal_stabilisers_make_equal_rules(make):
+    """A rule is a static argument of compiled programs: another function would compile again."""
+    assert Epsilon(make(0.5)) == Epsilon(make(0.5))
+    assert Epsilon(make(0.5)) != Epsilon(make(0.25))

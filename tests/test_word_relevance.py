@@ -9,6 +9,7 @@ import pytest
 from jax import numpy as jnp
 
 import jaxrel
+import jaxrel.word_relevance as word_relevance_module
 from jaxrel import composites, everything, path, rules
 from jaxrel.models.captioner import reference_order
 from jaxrel.word_relevance import WORD_METHODS, word_relevance
@@ -236,6 +237,13 @@ def test_guided_grad_cam_is_a_product(small, relevance):
     _, found = relevance
     cam = jax.image.resize(found["grad_cam"][0], (2, 3, 16, 16), "bilinear")
     close(found["guided_grad_cam"][0], found["guided_backprop"][0] * cam)
+
+
+def test_the_same_question_is_compiled_once(small, relevance):
+    model, inputs, positions = small
+    compiled = word_relevance_module._word_relevance._cache_size()
+    word_relevance(model, inputs, positions, method=WORD_METHODS)
+    assert word_relevance_module._word_relevance._cache_size() == compiled
 
 
 def test_other_rules(small):

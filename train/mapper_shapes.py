@@ -6,7 +6,7 @@ layer that is then thrown away: it makes stage 1 tell objects apart many times s
 or words do, and gives it a notion of left and below, which a CLIP need not have.
 That of questions also adds the loss of finding what each question is about: its patches, from the
 picture's tokens in stage 2, and its place, from the token that the answer is read from. Without
-these, counts and comparisons are learnt late, and how two objects lie to each other not at all.
+these, counts and comparisons were learnt late, and how two objects lie to each other not at all.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,6 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import trange
 
-from jaxrel.models.clip import end_of_text
 from jaxrel.models.clipmapper import (
     CLIPMapper,
     CLIPMapperCaption,
@@ -271,9 +270,8 @@ def vqa_loss(
     right = logits.argmax(-1) == answer
     count = asked.sum()
     patches, place = (x.reshape(-1, *x.shape[2:]) for x in (batch["asked"], batch["place"]))
-    end = end_of_text(text, model.config.clip.text.eos_token_id)
-    read = jnp.take_along_axis(words, end[:, None, None], axis=1)[:, 0]
-    found, placed = about.patch_loss(seen, patches, asked), about.place_loss(read, place)
+    found = about.patch_loss(seen, patches, asked)
+    placed = about.place_loss(model.at_end(words, text), place)
     loss = jnp.where(asked, entropy, 0).sum() / count + asked_loss * (found + placed)
     metrics = {"accuracy": (right & asked).sum() / count, "asked": found, "places": placed}
     return loss, metrics

@@ -14,6 +14,7 @@ relevance of z, and i, j run over inputs and outputs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
@@ -53,6 +54,8 @@ def stabilise(z: Array, stabiliser: Stabiliser) -> Array:
     return z + jnp.where(z >= 0, amount, -amount).astype(z.dtype)
 
 
+# Equal amounts give one function: composites that hold it are equal, and compile once.
+@functools.cache
 def clipped(amount: float) -> Callable[[Array], Array]:
     """A stabiliser that keeps |z| at or above an amount: sign(z) * max(|z|, amount)."""
     _check_stabiliser("clipped", "amount", amount)
@@ -64,6 +67,7 @@ def clipped(amount: float) -> Callable[[Array], Array]:
     return stabilised
 
 
+@functools.cache
 def scaled(amount: float) -> Callable[[Array], Array]:
     """A stabiliser relative to each example: amount * root mean square of z, axes 1 and on."""
     _check_stabiliser("scaled", "amount", amount)
@@ -77,6 +81,7 @@ def scaled(amount: float) -> Callable[[Array], Array]:
     return stabilised
 
 
+@functools.cache
 def where_zero(amount: float) -> Callable[[Array], Array]:
     """A stabiliser that replaces exact zeros alone, by an amount."""
 

@@ -129,16 +129,24 @@ def lrp_vjp(
     Raises:
       TypeError, ValueError, NotImplementedError: see `lrp`.
     """
+    return _vjp("lrp_vjp", fun, rules, argnums, at, unknown, gradient)
+
+
+def _vjp(
+    caller: str, fun: Callable, rules: Any, argnums: Any, at: Any, unknown: Unknown, gradient: bool
+) -> Callable:
     composite = as_composite(rules)
     at = as_places(at)
     _check_argnums(argnums, at)
+    if unknown not in get_args(Unknown):
+        raise ValueError(f"{caller}: unknown must be 'error' or 'warn', got {unknown!r}")
 
     def run(*args, **kwargs):
-        call = Call.of(functools.partial(fun, **kwargs), args, argnums, False, "lrp_vjp")
+        call = Call.of(functools.partial(fun, **kwargs), args, argnums, False, caller)
         outs, back = forward(call, call.prepare(composite, at, unknown), at)
 
         def explain(seed: Any) -> Any:
-            start = _modified(outs[0], seed) if gradient else cotangent(outs[0], seed)
+            start = _modified(caller, outs[0], seed) if gradient else cotangent(outs[0], seed)
             return call.gather(back(start)[0], as_cotangent if gradient else as_relevance)
 
         return call.value(outs), explain
@@ -158,7 +166,7 @@ def modified_gradient(
     With rules that change the derivative (`Guided`, `Deconvnet`) this is their method's result.
     `seed` is the cotangent of the output; by default ones.
     """
-    run = lrp_vjp(fun, rules, argnums=argnums, unknown=unknown, gradient=True)
+    run = _vjp("modified_gradient", fun, rules, argnums, (), unknown, gradient=True)
 
     def explained(*args, seed: Any = None, **kwargs):
         return run(*args, **kwargs)[1](seed)
@@ -348,11 +356,11 @@ def as_cotangent(value: Any, c: Any, direct: Any) -> Any:
     return c
 
 
-def _modified(out: Any, seed: Any) -> Any:
+def _modified(caller: str, out: Any, seed: Any) -> Any:
     """The output's cotangent, as it is given."""
     if seed is None:
         return jnp.ones_like(out)
-    return _finite(as_seed("modified_gradient", out, seed, "cotangent")).astype(out.dtype)
+    return _finite(as_seed(caller, out, seed, "cotangent")).astype(out.dtype)
 
 
 def cotangent(out: Any, seed: Any) -> Any:
