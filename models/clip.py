@@ -232,6 +232,10 @@ def _one(value: Any, name: str) -> int:
     return number
 
 
+# Which tokens are seen: whether each is, or the indices of those that are.
+Kept = Bool[Array, "batch tokens"] | Int[Array, "batch kept"]
+
+
 class VisionTower(nnx.Module):
     """A picture to a class token and patch tokens (Dosovitskiy et al. 2021).
 
@@ -266,16 +270,17 @@ class VisionTower(nnx.Module):
         self,
         image: Float[Array, "batch height width 3"],
         *,
-        keep: Bool[Array, "batch tokens"] | None = None,
+        keep: Kept | None = None,
         remat: bool = False,
         return_attention: bool = False,
     ) -> tuple[
-        Float[Array, "batch tokens features"],
-        Float[Array, "layers batch heads tokens tokens"] | None,
+        Float[Array, "batch seen features"],
+        Float[Array, "layers batch heads seen seen"] | None,
     ]:
         """Return all tokens before the last norm, and the attention maps (or None).
 
-        Tokens that are not kept are hidden from all others in every layer.
+        Tokens that are not kept are hidden from all others in every layer, where `keep` says
+        which are; indices leave the other tokens out, which gives the same tokens sooner.
         """
         patches = self.patch_embedding(image)
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
@@ -285,7 +290,11 @@ class VisionTower(nnx.Module):
         )
         x = jnp.concatenate([first.astype(patches.dtype), patches], axis=1)
         x = x + self.position_embedding[...].astype(x.dtype)
-        mask = None if keep is None else key_mask(keep)
+        mask = None
+        if keep is not None and keep.dtype == bool:
+            mask = key_mask(keep)
+        elif keep is not None:
+            x = jnp.take_along_axis(x, keep[..., None], axis=1)
         return self.transformer(
             self.pre_norm(x), mask, remat=remat, return_attention=return_attention
         )

@@ -29,6 +29,7 @@ from jaxrel.models.captions import (
 from jaxrel.models.clip import (
     CLIP,
     CLIPConfig,
+    Kept,
     TextTower,
     VisionTower,
     check_vocabulary,
@@ -202,11 +203,18 @@ class CLIPMapper(nnx.Module):
     def encode_image(
         self,
         image: Float[Array, "batch height width 3"],
-        keep: Bool[Array, "batch tokens"] | None = None,
+        keep: Kept | None = None,
         *,
         return_attention: bool = False,
-    ) -> tuple[Float[Array, "batch tokens features"], Maps]:
-        """Stage 1 of the picture: its tokens, and with `return_attention` the maps by name."""
+    ) -> tuple[Float[Array, "batch seen features"], Maps]:
+        """Stage 1 of the picture: its tokens, and with `return_attention` the maps by name.
+
+        Args:
+          image: normalised pictures.
+          keep: which of the tokens are seen. bool [batch, tokens] hides the others, which are to
+            be hidden from stage 2 too; indices [batch, kept] leave them out.
+          return_attention: also return the attention maps by name.
+        """
         tokens, maps = self.vision(
             image,
             keep=keep,
@@ -215,11 +223,28 @@ class CLIPMapper(nnx.Module):
         )
         return tokens, {} if maps is None else {"vision": maps}
 
+    def encode_text(
+        self,
+        text: Int[Array, "batch words"],
+        keep: Bool[Array, "batch words"] | None = None,
+        *,
+        return_attention: bool = False,
+    ) -> tuple[Float[Array, "batch words features"], Maps]:
+        """Stage 1 of the text: its tokens, and with `return_attention` the maps by name."""
+        tokens, maps = self.text(
+            text,
+            keep=keep,
+            remat=self.config.clip.remat,
+            return_attention=return_attention,
+        )
+        return tokens, {} if maps is None else {"text": maps}
+
     def map(
         self,
         image: Float[Array, "batch tokens features"],
         text: Int[Array, "batch words"],
         *,
+        encoded: Float[Array, "batch words encoded"] | None = None,
         image_keep: Bool[Array, "batch tokens"] | None = None,
         text_keep: Bool[Array, "batch words"] | None = None,
         return_attention: bool = False,
@@ -229,6 +254,7 @@ class CLIPMapper(nnx.Module):
         Args:
           image: the picture's tokens, as `encode_image` returns them.
           text: token ids.
+          encoded: the text's tokens, as `encode_text` returns them; None: they are made here.
           image_keep: which of the picture's tokens are seen.
           text_keep: which of the text's tokens are seen, beside the padding, which never is.
           return_attention: also return the attention maps by name.
@@ -236,6 +262,7 @@ class CLIPMapper(nnx.Module):
         (_, words), maps = self.streams(
             image,
             text,
+            encoded=encoded,
             image_keep=image_keep,
             text_keep=text_keep,
             return_attention=return_attention,
@@ -247,6 +274,7 @@ class CLIPMapper(nnx.Module):
         image: Float[Array, "batch tokens features"],
         text: Int[Array, "batch words"],
         *,
+        encoded: Float[Array, "batch words encoded"] | None = None,
         image_keep: Bool[Array, "batch tokens"] | None = None,
         text_keep: Bool[Array, "batch words"] | None = None,
         return_attention: bool = False,
@@ -254,22 +282,18 @@ class CLIPMapper(nnx.Module):
         tuple[Float[Array, "batch tokens mapped"], Float[Array, "batch words mapped"]], Maps
     ]:
         """As `map`, with the picture's tokens as the last layer's words read them before these."""
-        tokens, maps = self.text(
-            text,
-            keep=text_keep,
-            remat=self.config.clip.remat,
-            return_attention=return_attention,
-        )
+        maps: Maps = {}
+        if encoded is None:
+            encoded, maps = self.encode_text(text, text_keep, return_attention=return_attention)
         (seen, words), mapped = self.mapper(
             self.vision_in(self.vision_norm(image)),
-            self.text_in(self.text_norm(tokens)),
+            self.text_in(self.text_norm(encoded)),
             None if image_keep is None else key_mask(image_keep),
             self._text_mask(text, text_keep),
             remat=self.config.clip.remat,
             return_attention=return_attention,
         )
-        named = {} if maps is None else {"text": maps, **(mapped or {})}
-        return (seen, self.final_norm(words)), named
+        return (seen, self.final_norm(words)), maps | (mapped or {})
 
     def _text_mask(self, text: Array, keep: Array | None) -> Mask:
         """Which tokens of the text are seen in stage 2, and from where."""

@@ -242,6 +242,21 @@ def test_hidden_is_removed(model):
     assert np.abs(logits(of_image) - both).max() > 1e-3
     assert np.abs(logits(of_text) - both).max() > 1e-3
 
+    @jax.jit
+    def left_out(model, inputs):
+        tokens, _ = model.encode_image(inputs["image"], patches)
+        encoded, _ = model.encode_text(inputs["text"])
+        words, _ = model.map(tokens, inputs["text"], encoded=encoded)
+        return words, model.map(tokens, inputs["text"])[0]
+
+    outputs, again = left_out(model, inputs)
+    if model.task == "vqa":
+        found = model.answer_logits(outputs, inputs["text"])
+    else:
+        found = model.word_logits(outputs)[rows, words]
+    np.testing.assert_allclose(found, logits(of_image), **ROUNDING)
+    np.testing.assert_allclose(again, outputs, **ROUNDING)
+
 
 def test_batch_is_one_by_one_and_padding_does_not_matter(model, inputs):
     logits, maps = FORWARD(model, inputs)

@@ -24,6 +24,7 @@ from jaxrel.metrics.perturbation import (
     random_relevance,
     summary,
     sweep,
+    sweep_indices,
 )
 from jaxrel.metrics.randomisation import agreement, cascade, rank_correlation
 from jaxrel.report.curves import curves
@@ -106,6 +107,29 @@ def test_sweep_is_a_loop_over_methods_tests_and_steps(swept):
             # 21 float32 terms, summed in another order.
             np.testing.assert_allclose(values[m, s], [weight_kept(k) for k in keep], rtol=1e-6)
     np.testing.assert_allclose(jax.jit(run)(relevance), values, rtol=1e-6)
+
+
+def test_leaving_tokens_out_is_hiding_them(swept):
+    relevance, *_ = swept
+    weights = jnp.asarray(WEIGHTS)
+
+    def of_mask(keep):
+        return (weights * keep).sum(-1)
+
+    def of_indices(kept):
+        assert kept.dtype == jnp.int32
+        return jnp.take_along_axis(weights, kept, axis=-1).sum(-1)
+
+    free = REMOVABLE[0]
+    hidden = sweep(of_mask, relevance, np.broadcast_to(free, WEIGHTS.shape))
+    run = lambda relevance: sweep_indices(of_indices, relevance, free)
+    # 21 float32 terms, summed in another order.
+    np.testing.assert_allclose(run(relevance), hidden, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(run)(relevance), hidden, rtol=1e-5)
+    broken = jnp.asarray(relevance).at[1, 2, 3].set(jnp.nan)
+    values = np.asarray(jax.jit(run)(broken))
+    assert np.isnan(values[1, ..., 2]).all()
+    assert np.isnan(values).sum() == values[1, ..., 2].size
 
 
 def test_the_true_relevance_is_best_in_both_tests(swept):
@@ -264,6 +288,14 @@ def mean(keep):
 
 ERRORS = {
     "NaN": (lambda: masks(NAN), r"not finite in 1 of 2 maps, first at index \(1,\)"),
+    "NaN, sweep of indices": (
+        lambda: sweep_indices(weight_kept, NAN[None], FREE[0]),
+        r"sweep_indices: relevance is not finite in 1 of 2 maps, first at index \(0, 1\)",
+    ),
+    "measure of indices": (
+        lambda: sweep_indices(lambda kept: kept.sum(), ONES[None], FREE[0]),
+        r"sweep_indices: measure must return one number per example, \[2\], got \(\)",
+    ),
     "NaN, sweep": (
         lambda: sweep(weight_kept, NAN[None], FREE),
         r"sweep: relevance is not finite in 1 of 2 maps, first at index \(0, 1\)",

@@ -28,8 +28,8 @@ from jaxrel.models.weights import check_new_folder
 from jaxrel.train import caption_evaluation
 from jaxrel.train.captioner_training import caption_loss, new_config, train_captioner
 from jaxrel.train.clip_shapes import SETTINGS_FILE, normalise
-from jaxrel.train.data.shapes import Scene, Shapes, vocabulary, words
-from jaxrel.train.mapper_shapes import CAPTIONS, SIDE, PatchNames, shown_by_patch
+from jaxrel.train.data.shapes import Shapes, vocabulary
+from jaxrel.train.mapper_shapes import CAPTIONS, SIDE, PatchNames, caption_texts, shown_by_patch
 from jaxrel.train.settings import CaptionerShapes, changed_flags
 
 
@@ -84,11 +84,6 @@ class Examples:
             "shown": self._shown[scene],
             "text": self._text[scene, rng.integers(low, high)],
         }
-
-
-def caption_texts(scene: Scene) -> list[str]:
-    """The captions of a scene without punctuation, which the tokenizer does not know."""
-    return [" ".join(words(caption.text)) for caption in scene.captions]
 
 
 def loss(

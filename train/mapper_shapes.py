@@ -27,7 +27,7 @@ from jaxrel.models.clipmapper import (
 )
 from jaxrel.models.weights import check_new_folder
 from jaxrel.train.clip_shapes import normalise
-from jaxrel.train.data.shapes import Scene, Shapes, answers
+from jaxrel.train.data.shapes import Scene, Shapes, answers, words
 from jaxrel.train.data.shapes.scene import COLOURS, SHAPES, SIZES
 from jaxrel.train.mapper_training import caption_loss, new_model, train_mapper
 from jaxrel.train.pipeline import Arrays
@@ -212,6 +212,11 @@ def vqa_examples(recipe: VqaShapes, model: CLIPMapperVQA, split: str, count: int
     return Arrays(**arrays, text=text, answer=answer, asked=patches, place=places)
 
 
+def caption_texts(scene: Scene) -> list[str]:
+    """The captions of a scene without punctuation, which the tokenizer does not know."""
+    return [" ".join(words(caption.text)) for caption in scene.captions]
+
+
 class CaptionExamples:
     """Scenes with one caption each; five times as many examples as scenes.
 
@@ -221,9 +226,7 @@ class CaptionExamples:
     def __init__(
         self, recipe: CaptionShapes, model: CLIPMapperCaption, split: str, count: int
     ) -> None:
-        arrays, captions = load_scenes(
-            recipe, model, split, count, lambda scene: [caption.text for caption in scene.captions]
-        )
+        arrays, captions = load_scenes(recipe, model, split, count, caption_texts)
         ids = model.processor.text([text for five in captions for text in five], recipe.context)
         self._scenes = Arrays(**arrays)
         self._text = ids.reshape(count, CAPTIONS, -1)

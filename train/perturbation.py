@@ -198,21 +198,41 @@ def relevance_by_method(
 
 
 def _sweep(graph: Any, drawn: Examples, modality: str) -> Callable:
+    """A program that measures one batch: patches are left out, and words are hidden.
+
+    What stays the same at every step is made once: the text's tokens in stage 1 where patches
+    go, the picture's where words do.
+    """
+
     @jax.jit
-    def sweep(parameters, inputs, relevance, removable):
+    def sweep_image(parameters, inputs, relevance, removable):
         model = nnx.merge(graph, parameters)
         image, text = jnp.asarray(inputs["image"]), jnp.asarray(inputs["text"])
-        # Removing words leaves the picture's tokens as they are.
-        whole = None if modality == "image" else model.encode_image(image)[0]
+        encoded, _ = model.encode_text(text)
+
+        def measured(kept):
+            tokens, _ = model.encode_image(image, kept)
+            words, _ = model.map(tokens, text, encoded=encoded)
+            return drawn.measured(model, words, inputs)
+
+        return perturbation.sweep_indices(measured, relevance, patches)
+
+    @jax.jit
+    def sweep_text(parameters, inputs, relevance, removable):
+        model = nnx.merge(graph, parameters)
+        tokens, _ = model.encode_image(jnp.asarray(inputs["image"]))
 
         def measured(keep):
-            tokens = model.encode_image(image, keep)[0] if whole is None else whole
-            words, _ = model.map(tokens, text, **{f"{modality}_keep": keep})
+            words, _ = model.map(tokens, jnp.asarray(inputs["text"]), text_keep=keep)
             return drawn.measured(model, words, inputs)
 
         return perturbation.sweep(measured, relevance, removable)
 
-    return sweep
+    if modality == "text":
+        return sweep_text
+    # Pictures have the same patches.
+    patches = drawn.removable["image"][0]
+    return sweep_image
 
 
 def draw_examples(model: CLIPMapper, **options: Any) -> list[Examples]:

@@ -166,7 +166,7 @@ class VqaShapes(MapperShapes):
 class CaptionShapes(MapperShapes):
     """Settings of the recipe `caption-shapes`: each picture of a batch with one caption."""
 
-    steps: int = _setting(2_400, "of the optimiser")
+    steps: int = _setting(3_000, "of the optimiser")
     batch: int = _setting(64, "pictures per step")
     context: int = _setting(34, "tokens of the longest text")
     full: float = _setting(1.0, "share of captions that name every object")

@@ -31,6 +31,7 @@ Relevance = Float[Array | np.ndarray, "batch tokens"]
 # Shapes and dtype are told apart here so that a wrong one meets our own error.
 Removable = Shaped[Array | np.ndarray, "examples positions"]
 Measure = Callable[[Bool[Array, "batch tokens"]], Shaped[Array, "..."]]
+MeasureOfIndices = Callable[[Int[Array, "batch kept"]], Shaped[Array, "..."]]
 
 
 def keep_masks(
@@ -105,18 +106,58 @@ def sweep(
     _check_tokens("sweep", relevance.shape[1:], removable)
     _check_finite("sweep", relevance, removable)
     relevance, removable = jnp.asarray(relevance), jnp.asarray(removable)
-    found = jax.eval_shape(measure, jax.ShapeDtypeStruct(removable.shape, jnp.bool_))
-    if getattr(found, "shape", None) != removable.shape[:1]:
-        raise ValueError(
-            f"sweep: measure must return one number per example, [{len(removable)}], got "
-            f"{getattr(found, 'shape', type(found).__name__)}"
+    _check_measure("sweep", measure, jax.ShapeDtypeStruct(removable.shape, jnp.bool_))
+    keep = _keep_by_method(relevance, removable, steps)
+    return _usable(_measured(measure, keep, steps, batch_size), relevance, removable)
+
+
+def sweep_indices(
+    measure: MeasureOfIndices,
+    relevance: Float[Array | np.ndarray, "methods batch tokens"],
+    removable: Shaped[np.ndarray, " tokens"],
+    *,
+    steps: Steps = STEPS,
+) -> Float[Array, "methods signs steps batch"]:
+    """As `sweep`, for a model that leaves tokens out in the place of hiding them.
+
+    What is left out costs nothing: at the protocol's steps two tokens of three are not there.
+    The program has a part for each step, since each has a size of its own.
+
+    Args:
+      measure: a JAX function from the indices of the kept tokens, ascending, `[batch, kept]`, to
+        one number (or bool) per example, `[batch]`.
+      relevance: one map per method, of the same examples.
+      removable: bool, the same for all examples, as when these are pictures; a NumPy array, since
+        how many tokens are kept must be known when the program is made.
+      steps: as in `keep_masks`.
+
+    Returns:
+      As `sweep`.
+
+    Raises:
+      ValueError: as `sweep`.
+    """
+    what = "sweep_indices"
+    _check_steps(what, steps)
+    shared = np.broadcast_to(removable, (relevance.shape[1], *removable.shape))
+    _check_tokens(what, relevance.shape[1:], shared)
+    _check_finite(what, relevance, shared)
+    relevance = jnp.asarray(relevance)
+    free = int(removable.sum())
+    kept = removable.size - free + _counts(steps, free)[:, free]
+    for count in kept:
+        _check_measure(what, measure, jax.ShapeDtypeStruct((len(shared), count), jnp.int32))
+    keep = _keep_by_method(relevance, jnp.asarray(shared), steps)
+    found = []
+    for step, count in enumerate(kept):
+        masks = keep[:, :, step] if steps[step] not in (0, 1) else keep[:1, :1, step]
+        # Stable: the tokens that are kept come first, in their own order.
+        indices = jnp.argsort(~masks, axis=-1, stable=True)[..., :count]
+        values = jax.lax.map(measure, indices.reshape(-1, *indices.shape[-2:]))
+        found.append(
+            jnp.broadcast_to(values.reshape(*masks.shape[:-1]), keep.shape[:2] + masks.shape[2:3])
         )
-    signed = jnp.stack([relevance, -relevance], axis=1)
-    keep = jax.vmap(jax.vmap(lambda score: _keep(score, removable, tuple(steps))))(signed)
-    values = _measured(measure, keep, steps, batch_size)
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    usable = (jnp.isfinite(relevance) | ~removable).all(axis=-1)
-    return jnp.where(usable[:, None, None], values, jnp.nan)
+    return _usable(jnp.stack(found, axis=2), relevance, jnp.asarray(shared))
 
 
 def auc(
@@ -266,6 +307,26 @@ def _keep(
     return ~removable | (place < kept[..., None])
 
 
+def _keep_by_method(
+    relevance: Float[Array, "methods batch tokens"],
+    removable: Bool[Array, "batch tokens"],
+    steps: Steps,
+) -> Bool[Array, "methods signs steps batch tokens"]:
+    signed = jnp.stack([relevance, -relevance], axis=1)
+    return jax.vmap(jax.vmap(lambda score: _keep(score, removable, tuple(steps))))(signed)
+
+
+def _usable(
+    values: Shaped[Array, "methods signs steps batch"],
+    relevance: Float[Array, "methods batch tokens"],
+    removable: Bool[Array, "batch tokens"],
+) -> Float[Array, "methods signs steps batch"]:
+    """Values as floats, NaN where the relevance is not finite."""
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    usable = (jnp.isfinite(relevance) | ~removable).all(axis=-1)
+    return jnp.where(usable[:, None, None], values, jnp.nan)
+
+
 def _measured(
     measure: Measure,
     keep: Bool[Array, "methods signs steps batch tokens"],
@@ -316,6 +377,15 @@ def _check_tokens(what: str, shape: tuple[int, ...], removable: Removable) -> No
     if removable.dtype != np.bool_:
         raise ValueError(
             f"{what}: removable must be bool, True where a token may go, got {removable.dtype}"
+        )
+
+
+def _check_measure(what: str, measure: Callable, tokens: jax.ShapeDtypeStruct) -> None:
+    found = jax.eval_shape(measure, tokens)
+    if getattr(found, "shape", None) != tokens.shape[:1]:
+        raise ValueError(
+            f"{what}: measure must return one number per example, [{tokens.shape[0]}], got "
+            f"{getattr(found, 'shape', type(found).__name__)}"
         )
 
 
