@@ -183,6 +183,12 @@ def _add_evaluate(commands: Any) -> None:
         if name == "perturbation":
             test.add_argument("--batch", type=int, default=32, help="at a time (default: 32)")
             test.add_argument(
+                "--regenerated",
+                type=int,
+                default=512,
+                help="captions are written anew for so many of them; 0 for none (default: 512)",
+            )
+            test.add_argument(
                 "--modality",
                 default="image,text",
                 help="whose tokens are removed (default: image,text)",
@@ -391,13 +397,14 @@ def _perturbation(options: argparse.Namespace) -> None:
         methods=_names(options.method, perturbation.METHODS),
         split=options.split,
         examples=options.examples,
+        regenerated=options.regenerated,
         batch=options.batch,
         seed=options.seed,
     )
     result = {name: {"model": options.model, **summary} for name, summary in result.items()}
     files = perturbation.save(result, options.out)
-    for modality, summary in result.items():
-        print(f"Removing {modality} tokens:\n\n{markdown(summary)}")
+    for summary in result.values():
+        print(f"Removing {summary['modality']} tokens:\n\n{markdown(summary)}")
     print("wrote " + ", ".join(map(str, files)))
 
 

@@ -17,6 +17,8 @@ from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.processor import Processor
 from jaxrel.models.transformer import (
     ACTIVATIONS,
+    Mask,
+    Memory,
     Transformer,
     causal_mask,
     key_mask,
@@ -236,6 +238,11 @@ def _one(value: Any, name: str) -> int:
 Kept = Bool[Array, "batch tokens"] | Int[Array, "batch kept"]
 
 
+def kept_mask(keep: Kept | None) -> Mask | None:
+    """The mask that hides tokens; None where all are seen, or the others are left out."""
+    return None if keep is None or keep.dtype != bool else key_mask(keep)
+
+
 class VisionTower(nnx.Module):
     """A picture to a class token and patch tokens (Dosovitskiy et al. 2021).
 
@@ -290,10 +297,8 @@ class VisionTower(nnx.Module):
         )
         x = jnp.concatenate([first.astype(patches.dtype), patches], axis=1)
         x = x + self.position_embedding[...].astype(x.dtype)
-        mask = None
-        if keep is not None and keep.dtype == bool:
-            mask = key_mask(keep)
-        elif keep is not None:
+        mask = kept_mask(keep)
+        if keep is not None and mask is None:
             x = jnp.take_along_axis(x, keep[..., None], axis=1)
         return self.transformer(
             self.pre_norm(x), mask, remat=remat, return_attention=return_attention
@@ -349,6 +354,14 @@ class TextTower(nnx.Module):
         x = tag(self.token_embedding(text), "text/tokens")
         x = x + self.position_embedding[:tokens].astype(x.dtype)
         return self.transformer(x, mask, remat=remat, return_attention=return_attention)
+
+    def step(
+        self, token: Int[Array, " batch"], memory: Memory, position: Int[Array, ""]
+    ) -> tuple[Float[Array, "batch 1 features"], Memory]:
+        """Return one token before the last norm, and the memory with it; see `Transformer.step`."""
+        x = self.token_embedding(token)[:, None]
+        x = x + self.position_embedding[position].astype(x.dtype)
+        return self.transformer.step(x, memory, position)
 
     def embed(
         self, tokens: Float[Array, "batch tokens features"], end: Int[Array, " batch"]

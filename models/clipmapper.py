@@ -34,11 +34,19 @@ from jaxrel.models.clip import (
     VisionTower,
     check_vocabulary,
     end_of_text,
+    kept_mask,
 )
 from jaxrel.models.layout import Layout, Stream
-from jaxrel.models.mapper import Mapper, Maps
+from jaxrel.models.mapper import Mapper, Maps, Memories
 from jaxrel.models.processor import Processor
-from jaxrel.models.transformer import ACTIVATIONS, Mask, causal_mask, key_mask, layer_norm
+from jaxrel.models.transformer import (
+    ACTIVATIONS,
+    Mask,
+    Memory,
+    causal_mask,
+    key_mask,
+    layer_norm,
+)
 from jaxrel.models.weights import (
     CONFIG,
     find_folder,
@@ -726,13 +734,13 @@ class CLIPMapperCaption(CLIPMapper):
         return logits[row, position - 1, jnp.asarray(inputs["text"])[row, position]]
 
     def generate(
-        self, image: Float[Array, "batch height width 3"], keep: Any = None
-    ) -> Int[Array, "batch tokens"]:
+        self, image: Float[Array, "batch height width 3"], keep: Kept | None = None
+    ) -> Int[Array, "batch words"]:
         """Write a caption for each picture, the most probable word at each step (greedy).
 
         Args:
           image: normalised pictures.
-          keep: which of the picture's tokens are seen; all by default.
+          keep: which of the picture's tokens are seen, as in `encode_image`; all by default.
 
         Returns:
           Token ids with start and end, padded; a caption that has not ended when the context
@@ -744,21 +752,67 @@ class CLIPMapperCaption(CLIPMapper):
         never = jnp.zeros(text.vocab_size, bool).at[jnp.array([start, pad])].set(True)
         never = never.at[end].set(False)
         tokens, _ = self.encode_image(image, keep)
+        mask = kept_mask(keep)
         empty = jnp.full((len(image), text.context), pad, jnp.int32).at[:, 0].set(start)
 
-        def step(state, position):
-            ids, ended = state
-            words, _ = self.map(tokens, ids, image_keep=keep)
-            read = jax.lax.dynamic_index_in_dim(words, position - 1, 1, keepdims=False)
-            best = jnp.where(never, -jnp.inf, self.head(read)).argmax(-1).astype(jnp.int32)
+        def unfinished(state):
+            _, position, ended, _ = state
+            return (position < text.context) & ~ended.all()
+
+        def step(state):
+            ids, position, ended, memory = state
+            before = jax.lax.dynamic_index_in_dim(ids, position - 1, 1, keepdims=False)
+            logits, memory = self.next_word(before, memory, position - 1, mask)
+            best = jnp.where(never, -jnp.inf, logits).argmax(-1).astype(jnp.int32)
             best = jnp.where(position == text.context - 1, end, best)
             best = jnp.where(ended, pad, best)
             ids = jax.lax.dynamic_update_index_in_dim(ids, best, position, 1)
-            return (ids, ended | (best == end)), None
+            return ids, position + 1, ended | (best == end), memory
 
         ended = jnp.zeros(len(image), bool)
-        positions = jnp.arange(1, text.context)
-        return jax.lax.scan(step, (empty, ended), positions)[0][0]
+        state = (empty, jnp.int32(1), ended, self.begin(tokens, mask))
+        return jax.lax.while_loop(unfinished, step, state)[0]
+
+    def begin(
+        self, image: Float[Array, "batch tokens features"], image_mask: Mask | None = None
+    ) -> tuple[Memory, dict[str, Memories]]:
+        """Return what is remembered of a picture before its caption, for `next_word`.
+
+        Args:
+          image: the picture's tokens, as `encode_image` returns them.
+          image_mask: which of them are seen.
+        """
+        context = self.config.clip.text.context
+        seen = self.vision_in(self.vision_norm(image))
+        return (
+            self.text.transformer.empty(len(image), context),
+            self.mapper.begin(seen, image_mask, context),
+        )
+
+    def next_word(
+        self,
+        token: Int[Array, " batch"],
+        memory: tuple[Memory, dict[str, Memories]],
+        position: Int[Array, ""],
+        image_mask: Mask | None = None,
+    ) -> tuple[Float[Array, "batch vocabulary"], tuple[Memory, dict[str, Memories]]]:
+        """Return the logits of the word after a token, as a call would on all tokens so far.
+
+        Args:
+          token: the last token of each caption.
+          memory: of what came before, as `begin` or the word before returned it.
+          position: of the token.
+          image_mask: as in `begin`.
+
+        Returns:
+          The logits, float32, and the memory with this token.
+        """
+        encoded, of_tower = self.text.step(token, memory[0], position)
+        word, of_mapper = self.mapper.step(
+            self.text_in(self.text_norm(encoded)), memory[1], position, image_mask
+        )
+        logits = self.word_logits(self.final_norm(word))[:, 0]
+        return logits, (of_tower, of_mapper)
 
     def predict(self, inputs: Inputs) -> list[str]:
         """Return a caption for each picture, in words."""

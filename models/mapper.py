@@ -2,15 +2,16 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jax import numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxrel import tag
-from jaxrel.models.transformer import Attention, Block, Mask, layer_norm
+from jaxrel.models.transformer import Attention, Block, Mask, Memory, layer_norm, scan_layers
 
 Maps = dict[str, Float[Array, "layers batch heads query key"]]
+# What a layer's attentions have read, by name.
+Memories = dict[str, Memory]
 
 
 class Sublayer(nnx.Module):
@@ -23,17 +24,32 @@ class Sublayer(nnx.Module):
         self.source_norm = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.attention = Attention(width, heads, out_std=out_std, dtype=dtype, rngs=rngs)
 
+    def read(self, source: Float[Array, "batch keys width"]) -> Memory:
+        """The keys and values of tokens."""
+        return self.attention.read(self.source_norm(source))
+
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
-        source: Float[Array, "batch keys width"],
+        memory: Memory,
         mask: Mask | None,
         name: str,
     ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens keys"]]:
-        """Apply it; tags: `name` maps, `name/before` and `name/after` what is added."""
+        """Attend to what was read; tags: `name` maps, `name/before`, `name/after` what is added."""
         x = tag(x, f"{name}/before")
-        attended, maps = self.attention(self.norm(x), self.source_norm(source), mask, name)
+        attended, maps = self.attention(self.norm(x), memory, mask, name)
         return x + tag(attended, f"{name}/after"), maps
+
+    def step(
+        self,
+        x: Float[Array, "batch 1 width"],
+        memory: Memory,
+        position: Int[Array, ""],
+        name: str,
+    ) -> tuple[Float[Array, "batch 1 width"], Memory]:
+        """Apply it to one token, which sees itself and those before it."""
+        memory = memory.write(self.read(x), position)
+        return self(x, memory, memory.until(position), name)[0], memory
 
 
 class MapperLayer(nnx.Module):
@@ -89,18 +105,58 @@ class MapperLayer(nnx.Module):
     ) -> tuple[tuple[Array, Array], dict[str, Array]]:
         """Apply the layer; the attention maps come out by name."""
         maps = {}
-        image, maps["image_single"] = self.image_single(image, image, image_mask, "image_single")
-        text, maps["text_single"] = self.text_single(text, text, text_mask, "text_single")
-        seen, read = image, text
-        text, maps["text_to_image"] = self.text_to_image(text, seen, image_mask, "text_to_image")
+        image, maps["image_single"] = self.image_single(
+            image, self.image_single.read(image), image_mask, "image_single"
+        )
+        text, maps["text_single"] = self.text_single(
+            text, self.text_single.read(text), text_mask, "text_single"
+        )
+        read = text
+        text, maps["text_to_image"] = self.text_to_image(
+            text, self.text_to_image.read(image), image_mask, "text_to_image"
+        )
         if self.picture == "reads":
             image, maps["image_to_text"] = self.image_to_text(
-                image, read, text_mask, "image_to_text"
+                image, self.image_to_text.read(read), text_mask, "image_to_text"
             )
         if self.picture != "ends":
             image, maps["image_self"] = self.image_self(image, image_mask, "image_self")
         text, maps["text_self"] = self.text_self(text, text_mask, "text_self")
         return (image, text), maps
+
+    def begin(
+        self, image: Float[Array, "batch patches width"], image_mask: Mask | None, tokens: int
+    ) -> tuple[Float[Array, "batch patches width"], Memories]:
+        """Apply the picture's side, which does not read the text; see `Mapper.begin`."""
+        image, _ = self.image_single(
+            image, self.image_single.read(image), image_mask, "image_single"
+        )
+        memories = {
+            "text_single": self.text_single.attention.empty(len(image), tokens),
+            "text_to_image": self.text_to_image.read(image),
+            "text_self": self.text_self.attention.empty(len(image), tokens),
+        }
+        if self.picture != "ends":
+            image, _ = self.image_self(image, image_mask, "image_self")
+        return image, memories
+
+    def step(
+        self,
+        text: Float[Array, "batch 1 width"],
+        memories: Memories,
+        position: Int[Array, ""],
+        image_mask: Mask | None,
+    ) -> tuple[Float[Array, "batch 1 width"], Memories]:
+        """Apply the text's side to one token; see `Mapper.step`."""
+        after = dict(memories)
+        text, after["text_single"] = self.text_single.step(
+            text, memories["text_single"], position, "text_single"
+        )
+        text, _ = self.text_to_image(text, memories["text_to_image"], image_mask, "text_to_image")
+        text, after["text_self"] = self.text_self.step(
+            text, memories["text_self"], position, "text_self"
+        )
+        return text, after
 
 
 class Mapper(nnx.Module):
@@ -174,17 +230,12 @@ class Mapper(nnx.Module):
         """
         stacked: dict[str, Array] = {}
         if self.layers > 1:
-            graph, parameters = nnx.split(self.blocks)
 
-            def layer(streams, parameters):
-                block: Any = nnx.merge(graph, parameters)
+            def layer(block, streams, _):
                 streams, maps = block(*streams, image_mask, text_mask)
                 return streams, maps if return_attention else {}
 
-            if remat:
-                # Inside a scan nothing can merge the recomputation with the first computation.
-                layer = jax.checkpoint(layer, prevent_cse=False)
-            (image, text), stacked = jax.lax.scan(layer, (image, text), parameters)
+            (image, text), stacked = scan_layers(layer, self.blocks, (image, text), remat=remat)
         (image, text), last = self.last(image, text, image_mask, text_mask)
         if not return_attention:
             return (image, text), None
@@ -192,3 +243,53 @@ class Mapper(nnx.Module):
         for name, value in stacked.items():
             joined[name] = jnp.concatenate([value, joined[name]]) if name in joined else value
         return (image, text), joined
+
+    def begin(
+        self, image: Float[Array, "batch patches width"], image_mask: Mask | None, tokens: int
+    ) -> dict[str, Memories]:
+        """Read a picture before its text is written, where it does not attend to the text.
+
+        Args:
+          image: the picture's tokens.
+          image_mask: as in a call.
+          tokens: how many there are places for.
+
+        Returns:
+          What each layer's attentions have read of the picture, and places for the text.
+        """
+        memories = {}
+        if self.layers > 1:
+            image, memories["blocks"] = scan_layers(
+                lambda block, image, _: block.begin(image, image_mask, tokens), self.blocks, image
+            )
+        _, memories["last"] = self.last.begin(image, image_mask, tokens)
+        return memories
+
+    def step(
+        self,
+        text: Float[Array, "batch 1 width"],
+        memories: dict[str, Memories],
+        position: Int[Array, ""],
+        image_mask: Mask | None,
+    ) -> tuple[Float[Array, "batch 1 width"], dict[str, Memories]]:
+        """Run all layers on one token of the text, which sees those before it.
+
+        Args:
+          text: the token.
+          memories: as `begin` or the step before returned them.
+          position: of the token.
+          image_mask: as in `begin`.
+
+        Returns:
+          The token after the last layer, and the memories with it.
+        """
+        after = {}
+        if self.layers > 1:
+            text, after["blocks"] = scan_layers(
+                lambda block, text, memory: block.step(text, memory, position, image_mask),
+                self.blocks,
+                text,
+                memories["blocks"],
+            )
+        text, after["last"] = self.last.step(text, memories["last"], position, image_mask)
+        return text, after

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jax import numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrel import tag
 
@@ -39,8 +40,30 @@ def _linear(inputs: int, outputs: int, std: float, dtype: jnp.dtype, rngs: nnx.R
     )
 
 
+class Memory(NamedTuple):
+    """The keys and values of tokens that an attention has read; of stacked layers stacked.
+
+    Who writes word by word keeps them, so that a word costs one token.
+    """
+
+    key: Float[Array, "*layers batch keys heads features"]
+    value: Float[Array, "*layers batch keys heads features"]
+
+    def write(self, token: "Memory", position: Int[Array, ""]) -> "Memory":
+        """Put what was read of one token in its place."""
+        write = jax.lax.dynamic_update_slice_in_dim
+        return Memory(*(write(old, new, position, 1) for old, new in zip(self, token, strict=True)))
+
+    def until(self, position: Int[Array, ""]) -> Mask:
+        """A mask that hides the places after a position, which are not written yet."""
+        return jnp.arange(self.key.shape[1]) <= position
+
+
 class Attention(nnx.Module):
-    """Multi-head attention that returns its maps (Vaswani et al. 2017, section 3.2)."""
+    """Multi-head attention that returns its maps (Vaswani et al. 2017, section 3.2).
+
+    It attends to what it has read: all tokens at once, or a memory of one after the other.
+    """
 
     def __init__(
         self, width: int, heads: int, *, out_std: float, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -51,18 +74,26 @@ class Attention(nnx.Module):
         self.value = _linear(width, width, width**-0.5, dtype, rngs)
         self.out = _linear(width, width, out_std, dtype, rngs)
 
+    def read(self, source: Float[Array, "batch keys width"]) -> Memory:
+        """The keys and values of tokens."""
+        return Memory(self._by_head(self.key(source)), self._by_head(self.value(source)))
+
+    def empty(self, batch: int, tokens: int) -> Memory:
+        """A memory with places for so many tokens; of stacked layers all their memories."""
+        *layers, _, width = self.key.kernel.shape
+        shape = (*layers, batch, tokens, self.heads, width // self.heads)
+        zeros = jnp.zeros(shape, self.key.dtype)
+        return Memory(zeros, zeros)
+
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
-        source: Float[Array, "batch keys width"],
+        memory: Memory,
         mask: Mask | None,
         name: str,
     ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens keys"]]:
-        """Attend from x to source; maps are float32, tagged before they multiply the values."""
-        query, key, value = (
-            projection(y).reshape(*y.shape[:-1], self.heads, -1)
-            for projection, y in ((self.query, x), (self.key, source), (self.value, source))
-        )
+        """Attend from x to what was read; maps are float32, tagged before they multiply values."""
+        query, (key, value) = self._by_head(self.query(x)), memory
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         logits = logits * query.shape[-1] ** -0.5
         if mask is not None:
@@ -70,6 +101,9 @@ class Attention(nnx.Module):
         maps = tag(jax.nn.softmax(logits, axis=-1), name)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(value.dtype), value)
         return self.out(mixed.reshape(x.shape)), maps
+
+    def _by_head(self, x: Float[Array, "batch tokens width"]) -> Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
 
 
 class Block(nnx.Module):
@@ -106,7 +140,24 @@ class Block(nnx.Module):
         """Apply the layer; tags: `name` maps, `name/before` and `name/after` what is added."""
         x = tag(x, f"{name}/before")
         normed = self.norm1(x)
-        attended, maps = self.attention(normed, normed, mask, name)
+        return self._attend(x, normed, self.attention.read(normed), mask, name)
+
+    def step(
+        self,
+        x: Float[Array, "batch 1 width"],
+        memory: Memory,
+        position: Int[Array, ""],
+        name: str,
+    ) -> tuple[Float[Array, "batch 1 width"], Memory]:
+        """Apply the layer to one token, which sees itself and those before it."""
+        normed = self.norm1(x)
+        memory = memory.write(self.attention.read(normed), position)
+        return self._attend(x, normed, memory, memory.until(position), name)[0], memory
+
+    def _attend(
+        self, x: Array, normed: Array, memory: Memory, mask: Mask | None, name: str
+    ) -> tuple[Array, Array]:
+        attended, maps = self.attention(normed, memory, mask, name)
         x = x + tag(attended, f"{name}/after")
         hidden = ACTIVATIONS[self.activation](self.expand(self.norm2(x)))
         return x + self.contract(hidden), maps
@@ -181,16 +232,62 @@ class Transformer(nnx.Module):
         Returns:
           The residual stream after the last layer, and the maps of all layers (or None).
         """
-        graph, parameters = nnx.split(self.blocks)
 
-        def layer(x, parameters):
-            x, maps = nnx.merge(graph, parameters)(x, mask, self.name)
+        def layer(block, x, _):
+            x, maps = block(x, mask, self.name)
             return x, maps if return_attention else None
 
-        if remat:
-            # Inside a scan nothing can merge the recomputation with the first computation.
-            layer = jax.checkpoint(layer, prevent_cse=False)
-        return jax.lax.scan(layer, x, parameters)
+        return scan_layers(layer, self.blocks, x, remat=remat)
+
+    def empty(self, batch: int, tokens: int) -> Memory:
+        """The memory of all layers before the first of so many tokens."""
+        return self.blocks.attention.empty(batch, tokens)
+
+    def step(
+        self, x: Float[Array, "batch 1 width"], memory: Memory, position: Int[Array, ""]
+    ) -> tuple[Float[Array, "batch 1 width"], Memory]:
+        """Run all layers on one token, as a causal mask has it.
+
+        Args:
+          x: the residual stream of the token.
+          memory: of the tokens before it, as `empty` or the step before returned it.
+          position: of the token.
+
+        Returns:
+          The residual stream after the last layer, and the memory with this token.
+        """
+
+        def layer(block, x, memory):
+            return block.step(x, memory, position, self.name)
+
+        return scan_layers(layer, self.blocks, x, memory)
+
+
+def scan_layers(
+    apply: Callable, blocks: nnx.Module, carry: Any, xs: Any = None, *, remat: bool = False
+) -> tuple[Any, Any]:
+    """Run stacked layers by one scan.
+
+    Args:
+      apply: `(layer, carry, x) -> (carry, y)`.
+      blocks: layers whose parameters have a leading layer axis.
+      carry: what goes from layer to layer, such as the residual stream.
+      xs: what each layer has of its own, with a leading layer axis.
+      remat: recompute each layer in the backward pass instead of storing it.
+
+    Returns:
+      What the last layer hands on, and what each layer keeps, stacked.
+    """
+    graph, parameters = nnx.split(blocks)
+
+    def layer(carry, own):
+        parameters, x = own
+        return apply(nnx.merge(graph, parameters), carry, x)
+
+    if remat:
+        # Inside a scan nothing can merge the recomputation with the first computation.
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    return jax.lax.scan(layer, carry, (parameters, xs))
 
 
 def key_mask(keep: Bool[Array, "batch keys"]) -> Mask:

@@ -27,7 +27,8 @@ from jaxrel.models import (
     image_processing,
     word_tokenizer,
 )
-from jaxrel.models.transformer import causal_mask
+from jaxrel.models.transformer import causal_mask, key_mask
+from jaxrel.train.data.shapes import Shapes
 
 WORDS = ("a", "red", "blue", "circle", "square", "above", "what", "is")
 STAGE1 = CLIPConfig(
@@ -366,16 +367,24 @@ def with_bias_of_the_end(caption, bias):
     return model
 
 
-def greedy(model, image):
-    """One word after the other; after the words lie tokens that are not padding."""
-    text = np.full((len(image), 9), 7, np.int32)
+LOGITS = jax.jit(lambda model, inputs: model(inputs))
+GENERATE = jax.jit(lambda model, image, keep=None: model.generate(image, keep))
+
+
+def greedy(model, image, keep=None):
+    """One word after the other, each from all tokens; after the words lie some that are no words.
+
+    Start, end and padding are 2, 3 and 0, as `word_tokenizer` has them.
+    """
+    sizes = model.config.clip.text
+    words = np.array([token for token in range(sizes.vocab_size) if token not in (0, 2)])
+    text = np.full((len(image), sizes.context), 7, np.int32)
     text[:, 0] = 2
     ended = np.zeros(len(image), bool)
-    for i in range(1, 9):
-        logits, _ = FORWARD(model, {"image": image, "text": jnp.asarray(text)})
-        words = [token for token in range(12) if token not in (0, 2)]
-        best = np.array(words)[np.asarray(logits)[:, i - 1, words].argmax(-1)]
-        best[...] = 3 if i == 8 else best
+    for i in range(1, sizes.context):
+        logits = LOGITS(model, {"image": image, "text": jnp.asarray(text), "image_keep": keep})
+        best = words[np.asarray(logits)[:, i - 1, words].argmax(-1)]
+        best[...] = 3 if i == sizes.context - 1 else best
         text[:, i] = np.where(ended, 0, best)
         ended |= best == 3
     return text
@@ -393,6 +402,63 @@ def test_generate_is_greedy(caption, bias, ends):
     assert (ended == 8).all() if ends == "never" else (ended < 8).any()
     words = [[token for token in row if token] for row in model.tokens(generated)]
     assert model.predict(generated) == [" ".join(row) for row in words]
+
+
+def hidden_and_left_out(tokens, kept):
+    """The same choice of tokens for two pictures, as a mask and as indices."""
+    indices = np.sort([np.random.default_rng(i).permutation(tokens)[:kept] for i in range(2)])
+    return jnp.asarray((indices[..., None] == np.arange(tokens)).any(1)), jnp.asarray(indices)
+
+
+def test_generate_from_some_patches():
+    model = random_mapper("caption", layers=3)
+    for path, value in values(model).items():
+        # Random biases would choose the words of all pictures.
+        if path[-1] == "bias":
+            value.set_value(jnp.zeros_like(value[...]))
+    image = jnp.asarray(processor().image(random_pictures(2, seed=2)))
+    mask, indices = hidden_and_left_out(5, 3)
+    expected = greedy(model, image, mask)
+    np.testing.assert_array_equal(GENERATE(model, image, mask), expected)
+    np.testing.assert_array_equal(GENERATE(model, image, indices), expected)
+    assert (expected[0] != expected[1]).any()
+
+
+def test_the_bundled_model_captions_as_without_a_memory():
+    model = models.from_pretrained("caption-shapes")
+    scenes = [Shapes().scene("test", i).image for i in (0, 1, 0, 1)]
+    image = jnp.asarray(model.processor.image(scenes))
+    mask, indices = hidden_and_left_out(65, 30)
+    some = jnp.concatenate([jnp.ones_like(mask), mask])
+    expected = greedy(model, image, some)
+    assert len({tuple(row) for row in expected}) == 4
+    np.testing.assert_array_equal(GENERATE(model, image, some), expected)
+    np.testing.assert_array_equal(GENERATE(model, image[:2], indices), expected[2:])
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_word_by_word_the_logits_are_those_of_all_tokens(layers):
+    model = random_mapper("caption", layers)
+    image = jnp.asarray(processor().image(random_pictures()))
+    text = jnp.asarray(np.random.default_rng(0).integers(0, 12, (2, 9)))
+    mask, _ = hidden_and_left_out(5, 3)
+
+    @jax.jit
+    def by_word(model, image, text):
+        tokens, _ = model.encode_image(image, mask)
+
+        def step(memory, place):
+            logits, memory = model.next_word(text[:, place], memory, place, key_mask(mask))
+            return memory, logits
+
+        places = jnp.arange(text.shape[1])
+        logits = jax.lax.scan(step, model.begin(tokens, key_mask(mask)), places)[1]
+        return logits.swapaxes(0, 1)
+
+    expected = LOGITS(model, {"image": image, "text": text, "image_keep": mask})
+    # float32, summed in another order.
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(by_word(model, image, text), expected, atol=1e-5 * scale)
 
 
 def test_generate_knows_the_end_of_old_configurations(caption):

@@ -8,6 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from jaxrel import cli
+from jaxrel.metrics.captions import CiderD, tokenise
 from jaxrel.models import CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train import (
     caption_evaluation,
@@ -134,21 +135,60 @@ def test_true_captions_are_found_true(captioner, monkeypatch):
     assert result["CIDEr-D"]["mean"] > 2
 
 
+def own_scores(model, count):
+    """CIDEr-D of the model's own captions, from all patches."""
+    drawn, _ = perturbation.caption_examples(
+        model, data_seed=0, split="test", count=count, seed=0, batch=4
+    )
+    assert len(drawn.references) == count
+    ids = drawn.inputs["text"].astype(np.float32)
+    return perturbation.caption_scores(model, ids[None, None, None], drawn.references)[0, 0, 0]
+
+
 @pytest.mark.parametrize("made", ["vqa", "captioner"])
 def test_perturbation(made, request, tmp_path):
     model, _ = request.getfixturevalue(made)
-    result = perturbation.evaluate(model, methods=METHODS, examples=7, batch=4)
-    for modality in ("image", "text"):
-        summary = result[modality]
-        assert summary["examples"] == 7
+    result = perturbation.evaluate(model, methods=METHODS, examples=7, regenerated=3, batch=4)
+    anew = ["image-cider"] if made == "captioner" else []
+    assert list(result) == ["image", "text", *anew]
+    for name, summary in result.items():
+        assert summary["examples"] == (3 if name in anew else 7)
+        assert summary["modality"] == name.removesuffix("-cider")
         assert set(summary["methods"]) == set(METHODS)
         for one in summary["methods"].values():
             # Nothing is removed at first, and everything at last: all methods agree there.
             means = [one[sign]["curve"]["mean"] for sign in ("negative", "positive")]
             assert means[0][0] == means[1][0]
             assert means[0][-1] == pytest.approx(means[1][-1], rel=1e-5)
+    if anew:
+        curve = result[perturbation.ANEW]["methods"]["random"]["positive"]["curve"]["mean"]
+        assert curve[0] == pytest.approx(own_scores(model, 7)[:3].mean())
     files = perturbation.save(result, tmp_path)
-    assert sorted(file.suffix for file in files) == [".json", ".json", ".md", ".md", ".png", ".png"]
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    assert {file.name for file in files} == {
+        f"perturbation-{model.task}-{name}.{suffix}"
+        for name in result
+        for suffix in ("json", "md", "png")
+    }
+
+
+def test_captions_written_anew_are_scored_one_by_one(captioner):
+    model, _ = captioner
+    captions = [[one.text for one in Shapes().scene("test", i).captions] for i in range(4)]
+    references = [[tokenise(text) for text in texts] for texts in captions]
+    # Of the first two scenes: their own captions, each other's, and none.
+    texts = [captions[i][j] for i in (0, 1) for j in (0, 1)]
+    ids = np.asarray(model.prepare(image=[Shapes().scene("test", 0).image] * 4, text=texts)["text"])
+    numbers = [[0, 2], [3, 1]]
+    written = ids[np.array(numbers)].astype(np.float32)
+    written = np.concatenate([written, np.full_like(written[:1], np.nan)])
+    found = perturbation.caption_scores(model, written[:, None, None], references)[:, 0, 0]
+    cider = CiderD.from_references(references)
+    # The tokenizer knows no commas; `tokenise` has none either.
+    expected = [cider.score([tokenise(texts[n]) for n in row], references[:2]) for row in numbers]
+    np.testing.assert_allclose(found[:2], expected, rtol=1e-12)
+    assert found[0].min() > 1 > found[1].max()
+    assert np.isnan(found[2]).all()
 
 
 def test_perturbation_measures_what_it_says(captioner):
@@ -185,6 +225,7 @@ BAD = {
     "modality": ({"modality": ("sound",)}, "unknown modality 'sound'; there are image, text"),
     "none": ({"modality": ()}, "no modality given"),
     "few": ({"examples": 0}, "examples and batch must be at least 1, got 0 and 32"),
+    "anew": ({"regenerated": -1}, "regenerated must be at least 0, got -1"),
 }
 
 

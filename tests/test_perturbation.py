@@ -132,6 +132,24 @@ def test_leaving_tokens_out_is_hiding_them(swept):
     assert np.isnan(values).sum() == values[1, ..., 2].size
 
 
+def test_arrays_are_measured_by_example(swept):
+    relevance, steps, free = jnp.asarray(swept[0]), (0, 0.5, 1), REMOVABLE[0]
+
+    def ends(kept):
+        return jnp.stack([kept[:, 0], kept[:, -1]], axis=1)
+
+    broken = relevance.at[1, 2, 3].set(jnp.nan)
+    found = np.array(jax.jit(lambda x: sweep_indices(ends, x, free, steps=steps))(broken))
+    assert np.isnan(found[1, :, :, 2]).all()
+    assert np.isnan(found).sum() == found[1, :, :, 2].size
+    found = np.delete(found, 2, axis=3)
+    everywhere = np.broadcast_to(free, WEIGHTS.shape)
+    for m, sign in np.ndindex(found.shape[:2]):
+        keep = keep_masks(relevance[m], everywhere, positive=bool(sign), steps=steps)
+        kept = [[np.flatnonzero(row) for row in step] for step in np.delete(keep, 2, axis=1)]
+        assert found[m, sign].tolist() == [[[k[0], k[-1]] for k in step] for step in kept]
+
+
 def test_the_true_relevance_is_best_in_both_tests(swept):
     true, random, inverse, _ = auc(swept[2]).transpose(1, 0, 2)[0]
     # Optimal at every step, so for each example; between the others only the mean is sure.
@@ -294,7 +312,7 @@ ERRORS = {
     ),
     "measure of indices": (
         lambda: sweep_indices(lambda kept: kept.sum(), ONES[None], FREE[0]),
-        r"sweep_indices: measure must return one number per example, \[2\], got \(\)",
+        r"sweep_indices: measure must return one number or array per example, \[2, ...\], got \(\)",
     ),
     "NaN, sweep": (
         lambda: sweep(weight_kept, NAN[None], FREE),

@@ -34,6 +34,7 @@ from jaxrel.lrp.rules import (
     Stop,
     Uniform,
     WSquare,
+    ZAbsolute,
     ZBox,
     ZPlus,
     clipped,
@@ -157,6 +158,7 @@ RULES = {
     "alpha 1.5 beta 0.5": Case(AlphaBeta(1.5, 0.5, EPS), lambda v: alpha_beta_by_hand(v, 1.5, 0.5)),
     "alpha 1 beta 0": Case(AlphaBeta(1.0, 0.0, EPS), lambda v: alpha_beta_by_hand(v, 1, 0)),
     "z plus": Case(ZPlus(EPS), lambda v: shared(pos(v.k), pos(v.b), v)),
+    "z absolute": Case(ZAbsolute(EPS), lambda v: shared(abs(v.k), abs(v.b), v)),
     "w square": Case(WSquare(EPS), lambda v: shared(v.m**2, v.b**2, v)),
     "flat": Case(Flat(EPS), lambda v: shared((v.m != 0) * 1.0, 0, v)),
     "box": Case(ZBox(-3.0, 3.5, EPS), box_by_hand, (-3.0, 3.5)),
@@ -278,7 +280,7 @@ def test_relu_after(x64, name, nonneg, bias):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", [*SIGN_SPLIT, "epsilon"])
+@pytest.mark.parametrize("name", [*SIGN_SPLIT, "z absolute", "epsilon"])
 def test_swapped_gives_each_weight_the_sum_of_its_messages(x64, name, op):
     e = example(op)
     x, w, b, z, r = (jnp.asarray(array) for array in e[1:])
@@ -299,6 +301,18 @@ def test_swapped_dense_messages_one_by_one(x64):
     swapped = Bilinear(OPS["dense"][0], x).swapped(w)
     found = w * ZPlus(0.0).bwd(swapped, w, x, jnp.zeros(()), z, r / z)
     np.testing.assert_allclose(found, [[4.0, 0.0], [6.0, 6.0]], rtol=1e-15)
+
+
+def test_z_absolute_of_a_scale_and_a_shift(x64):
+    # z = x k + b of two features. The shares of x k are 4/(4 + 1), 6/(6 + 2), all where there is no
+    # shift and none of nothing; neither their signs nor that of z matter.
+    x, k = jnp.array([[2.0, -3.0], [-2.0, 3.0], [0.0, 1.0], [0.0, 0.0]]), jnp.array([-2.0, 2.0])
+    b = jnp.array([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0], [3.0, 0.0]])
+    z, r = x * k + b, jnp.array([[10.0, -8.0], [10.0, -8.0], [0.0, 7.0], [5.0, 0.0]])
+    c = r / jnp.where(z == 0, 1, z)
+    found = x * ZAbsolute(0.0).bwd(Bilinear(jnp.multiply, x), x, k, b, z, c)
+    expected = [[8.0, -6.0], [8.0, -6.0], [0.0, 7.0], [0.0, 0.0]]
+    np.testing.assert_allclose(found, expected, rtol=1e-15)
 
 
 # Golden values.
@@ -602,6 +616,8 @@ def unchecked():
         (lambda: Epsilon(math.nan), "got nan; 1e-6 is usual"),
         (lambda: Epsilon(math.inf), "got inf"),
         (lambda: ZPlus(-1.0), "ZPlus: stabiliser must be"),
+        (lambda: ZAbsolute(-1.0), "ZAbsolute: stabiliser must be"),
+        (lambda: ZAbsolute(bias="zero"), "ZAbsolute: bias must be"),
         (lambda: WSquare(-1.0), "WSquare: stabiliser must be"),
         (lambda: Flat(-1.0), "Flat: stabiliser must be"),
         (lambda: ExcitationBackprop(math.nan), "ExcitationBackprop: stabiliser must be"),
@@ -657,6 +673,8 @@ def test_kinds():
     assert Epsilon().covers("add", named=True)
     assert not Epsilon().covers("add", named=False)
     assert not ZPlus().covers("add", named=True)
+    assert ZAbsolute().covers("batch_norm", named=True)
+    assert not ZAbsolute().covers("batch_norm", named=False)
     assert Gradient().covers("anything", named=False)
     assert Uniform().covers("matmul", named=False)
     assert not Pass().covers("conv", named=True)

@@ -1,6 +1,7 @@
 """VGG and ResNet: features, sizes, every layout of weights, and what they say to bad input.
 
-Fixture: tiny stacks with random weights and their features, computed with torch.
+Fixtures: tiny stacks with random weights and their features, computed with torch, and what the
+reference implementation of Sun et al. 2022 distributes of some relevance of these features.
 """
 
 import json
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import jaxrel
-from jaxrel import composites
+from jaxrel import composites, op, rules
 from jaxrel.models import Processor
 from jaxrel.models.vision import (
     IMAGENET_MEAN,
@@ -36,6 +37,7 @@ from jaxrel.models.vision import (
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 FIXTURE = Path(__file__).parent / "fixtures" / "vision.npz"
+RELEVANCE = Path(__file__).parent / "fixtures" / "vision_relevance.npz"
 
 VGG_TINY = VGGConfig(((4, 4), (5,), (6, 7)))
 BASIC = ResNetConfig("basic", (1, 3), (4, 6), 5)
@@ -228,17 +230,31 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("name", STACKS)
-def test_features_are_those_of_torch(name):
-    config, renamed = STACKS[name]
-    with np.load(FIXTURE, allow_pickle=False) as file:
+def stored(fixture, name):
+    """The arrays of a stack; pictures, features and relevance with the channels last."""
+    with np.load(fixture, allow_pickle=False) as file:
         arrays = {k.removeprefix(f"{name}/"): file[k] for k in file.files if k.startswith(name)}
+    return {
+        k: v if k.startswith("w/") else jnp.asarray(v.transpose(0, 2, 3, 1))
+        for k, v in arrays.items()
+    }
+
+
+def stack(name):
+    """The model, a picture, and the features that torch computes of it."""
+    config, renamed = STACKS[name]
+    arrays = stored(FIXTURE, name)
     tensors = {k.removeprefix("w/"): v for k, v in arrays.items() if k.startswith("w/")}
     for old, new in renamed.items():
         tensors = {key.replace(old, new): value for key, value in tensors.items()}
-    x, expected = (jnp.asarray(arrays[k].transpose(0, 2, 3, 1)) for k in ("x", "features"))
+    return encoder_from_tensors(config, tensors), arrays["x"], arrays["features"]
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_features_are_those_of_torch(name):
+    model, x, expected = stack(name)
     # float32 on both sides, through up to six convolutions; measured: 2e-7.
-    assert error(forward(encoder_from_tensors(config, tensors), x), expected) < 1e-5
+    assert error(forward(model, x), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -270,7 +286,7 @@ def test_bfloat16(name, loaded):
 
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [*((name, "epsilon_plus") for name in TINY), ("vgg", "captioning"), ("basic", "captioning")],
+    [(name, preset) for name in TINY for preset in ("epsilon_plus", "captioning")],
 )
 def test_features_can_be_explained(name, preset, loaded):
     model, x = loaded[name], pictures()
@@ -287,6 +303,199 @@ def test_normalisation_is_folded_into_its_convolution(loaded):
     assert all("normalisation folded in" in row.note for row in rows)
     assert all("x >= 0" in row.note for row in rows if not row.first)
     assert "stages/1/rest/convs/0/conv/kernel" in {path for row in rows for path in row.paths}
+
+
+# ---- relevance
+
+
+@jax.jit(static_argnums=0)
+def explain(fun, module, x, relevance):
+    """Relevance of x for fun(module, x), of which the relevance is given."""
+    return jaxrel.lrp(fun, composites.captioning(), argnums=1)(module, x, seed=relevance)
+
+
+def apply(module, x):
+    return module(x)
+
+
+def branch(block, x):
+    """The block without its addition."""
+    *convs, last = block.convs
+    for conv in convs:
+        x = jax.nn.relu(conv(x))
+    return last(x)
+
+
+def shortcut(block, x):
+    return x if block.shortcut is None else block.shortcut(x)
+
+
+def stem(model, x):
+    return nnx.max_pool(jax.nn.relu(model.stem(x)), (3, 3), strides=(2, 2), padding=((1, 1),) * 2)
+
+
+def blocks_of(model):
+    for stage in model.stages:
+        yield stage.first
+        if stage.rest is not None:
+            graph, parameters = nnx.split(stage.rest)
+            yield nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], parameters))
+
+
+def with_inputs(model, x):
+    """Each block with its input."""
+    x = stem(model, x)
+    for block in blocks_of(model):
+        yield block, x
+        x = block(x)
+
+
+# float32 on both sides; measured: 4e-7 of the maximum.
+PARITY = 1e-5
+
+
+def test_relevance_is_that_of_the_reference():
+    model, x, _ = stack("bottleneck")
+    expected = stored(RELEVANCE, "bottleneck")
+    found = explain(apply, model, x, expected["target"])
+    assert error(found, expected["rel_in/conv1"]) < PARITY
+
+
+def full(one, two, relevance):
+    """What the reference leaves to the summands of a basic block: each takes all, twice the sum."""
+    return relevance, relevance
+
+
+def shares(one, two, relevance):
+    """The rule of the other blocks: to each its share, of a sum that 0.01 keeps from zero."""
+    total = one + two
+    quotient = relevance / (total + jnp.where(total >= 0, 0.01, -0.01))
+    return one * quotient, two * quotient
+
+
+@jax.jit(static_argnums=3)
+def block_by_block(model, x, relevance, shared):
+    """Relevance of the pixels, with what the two summands of each block get of its relevance."""
+    for block, inputs in reversed([*with_inputs(model, x)]):
+        one, two = branch(block, inputs), shortcut(block, inputs)
+        of_one, of_two = shared(one, two, relevance)
+        through = explain(branch, block, inputs, of_one)
+        beside = of_two if block.shortcut is None else explain(shortcut, block, inputs, of_two)
+        relevance = through + beside
+    return explain(stem, model, x, relevance)
+
+
+def test_relevance_of_basic_blocks():
+    model, x, _ = stack("basic")
+    expected = stored(RELEVANCE, "basic")
+    target = expected["target"]
+    assert error(block_by_block(model, x, target, full), expected["rel_in/conv1"]) < PARITY
+    # The preset shares in every block.
+    found = explain(apply, model, x, target)
+    assert error(found, block_by_block(model, x, target, shares)) < PARITY
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "basic"])
+def test_relevance_of_each_layer_is_that_of_the_reference(name):
+    model, x, _ = stack(name)
+    expected = stored(RELEVANCE, name)
+    layers = {"": ([model.stem], None, x)}
+    layers |= {
+        f"layer1.{i}.": (block.convs, block.shortcut, inputs)
+        for i, (block, inputs) in enumerate(with_inputs(model, x))
+    }
+    compared = 0
+    for prefix, (convs, other, inputs) in layers.items():
+        y, cases = inputs, []
+        for i, conv in enumerate(convs, 1):
+            cases.append((conv, y, f"bn{i}", f"conv{i}"))
+            y = jax.nn.relu(conv(y))
+        if other is not None:
+            cases.append((other, inputs, "downsample.1", "downsample.0"))
+        for layer, before, last, first in cases:
+            found = explain(apply, layer, before, expected[f"rel_out/{prefix}{last}"])
+            assert error(found, expected[f"rel_in/{prefix}{first}"]) < PARITY, prefix + first
+            compared += 1
+    assert compared == sum("rel_out" in key and "add" not in key for key in expected)
+
+
+def test_relevance_of_the_summands_is_that_of_the_reference():
+    model, x, _ = stack("bottleneck")
+    expected = stored(RELEVANCE, "bottleneck")
+    for i, (block, inputs) in enumerate(with_inputs(model, x)):
+        add = f"layer1.{i}.add"
+        found = jaxrel.lrp(lambda a, b: a + b, composites.captioning(), argnums=(0, 1))(
+            branch(block, inputs), shortcut(block, inputs), seed=expected[f"rel_out/{add}"]
+        )
+        for one, key in zip(found, ("rel_in", "rel_in2"), strict=True):
+            assert error(one, expected[f"{key}/{add}"]) < PARITY
+
+
+def test_normalisation_has_a_row_of_its_own_where_an_entry_names_it(loaded):
+    def rows(composite):
+        return jaxrel.plan(apply, composite, argnums=1)(loaded["basic"], pictures())
+
+    found = rows(composites.captioning())
+    assert not any("folded" in row.note for row in found)
+    kinds = [row.kind for row in found if row.kind in ("conv", "batch_norm")]
+    assert kinds == ["conv", "batch_norm"] * (len(kinds) // 2)
+    (one,) = (row for row in found if "stages/1/rest/convs/0/norm/var" in row.paths)
+    assert one.paths == tuple(
+        f"stages/1/rest/convs/0/norm/{name}" for name in ("bias", "mean", "scale", "var")
+    )
+    assert (str(one.rule), one.bias) == ("ZAbsolute(stabiliser=0.0)", "fused")
+    # `everything` names nothing, and an entry before may fold some of them.
+    plain = [(op("conv"), rules.ZPlus()), (jaxrel.everything(), rules.Gradient())]
+    assert "batch_norm" not in {row.kind for row in rows(plain)}
+    some = [(jaxrel.path("stem") & op("batch_norm"), rules.ZAbsolute()), *plain]
+    assert [row.paths[0] for row in rows(some) if row.kind == "batch_norm"] == ["stem/norm/bias"]
+
+
+@pytest.mark.parametrize("core", ["conv", "dense"])
+def test_the_bias_before_a_normalisation_is_not_part_of_it(core, x64):
+    rng = np.random.default_rng(0)
+    shape = (3, 3, 2, 4) if core == "conv" else (2, 4)
+    w, x = rng.normal(size=shape), rng.normal(size=(2, 5, 5, 2))
+    p = dict(zip(("bias", "mean", "scale", "shift"), rng.normal(size=(4, 4)), strict=True))
+
+    def linear(w, x):
+        if core == "dense":
+            return x @ w
+        return lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def fun(w, p, x):
+        return (linear(w, x) + p["bias"] - p["mean"]) * p["scale"] + p["shift"]
+
+    relevance = rng.normal(size=(2, 5, 5, 4))
+    found = explain(lambda m, x: fun(*m, x), (w, p), x, relevance)
+    # By hand: the normalisation of the linear map's output, its own bias included.
+    size = abs(p["scale"] * (linear(w, x) + p["bias"]))
+    before = relevance * size / (size + abs(p["shift"] - p["mean"] * p["scale"]))
+    expected = explain(lambda m, x: linear(m[0], x) + m[1]["bias"], (w, p), x, before)
+    # float64.
+    assert error(found, expected) < 1e-12
+
+
+def test_normalisation_loses_what_its_shift_takes(loaded):
+    found = jaxrel.conservation(apply, composites.captioning(), argnums=1)(
+        loaded["basic"].stem, pictures()
+    )
+    (one,) = (one for one in found if one.kind == "batch_norm")
+    # Sums of 1440 terms of both signs, in float32.
+    scale = 1e-4 * abs(one.received)
+    assert abs(one.bias) > scale
+    assert abs(one.received - one.passed - one.bias) < scale
+    assert max(abs(one.stabiliser), abs(one.rule)) < scale
+
+
+def test_relevance_of_the_weights_of_a_normalisation(loaded):
+    at = (jaxrel.path("conv/kernel"), jaxrel.path("norm/scale"))
+    explain = jaxrel.lrp(apply, composites.captioning(), argnums=1, at=at)
+    _, found = explain(loaded["basic"].stem, pictures())
+    # All that goes through the scale of a channel goes on through the kernel's weights.
+    assert error(found["norm/scale"], found["conv/kernel"].sum((0, 1, 2))) < PARITY
 
 
 def test_depth_does_not_grow_the_trace():

@@ -1,8 +1,9 @@
 """The perturbation test of CLIPmapper on Shapes (`perturbation/1`, after Chefer et al. 2021).
 
-Tokens are removed in the order of their relevance, by hiding them from attention everywhere, and
-the model is watched: does its answer stay right, does its own caption stay probable? One program
-goes through methods, signs and steps, for each modality.
+Tokens are removed in the order of their relevance: patches are left out, and words are hidden from
+attention everywhere. The model is watched: does its answer stay right, does its own caption stay
+probable, and how good is the caption that it writes anew? One program goes through methods, signs
+and steps, for each of these.
 """
 
 import dataclasses
@@ -16,12 +17,13 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from tqdm.auto import tqdm, trange
 
 from jaxrel.explainer import token_relevance
 from jaxrel.explanation import write_atomically
 from jaxrel.metrics import perturbation
+from jaxrel.metrics.captions import CiderD, References, tokenise
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.vqa_evaluation import answer_indices, check_answers, model_inputs
@@ -46,6 +48,8 @@ COST = {
     "input_x_gradient": "forward + gradient",
 }
 METHODS = tuple(COST)
+# The result in which captions are written anew from the patches that are left.
+ANEW = "image-cider"
 # Before the fifth word of a caption there are three that may be removed: fewer have no order.
 FIRST = 5
 
@@ -61,6 +65,7 @@ class Examples:
       measure: what is measured, in words.
       measured: `(model, words, inputs) -> [examples]`; `words` are the text's tokens in the end,
         as `model.map` returns them where some tokens are hidden.
+      references: of captions, what people say of each example's scene, in words.
     """
 
     inputs: dict[str, Any]
@@ -68,6 +73,7 @@ class Examples:
     explained: str
     measure: str
     measured: Callable[[Any, Array, Any], Array]
+    references: Sequence[References] = ()
 
 
 def evaluate(
@@ -78,6 +84,7 @@ def evaluate(
     data_seed: int = 0,
     split: str = "test",
     examples: int = 2048,
+    regenerated: int = 512,
     batch: int = 32,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -86,8 +93,11 @@ def evaluate(
     A model that answers questions is asked one question per scene, drawn by `seed`, and its own
     answer is explained; measured is whether its answer is right. A model that captions writes
     its own captions. Where patches are removed, the caption as a whole is explained, and measured
-    is the mean log-probability of its words and end. Where words are removed, one word of each
-    caption is explained, drawn by `seed` from the fifth on, and measured is its log-probability.
+    is the mean log-probability of its words and end; of the first examples also the CIDEr-D of
+    the caption that the model writes anew from the patches that are left, against the scene's
+    captions, with the document frequencies of all scenes' captions. Where words are removed, one
+    word of each caption is explained, drawn by `seed` from the fifth on, and measured is its
+    log-probability.
     The token that an output is read from is never removed, nor are class, start and end tokens.
 
     Args:
@@ -97,14 +107,16 @@ def evaluate(
       data_seed: of the Shapes data set.
       split: of the data set.
       examples: how many.
+      regenerated: for how many of them captions are written anew, which takes longer; 0 for none.
       batch: examples at a time.
       seed: of the choice of questions or words, and of the random method.
 
     Returns:
-      {modality: as `jaxrel.metrics.perturbation.summary`, and the settings}.
+      {modality: as `jaxrel.metrics.perturbation.summary`, and the settings}; captions that are
+      written anew are under "image-cider".
 
     Raises:
-      ValueError: an unknown method or modality, or no examples.
+      ValueError: an unknown method or modality, or a number out of range.
     """
     modality, methods = tuple(dict.fromkeys(modality)), tuple(dict.fromkeys(methods))
     for name, known, given in (("method", METHODS, methods), ("modality", STREAMS, modality)):
@@ -116,6 +128,8 @@ def evaluate(
         raise ValueError(
             f"perturbation: examples and batch must be at least 1, got {examples} and {batch}"
         )
+    if regenerated < 0:
+        raise ValueError(f"perturbation: regenerated must be at least 0, got {regenerated}")
     batch = min(batch, examples)
     sets = draw_examples(
         model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=batch
@@ -125,7 +139,9 @@ def evaluate(
     for some in sets:
         chosen = [one for one in modality if one in some.removable]
         if chosen:
-            values |= _perturbed(model, some, chosen, methods, batch=batch, seed=seed)
+            values |= _perturbed(
+                model, some, chosen, methods, regenerated=regenerated, batch=batch, seed=seed
+            )
     settings = {
         "task": model.task,
         "data": "Shapes",
@@ -135,18 +151,21 @@ def evaluate(
         "lrp": "attn_lrp; cp_lrp for the method of this name",
         "versions": {"jaxrel": version("jaxrel"), "jax": jax.__version__},
     }
-    baseline = "equal" if "equal" in methods else None
-    return {
-        one: perturbation.summary(
-            dict(zip(methods, values[one], strict=True)),
-            measure=drawn[one].measure,
-            baseline=baseline,
+
+    def summary(name: str, modality: str, measure: str) -> dict[str, Any]:
+        found = perturbation.summary(
+            dict(zip(methods, values[name], strict=True)),
+            measure=measure,
+            baseline="equal" if "equal" in methods else None,
             cost={method: COST[method] for method in methods},
         )
-        | settings
-        | {"modality": one, "explained": drawn[one].explained}
-        for one in modality
-    }
+        return found | settings | {"modality": modality, "explained": drawn[modality].explained}
+
+    result = {one: summary(one, one, drawn[one].measure) for one in modality}
+    if ANEW in values:
+        found = summary(ANEW, "image", "CIDEr-D of the caption written anew")
+        result[ANEW] = found | {"frequencies": f"captions of {examples} scenes"}
+    return result
 
 
 def _perturbed(
@@ -155,25 +174,64 @@ def _perturbed(
     modality: Sequence[str],
     methods: Sequence[str],
     *,
+    regenerated: int,
     batch: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """By modality, what is measured: [methods, signs, steps, examples]."""
+    """By modality (or `ANEW`), what is measured: [methods, signs, steps, examples]."""
     graph, parameters = nnx.split(model)
-    sweeps = {one: _sweep(graph, drawn, one) for one in modality}
-    found: dict[str, list[np.ndarray]] = {one: [] for one in modality}
     examples = len(drawn.inputs["text"])
+    counts = dict.fromkeys(modality, examples)
+    if "image" in modality and drawn.references and regenerated:
+        counts[ANEW] = min(regenerated, examples)
+    sweeps = {name: _sweep(graph, drawn, name) for name in counts}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in counts}
     for start in trange(0, examples, batch, desc="perturbing", unit="batch"):
         # One size compiles once: the last batch begins again with the first examples.
         rows = np.arange(start, start + batch) % examples
         inputs = jax.tree.map(lambda x: x[rows], drawn.inputs)  # noqa: B023
         key = jax.random.fold_in(jax.random.key(seed), start)
         relevance = relevance_by_method(model, inputs, methods, key)
-        for one in modality:
+        for name in (name for name, count in counts.items() if start < count):
+            one = "image" if name == ANEW else name
             stacked = jnp.stack([relevance[method][STREAMS[one]] for method in methods])
             removable = jnp.asarray(drawn.removable[one][rows])
-            found[one].append(np.asarray(sweeps[one](parameters, inputs, stacked, removable)))
-    return {one: np.concatenate(x, axis=-1)[..., :examples] for one, x in found.items()}
+            found[name].append(np.asarray(sweeps[name](parameters, inputs, stacked, removable)))
+    values = {name: np.concatenate(x, axis=3)[:, :, :, : counts[name]] for name, x in found.items()}
+    if ANEW in values:
+        values[ANEW] = caption_scores(model, values[ANEW], drawn.references)
+    return values
+
+
+def caption_scores(
+    model: CLIPMapperCaption,
+    ids: Float[np.ndarray, "methods signs steps examples tokens"],
+    references: Sequence[References],
+) -> Float[np.ndarray, "methods signs steps examples"]:
+    """CIDEr-D (0 to 10) of captions against their scenes' references.
+
+    Args:
+      model: that wrote them.
+      ids: the captions, as `jaxrel.metrics.perturbation.sweep_indices` returns them.
+      references: of each example, and of more scenes, whose words count in the frequencies.
+
+    Returns:
+      Scores, NaN where ids are.
+    """
+    cider = CiderD.from_references(references)
+    written = np.isfinite(ids).all(-1)
+    ids = np.where(written[..., None], ids, 0).astype(np.int32)
+    scores = np.full(written.shape, np.nan)
+    for i, picture in zip(range(ids.shape[3]), references, strict=False):
+        # Methods and steps have many captions in common.
+        different, which = np.unique(
+            ids[:, :, :, i].reshape(-1, ids.shape[-1]), axis=0, return_inverse=True
+        )
+        captions = [tokenise(caption) for caption in model.sentences(different)]
+        weighed = [cider.weigh(tokens) for tokens in picture]
+        found = cider.score(captions, [weighed] * len(captions))
+        scores[..., i] = found[which.reshape(written.shape[:-1])]
+    return np.where(written, scores, np.nan)
 
 
 def relevance_by_method(
@@ -197,7 +255,7 @@ def relevance_by_method(
     return found
 
 
-def _sweep(graph: Any, drawn: Examples, modality: str) -> Callable:
+def _sweep(graph: Any, drawn: Examples, name: str) -> Callable:
     """A program that measures one batch: patches are left out, and words are hidden.
 
     What stays the same at every step is made once: the text's tokens in stage 1 where patches
@@ -218,6 +276,13 @@ def _sweep(graph: Any, drawn: Examples, modality: str) -> Callable:
         return perturbation.sweep_indices(measured, relevance, patches)
 
     @jax.jit
+    def sweep_anew(parameters, inputs, relevance, removable):
+        model, image = nnx.merge(graph, parameters), jnp.asarray(inputs["image"])
+        return perturbation.sweep_indices(
+            lambda kept: model.generate(image, kept), relevance, patches
+        )
+
+    @jax.jit
     def sweep_text(parameters, inputs, relevance, removable):
         model = nnx.merge(graph, parameters)
         tokens, _ = model.encode_image(jnp.asarray(inputs["image"]))
@@ -228,11 +293,11 @@ def _sweep(graph: Any, drawn: Examples, modality: str) -> Callable:
 
         return perturbation.sweep(measured, relevance, removable)
 
-    if modality == "text":
+    if name == "text":
         return sweep_text
     # Pictures have the same patches.
     patches = drawn.removable["image"][0]
-    return sweep_image
+    return sweep_anew if name == ANEW else sweep_image
 
 
 def draw_examples(model: CLIPMapper, **options: Any) -> list[Examples]:
@@ -280,17 +345,18 @@ def caption_examples(
 ) -> list[Examples]:
     """The model's own caption of each scene, and one word of it, from the fifth on."""
     data, rng = Shapes(seed=data_seed), np.random.default_rng(seed)
-    parts, made, index = [], 0, 0
+    parts, references, made, index = [], [], 0, 0
     with tqdm(total=count, desc="captioning", leave=False) as bar:
         while made < count:
-            images = [data.scene(split, i).image for i in range(index, index + batch)]
+            scenes = [data.scene(split, i) for i in range(index, index + batch)]
             index += batch
-            inputs = model.prepare(image=images)
+            inputs = model.prepare(image=[scene.image for scene in scenes])
             words = np.asarray(model.content(inputs)["text"]).sum(-1)
             chosen = np.flatnonzero(words >= FIRST)[: count - made]
             part = {name: np.asarray(value)[chosen] for name, value in inputs.items()}
             part["position"] = rng.integers(FIRST, words[chosen] + 1).astype(np.int32)
             parts.append(part)
+            references += [[tokenise(c.text) for c in scenes[i].captions] for i in chosen]
             made += len(chosen)
             bar.update(len(chosen))
             if not len(chosen) and index > 10 * count:
@@ -322,6 +388,7 @@ def caption_examples(
             "the model's own caption as a whole: the mean of its words' logits",
             "mean log-probability of the model's own caption",
             of_caption,
+            references,
         ),
         Examples(
             inputs,
@@ -334,7 +401,7 @@ def caption_examples(
 
 
 def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write a result: JSON, a Markdown table and the curves for each modality.
+    """Write a result: JSON, a Markdown table and the curves for each modality or measure.
 
     Args:
       result: of `evaluate`, or with a "model" beside the settings.
@@ -349,14 +416,14 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
     from jaxrel.report.curves import curves
 
     files = []
-    for modality, summary in result.items():
-        name = f"perturbation-{summary['task']}-{modality}"
+    for one, summary in result.items():
+        name = f"perturbation-{summary['task']}-{one}"
         data = json.dumps(summary, indent=1).encode()
         table = perturbation.markdown(summary).encode()
         for suffix, content in ((".json", data), (".md", table)):
             files.append(folder / f"{name}{suffix}")
             write_atomically(files[-1], content)
-    for modality, summary in result.items():
-        files.append(folder / f"perturbation-{summary['task']}-{modality}.png")
+    for one, summary in result.items():
+        files.append(folder / f"perturbation-{summary['task']}-{one}.png")
         curves(summary, files[-1])
     return files

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jaxrel.models import CLIP, Captioner, CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train import (
     caption_evaluation,
+    captioner_finetuning,
     captioner_real,
     captioner_shapes,
     clip_shapes,
@@ -58,6 +59,20 @@ RECIPES = {
             Captioner, captioner_real.train, partial(captioner_real.evaluate, dataset=dataset)
         )
         for kind in ("gridtd", "aoa")
+        for dataset in captioner_real.READERS
+    },
+    "finetune-shapes": Recipe(
+        Captioner,
+        captioner_finetuning.train_shapes,
+        captioner_shapes.evaluate,
+        captioner_finetuning.card,
+    ),
+    **{
+        f"finetune-{dataset}": Recipe(
+            Captioner,
+            captioner_finetuning.train_real,
+            partial(captioner_real.evaluate, dataset=dataset),
+        )
         for dataset in captioner_real.READERS
     },
 }

@@ -423,6 +423,150 @@ class AoAFlickr30k(_AoA, _Flickr30k):
     """Settings of the recipe `aoa-flickr30k`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Finetune:
+    """What all recipes that go on with a captioner have in common.
+
+    "The paper" in the help is Sun et al. 2022.
+    """
+
+    # Of Adam, as in the paper.
+    b1: ClassVar[float] = 0.8
+    b2: ClassVar[float] = 0.999
+
+    model: str = _setting("", "the captioner to begin as: a bundled model, a folder or a hub name")
+    mode: str = _setting(
+        "lrp",
+        "plain: as in training; lrp: LRP-inference; scst: CIDEr-D of sampled captions as reward; "
+        "lrp-scst: the same with captions from re-weighted predictions",
+    )
+    mixing: float = _setting(
+        0.5, "mode lrp: weight of the plain prediction's loss; the rest is the re-weighted one's"
+    )
+    temperature: float = _setting(1.0, "modes lrp: t in the weights t R / max|R| + max(t, 1)")
+    stop_words: str = _setting(
+        "", "modes lrp: words, with commas, that are not re-weighted; empty: English function words"
+    )
+    idf: str = _setting("corpus", "modes scst: where words are weighed, corpus or batch")
+    ends: str = _setting(
+        "both", "modes scst: who has the end as a word in the reward: both, references or neither"
+    )
+    dropout: int = _setting(
+        1, "modes plain and lrp: 1 drops values as in training, 0 does not (scst never does)"
+    )
+    seed: int = _setting(0, "of the dropout, the samples and the order of examples")
+    steps: int = _setting(600, "of the optimiser")
+    batch: int = _setting(32, "captions per step, each with its picture (the paper's: 32)")
+    accumulate: int = _setting(1, "parts of the batch, one after the other, to save memory")
+    learning_rate: float = _setting(
+        5e-4, "the highest; it falls to 0 as a cosine (the paper's: 5e-4, 1e-5 or 5e-5, constant)"
+    )
+    encoder_rate: float = _setting(
+        0.2, "factor on the learning rate in the encoder; 0 freezes it (the paper's: 0.2 or 0)"
+    )
+    warmup: int = _setting(20, "steps until the highest learning rate (the paper's: 0)")
+    clamp: float = _setting(0.1, "bound of each gradient's size (the paper's: 0.1)")
+    dtype: str = _setting("float32", "of the computation: float32 or bfloat16")
+    log_every: int = _setting(20, "steps between two lines of the log")
+    checkpoint_every: int = _setting(100, "steps between two checkpoints")
+
+    def __post_init__(self):
+        _check_training(self, numbers=("encoder_rate",))
+        if not self.model:
+            raise ValueError("model is empty; name the captioner to begin as with --model")
+        for name, known in (
+            ("mode", ("plain", "lrp", "scst", "lrp-scst")),
+            ("idf", ("corpus", "batch")),
+            ("ends", ("both", "references", "neither")),
+            ("dropout", (0, 1)),
+            ("dtype", ("float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(str, known))}, got "
+                    f"{getattr(self, name)!r}"
+                )
+        if not 0 <= self.mixing <= 1 or not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"mixing must be from 0 to 1 and temperature positive, got {self.mixing} and "
+                f"{self.temperature}"
+            )
+        if not 0 < self.clamp <= math.inf:
+            raise ValueError(f"clamp must be positive (inf: no bound), got {self.clamp}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneShapes(_Finetune):
+    """Settings of the recipe `finetune-shapes`.
+
+    Raises:
+      ValueError: a setting is out of range.
+    """
+
+    model: str = _setting(
+        "gridtd-shapes", "the captioner to begin as: a bundled model, a folder or a hub name"
+    )
+    data_seed: int = _setting(0, "of the Shapes data set")
+    split: str = _setting("biased_train", "split to train on")
+    scenes: int = _setting(40_000, "training scenes, drawn once and kept in memory")
+    full: float = _setting(1.0, "modes plain and lrp: share of captions that name every object")
+    batch: int = _setting(64, "pictures per step, each with one caption (the paper's: 32)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.training()
+
+    def training(self, **changes: Any) -> CaptionerShapes:
+        """The settings of a training that has the same examples."""
+        same = ("seed", "data_seed", "split", "scenes", "full", "batch")
+        return CaptionerShapes(**{name: getattr(self, name) for name in same}, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneReal(_Finetune):
+    """What the recipes `finetune-coco` and `finetune-flickr30k` have in common.
+
+    Raises:
+      ValueError: a setting is out of range.
+    """
+
+    dataset: ClassVar[str]
+
+    data: str = _setting("", "folder of the data set, as downloaded and unpacked")
+    split: str = _setting("train", "split to train on, in which the reward weighs words too")
+    missing: str = _setting("error", "what to do with missing pictures: error or skip")
+    corrupt: str = _setting("error", "what to do with damaged pictures: error or skip")
+    steps: int = _setting(4_500, "of the optimiser; about one epoch (the paper's: one)")
+    encoder_rate: float = _setting(
+        0.0, "factor on the learning rate in the encoder; 0 freezes it (the paper's: 0.2 or 0)"
+    )
+    warmup: int = _setting(100, "steps until the highest learning rate (the paper's: 0)")
+    dtype: str = _setting("bfloat16", "of the computation: float32 or bfloat16")
+    workers: int = _setting(8, "processes that read pictures; 0 reads in threads")
+    checkpoint_every: int = _setting(500, "steps between two checkpoints")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_real(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneCoco(FinetuneReal):
+    """Settings of the recipe `finetune-coco`."""
+
+    dataset: ClassVar[str] = "coco"
+
+    split: str = _setting("train+restval", "split to train on, in which the reward weighs words")
+    steps: int = _setting(17_500, "of the optimiser; about one epoch (the paper's: one)")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneFlickr30k(FinetuneReal):
+    """Settings of the recipe `finetune-flickr30k`."""
+
+    dataset: ClassVar[str] = "flickr30k"
+
+
 SETTINGS: dict[str, type] = {
     "clip-shapes": ClipShapes,
     "vqa-shapes": VqaShapes,
@@ -435,4 +579,7 @@ SETTINGS: dict[str, type] = {
     "aoa-coco": AoACoco,
     "gridtd-flickr30k": GridTDFlickr30k,
     "aoa-flickr30k": AoAFlickr30k,
+    "finetune-shapes": FinetuneShapes,
+    "finetune-coco": FinetuneCoco,
+    "finetune-flickr30k": FinetuneFlickr30k,
 }

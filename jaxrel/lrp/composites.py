@@ -25,6 +25,7 @@ from jaxrel.lrp.rules import (
     SignalTakesAll,
     Stop,
     Uniform,
+    ZAbsolute,
     ZBox,
     ZPlus,
     where_zero,
@@ -188,7 +189,9 @@ def op(*names: Any) -> Where:
     """Operations of a kind, or of a primitive's name.
 
     The kinds: 'dense' and 'conv' (linear maps of one value that carries relevance), 'matmul' and
-    'product' (of two), 'add', 'mean', 'max_pool', 'activation', 'softmax', 'norm'. Other
+    'product' (of two), 'add', 'mean', 'max_pool', 'activation', 'softmax', 'norm', and
+    'batch_norm' (constants that scale and shift the features of a linear map, as of batch
+    normalisation with stored statistics: part of the linear map unless an entry names it). Other
     operations are named by their JAX primitive: op('fft').
     """
     if not names or not all(isinstance(name, str) and name for name in names):
@@ -256,6 +259,11 @@ class Composite:
             if rule.covers(operation.kind, named) and where(operation):
                 return index, rule
         return None, DEFAULTS.get(operation.kind)
+
+    def names(self, operation: Any) -> bool:
+        """Whether the entry that decides names the operation's kind."""
+        index, _ = self.choose(operation)
+        return index is not None and operation.kind in kinds_named(self.entries[index][0])
 
     def cuts(self, length: int) -> set[int]:
         """Where a stack of layers must be cut so that each part has one rule per operation."""
@@ -434,12 +442,14 @@ def cp_lrp(epsilon: float = 1e-6) -> Composite:
 def captioning(epsilon: float = 0.01) -> Composite:
     """For captioners and other recurrent networks with a convolutional encoder (Sun et al. 2022).
 
-    alpha 1, beta 0 without bias for convolutions, Epsilon for all other linear maps, sums and
-    means; gates and attention maps are constants.
+    alpha 1, beta 0 without bias for convolutions, ZAbsolute for batch normalisation, Epsilon for
+    all other linear maps, sums (residual ones too) and means; gates and attention maps are
+    constants.
     """
     return Composite(
         [
             (op("conv"), AlphaBeta(1.0, 0.0, where_zero(1e-7), bias="ignored")),
+            (op("batch_norm"), ZAbsolute(0.0)),
             (op("softmax"), Stop()),
             (op("product"), SignalTakesAll("sigmoid")),
             (op("dense", "add", "mean"), Epsilon(epsilon)),

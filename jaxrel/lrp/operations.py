@@ -6,6 +6,7 @@ the facts of the values (`jaxrel.tracing.facts`), not by names.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,7 +34,8 @@ EXACT = MOVES | frozenset(
     select_and_gather_add psum psum2 psum_invariant pvary pmax pmin ppermute pbroadcast all_gather
     all_to_all reduce_scatter stop_gradient clamp""".split()
 )
-_SUMS = frozenset({"add", "sub", "add_any"})
+_ADDED = frozenset({"add", "add_any"})
+_SUMS = _ADDED | {"sub"}
 _SCALES = frozenset({"mul", "div"})
 _MEANS = frozenset({"reduce_sum", "reduce_window_sum"})
 _MAXIMA = frozenset({"reduce_max", "reduce_window_max"})
@@ -106,6 +108,14 @@ class Linear(Operation):
     def folded(self) -> bool:
         """Whether a normalisation with constant statistics is part of it."""
         return any(node.name in _SCALES for node, _ in self.bias)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class BatchNorm(Linear):
+    """z = x scale + shift with constants for each feature, where it is no part of a linear map.
+
+    `bias` lists all that scales and shifts, in order; `core` and `w` are the first that scales.
+    """
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -285,15 +295,14 @@ def _scales(value: Value, users: dict[Value, list[Node]], facts: Facts, sizes: s
     return False
 
 
-def operations(graph: Graph, facts: Facts, carrying: set[Value]) -> Iterator[Operation]:
-    """Every operation that carries relevance, bodies included, in order of execution."""
-    yield from _find(graph, facts, carrying, None)
-
-
-def _find(
-    graph: Graph, facts: Facts, carrying: set[Value], stack: tuple[int, int, int] | None
+def operations(
+    graph: Graph, facts: Facts, carrying: set[Value], apart: Callable[[Operation], bool]
 ) -> Iterator[Operation]:
-    yield from _Finder(graph, facts, carrying, stack).find()
+    """Every operation that carries relevance, bodies included, in order of execution.
+
+    `apart` says of a batch normalisation whether it is an operation of its own.
+    """
+    yield from _Finder(graph, facts, carrying, apart, None).find()
 
 
 def stacked(node: Node, facts: Facts) -> bool:
@@ -312,9 +321,11 @@ class _Finder:
         graph: Graph,
         facts: Facts,
         carrying: set[Value],
+        apart: Callable[[Operation], bool],
         stack: tuple[int, int, int] | None,
     ):
-        self.graph, self.facts, self.carrying, self.stack = graph, facts, carrying, stack
+        self.graph, self.facts, self.carrying = graph, facts, carrying
+        self.apart, self.stack = apart, stack
         self.producers = graph.producers()
         self.softmaxes = softmax_nodes(graph, facts)
         self.norms = norm_nodes(graph, self.facts)
@@ -340,13 +351,16 @@ class _Finder:
     def _control(self, node: Node) -> Iterator[Operation]:
         if node.name != "scan":
             for body in node.bodies:
-                yield from _find(body, self.facts, self.carrying, self.stack)
+                yield from self._inside(body, self.stack)
             return
         for start, stop, body in node.segments():
             inner = self.stack
             if stacked(node, self.facts):
                 inner = (start, stop, node.params["length"])
-            yield from _find(body, self.facts, self.carrying, inner)
+            yield from self._inside(body, inner)
+
+    def _inside(self, body: Graph, stack: tuple[int, int, int] | None) -> Iterator[Operation]:
+        yield from _Finder(body, self.facts, self.carrying, self.apart, stack).find()
 
     def _of(self, node: Node) -> Iterator[Operation]:
         active = active_ins(self.facts, node)
@@ -363,7 +377,7 @@ class _Finder:
         elif node in self.inside or self._is_move(node, active):
             return
         elif node.name in LINEAR and len(active) == 1:
-            yield self._linear(node)
+            yield from self._linear(node)
         elif node.name in LINEAR or (
             node.name in _SCALES and len(active) == 2 and self._apart(node)
         ):
@@ -449,7 +463,8 @@ class _Finder:
 
     # Linear operations.
 
-    def _linear(self, core: Node) -> Linear:
+    def _linear(self, core: Node) -> Iterator[Linear]:
+        """The linear map, and its batch normalisation if that is an operation of its own."""
         x = active_ins(self.facts, core)[0]
         position = core.ins.index(x)
         w = core.ins[1 - position]
@@ -457,16 +472,19 @@ class _Finder:
         end, moves = self._moved(core)
         features = moved_axes(feature_axes(core, position), moves)
         bias = self._normalisation(end, features)
+        norm = self._batch_norm(bias)
+        if norm is not None:
+            bias = bias[: -len(norm.bias)]
+        elif not bias:
+            end, bias, beside = self._bias(end)
         if bias:
             end = bias[-1][0]
         else:
-            end, bias, beside = self._bias(end)
-        if not bias:
             end, moves = core, []
         out = end.outs[0]
         users = self.users.get(out, [])
         fact = fact_of(self.facts, w)
-        return self._make(
+        yield self._make(
             Linear,
             end,
             kind="dense" if core.name == "dot_general" else "conv",
@@ -484,6 +502,8 @@ class _Finder:
             and bool(users)
             and all(user is not None and is_relu(user) for user in users),
         )
+        if norm is not None:
+            yield norm
 
     def _moved(self, node: Node) -> tuple[Node, list[Node]]:
         """Past the moves that the node's output goes through, each used once."""
@@ -553,6 +573,31 @@ class _Finder:
             last = max(i for i, is_scale in enumerate(scaled) if is_scale)
             chain = chain[: last + 2]
         return chain
+
+    def _batch_norm(self, chain: Sequence[tuple[Node, Atom]]) -> BatchNorm | None:
+        """What scales and shifts the features in a normalisation, if it is an operation apart.
+
+        What is added before it is the linear map's bias; what is subtracted is a mean.
+        """
+        bias = [*itertools.takewhile(lambda term: term[0].name in _ADDED, chain)]
+        terms = tuple(chain[len(bias) :])
+        scales = [(node, k) for node, k in terms if node.name in _SCALES and k.shape != ()]
+        if not scales or all(node.name in _SCALES for node, _ in terms):
+            return None
+        first, operand = terms[0]
+        (x,) = (atom for atom in first.ins if atom is not operand)
+        assert isinstance(x, Value)
+        norm = self._make(
+            BatchNorm,
+            terms[-1][0],
+            kind="batch_norm",
+            paths=frozenset().union(*(fact_of(self.facts, k).paths for _, k in terms)),
+            core=scales[0][0],
+            x=x,
+            w=scales[0][1],
+            bias=terms,
+        )
+        return norm if self.apart(norm) else None
 
     def _scaled(self, node: Node, value: Value, features: dict[int, int]) -> Atom | None:
         if node.ins[0] is not value and node.name == "div":

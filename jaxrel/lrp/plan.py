@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxrel.lrp.composites import as_composite
-from jaxrel.lrp.operations import Elementwise, Linear, Operation
+from jaxrel.lrp.operations import BatchNorm, Elementwise, Linear, Operation
 from jaxrel.lrp.prepare import Choice
 from jaxrel.lrp.rules import Gradient, Rule
 from jaxrel.lrp.transformation import Call, as_places
@@ -143,7 +143,7 @@ def _note(choice: Choice) -> str:
     operation, rule = choice.operation, choice.rule
     notes = []
     if isinstance(operation, Linear):
-        if operation.folded:
+        if operation.folded and not isinstance(operation, BatchNorm):
             notes.append("normalisation folded in")
         if operation.nonneg:
             notes.append("x >= 0")

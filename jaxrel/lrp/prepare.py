@@ -95,7 +95,7 @@ def prepare(
 
     def choose(cut: Mapping[Node, frozenset[Value]] | None = None) -> tuple[set[Value], list]:
         carrying = carriers(graph, facts, cut)
-        found = operations(graph, facts, carrying)
+        found = operations(graph, facts, carrying, composite.names)
         return carrying, [(one, *composite.choose(one)) for one in found]
 
     carrying, found = choose()

@@ -32,7 +32,7 @@ LINEAR = frozenset({"dense", "conv"})
 PRODUCTS = frozenset({"matmul", "product"})
 SUMS = frozenset({"add", "mean", "max_pool"})
 ELEMENTWISE = frozenset({"activation"})
-KINDS = LINEAR | PRODUCTS | SUMS | ELEMENTWISE | {"softmax", "norm"}
+KINDS = LINEAR | PRODUCTS | SUMS | ELEMENTWISE | {"softmax", "norm", "batch_norm"}
 
 
 def stabilise(z: Array, stabiliser: Stabiliser) -> Array:
@@ -223,6 +223,30 @@ class AlphaBeta(Rule):
         sn = -self.beta * _quotient(z * c, sn + _neg(b), self.stabiliser)
         positive = op.T(wp, sp) + op.T(wn, sn)
         return _by_sign(x, positive, 0 if op.nonneg else op.T(wn, sp) + op.T(wp, sn))
+
+
+@dataclasses.dataclass(frozen=True)
+class ZAbsolute(Rule):
+    """R_i = sum_j |x_i w_ij| R_j / s(sum_i |x_i w_ij| + |b_j|): shares by size, whatever the sign.
+
+    On batch normalisation, x k + b, the input gets |x k| / (|x k| + |b|) of the relevance and the
+    shift the rest: no cancellation of the two enlarges it (Hui and Binder 2019).
+    """
+
+    stabiliser: Stabiliser = 1e-6
+    bias: Bias = "fused"
+    also = frozenset({"batch_norm"})
+
+    def __post_init__(self):
+        _check_stabiliser("ZAbsolute", "stabiliser", self.stabiliser)
+        _check_bias("ZAbsolute", self.bias)
+
+    def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
+        """See the class."""
+        z, b = _with_bias(z, b, self.bias)
+        size = jnp.abs(w)
+        s = _quotient(z * c, op(jnp.abs(x), size) + jnp.abs(b), self.stabiliser)
+        return jnp.sign(x) * op.T(size, s)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from jaxtyping import Array
 
 from jaxrel.lrp.bilinear import Bilinear
-from jaxrel.lrp.operations import Elementwise, Linear, Operation, Product
+from jaxrel.lrp.operations import BatchNorm, Elementwise, Linear, Operation, Product
 from jaxrel.lrp.rules import (
     ActivationRule,
     Epsilon,
@@ -92,6 +92,8 @@ def _linear(
 
 def without_bias(operation: Linear) -> Callable[[Array, Array], Array]:
     """The operation as a function of its input and weight."""
+    if isinstance(operation, BatchNorm):
+        return jnp.multiply
     core, moves = operation.core, operation.moves
     position = core.ins.index(operation.x)
 
@@ -118,6 +120,8 @@ def fold(
         else:
             k = -k if name == "sub" else k
             b = k if b is None else b + k
+    if isinstance(operation, BatchNorm):
+        return scale, b
     if scale is None:
         return w, b
     return (w * _to_weight(operation, scale, w)).astype(w.dtype), b

@@ -117,7 +117,7 @@ def sweep_indices(
     removable: Shaped[np.ndarray, " tokens"],
     *,
     steps: Steps = STEPS,
-) -> Float[Array, "methods signs steps batch"]:
+) -> Float[Array, "methods signs steps batch *measured"]:
     """As `sweep`, for a model that leaves tokens out in the place of hiding them.
 
     What is left out costs nothing: at the protocol's steps two tokens of three are not there.
@@ -125,14 +125,15 @@ def sweep_indices(
 
     Args:
       measure: a JAX function from the indices of the kept tokens, ascending, `[batch, kept]`, to
-        one number (or bool) per example, `[batch]`.
+        one number (or bool) per example, `[batch]`, or one array, `[batch, ...]`, such as the
+        ids of the words that the model writes.
       relevance: one map per method, of the same examples.
       removable: bool, the same for all examples, as when these are pictures; a NumPy array, since
         how many tokens are kept must be known when the program is made.
       steps: as in `keep_masks`.
 
     Returns:
-      As `sweep`.
+      As `sweep`; an array's own axes are the last.
 
     Raises:
       ValueError: as `sweep`.
@@ -146,7 +147,8 @@ def sweep_indices(
     free = int(removable.sum())
     kept = removable.size - free + _counts(steps, free)[:, free]
     for count in kept:
-        _check_measure(what, measure, jax.ShapeDtypeStruct((len(shared), count), jnp.int32))
+        tokens = jax.ShapeDtypeStruct((len(shared), count), jnp.int32)
+        _check_measure(what, measure, tokens, arrays=True)
     keep = _keep_by_method(relevance, jnp.asarray(shared), steps)
     found = []
     for step, count in enumerate(kept):
@@ -154,9 +156,8 @@ def sweep_indices(
         # Stable: the tokens that are kept come first, in their own order.
         indices = jnp.argsort(~masks, axis=-1, stable=True)[..., :count]
         values = jax.lax.map(measure, indices.reshape(-1, *indices.shape[-2:]))
-        found.append(
-            jnp.broadcast_to(values.reshape(*masks.shape[:-1]), keep.shape[:2] + masks.shape[2:3])
-        )
+        values = values.reshape(*masks.shape[:2], *values.shape[1:])
+        found.append(jnp.broadcast_to(values, (*keep.shape[:2], *values.shape[2:])))
     return _usable(jnp.stack(found, axis=2), relevance, jnp.asarray(shared))
 
 
@@ -317,14 +318,15 @@ def _keep_by_method(
 
 
 def _usable(
-    values: Shaped[Array, "methods signs steps batch"],
+    values: Shaped[Array, "methods signs steps batch *measured"],
     relevance: Float[Array, "methods batch tokens"],
     removable: Bool[Array, "batch tokens"],
-) -> Float[Array, "methods signs steps batch"]:
+) -> Float[Array, "methods signs steps batch *measured"]:
     """Values as floats, NaN where the relevance is not finite."""
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     usable = (jnp.isfinite(relevance) | ~removable).all(axis=-1)
-    return jnp.where(usable[:, None, None], values, jnp.nan)
+    usable = jnp.expand_dims(usable[:, None, None], range(4, values.ndim))
+    return jnp.where(usable, values, jnp.nan)
 
 
 def _measured(
@@ -380,12 +382,16 @@ def _check_tokens(what: str, shape: tuple[int, ...], removable: Removable) -> No
         )
 
 
-def _check_measure(what: str, measure: Callable, tokens: jax.ShapeDtypeStruct) -> None:
+def _check_measure(
+    what: str, measure: Callable, tokens: jax.ShapeDtypeStruct, *, arrays: bool = False
+) -> None:
     found = jax.eval_shape(measure, tokens)
-    if getattr(found, "shape", None) != tokens.shape[:1]:
+    shape = getattr(found, "shape", None)
+    if shape is None or (shape[:1] if arrays else shape) != tokens.shape[:1]:
+        kind, more = ("number or array", ", ...") if arrays else ("number", "")
         raise ValueError(
-            f"{what}: measure must return one number per example, [{tokens.shape[0]}], got "
-            f"{getattr(found, 'shape', type(found).__name__)}"
+            f"{what}: measure must return one {kind} per example, [{tokens.shape[0]}{more}], got "
+            f"{type(found).__name__ if shape is None else shape}"
         )
 
 
