@@ -199,6 +199,7 @@ def _perturbed(
             found[name].append(np.asarray(sweeps[name](parameters, inputs, stacked, removable)))
     values = {name: np.concatenate(x, axis=3)[:, :, :, : counts[name]] for name, x in found.items()}
     if ANEW in values:
+        assert isinstance(model, CLIPMapperCaption)
         values[ANEW] = caption_scores(model, values[ANEW], drawn.references)
     return values
 
