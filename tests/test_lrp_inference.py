@@ -291,6 +291,7 @@ def test_mixing_of_one_is_the_plain_loss(key):
 
     (value, metrics), gradient = gradients(mixed, model)
     (plain, _), expected = gradients(lambda m: caption_loss(m, features, text, key), model)
+    # The same float32 sums, in another program.
     np.testing.assert_allclose(value, plain, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss_plain"], plain, rtol=1e-6)
     # float32 sums, in another order.
@@ -326,6 +327,7 @@ def test_weights_are_constants():
     found = gradient(*read, kernel)
     weights = weights_of(model, *read, inference=inference)
     weighted = sum(weight * x for weight, x in zip(weights, read, strict=True))
+    # float32 products of eager and compiled programs.
     for x, weight in zip(found, weights, strict=False):
         np.testing.assert_allclose(x, weight * (direction @ kernel.T), rtol=1e-4, atol=1e-4)
     of_kernel = np.einsum("bth,btv->hv", weighted, direction)

@@ -19,7 +19,7 @@ from jaxrel.models.captioner import Captioner
 from jaxrel.models.weights import check_new_folder
 from jaxrel.train import captioner_shapes
 from jaxrel.train.captioner_real import READERS, Captions, caption_words
-from jaxrel.train.captioner_shapes import _rows
+from jaxrel.train.captioner_shapes import table_rows
 from jaxrel.train.captioner_training import caption_loss, train_captioner
 from jaxrel.train.clip_shapes import SETTINGS_FILE, normalise
 from jaxrel.train.data.shapes import vocabulary
@@ -29,7 +29,7 @@ from jaxrel.train.lrp_inference import (
     content_words,
     lrp_inference_loss,
 )
-from jaxrel.train.mapper_real import _choice
+from jaxrel.train.mapper_real import choice
 from jaxrel.train.mapper_shapes import SIDE
 from jaxrel.train.mapper_training import KeyedLoss
 from jaxrel.train.pipeline import Example, Source
@@ -88,7 +88,7 @@ def train_shapes(recipe: FinetuneShapes, folder: Path) -> Captioner:
         model,
         encode,
         WithPictures(examples, np.arange(len(examples)) % recipe.scenes),
-        lambda: _words(model, examples._text),
+        lambda: _words(model, examples.text),
         name="finetune-shapes",
     )
 
@@ -109,7 +109,7 @@ def train_real(recipe: FinetuneReal, folder: Path) -> Captioner:
     """
     check_new_folder(folder)
     source = READERS[recipe.dataset](
-        recipe.data, recipe.split, missing=_choice(recipe.missing), corrupt=_choice(recipe.corrupt)
+        recipe.data, recipe.split, missing=choice(recipe.missing), corrupt=choice(recipe.corrupt)
     )
     model = Captioner.from_pretrained(recipe.model, dtype=recipe.dtype)
     _check_pictures(model, recipe.model)
@@ -119,7 +119,7 @@ def train_real(recipe: FinetuneReal, folder: Path) -> Captioner:
         folder,
         model,
         Captioner.encode,
-        WithPictures(examples, examples._pictures),
+        WithPictures(examples, examples.pictures),
         lambda: [caption_words(record) for record in source.records],
         name=f"finetune-{recipe.dataset}",
         workers=recipe.workers,
@@ -246,7 +246,7 @@ def card(folder: Path, result: dict[str, Any]) -> str:
         how=_HOW[settings["mode"]],
         splits=" | ".join(f"`{name}`" for name in judged),
         lines="---|" * len(judged),
-        rows=_rows(columns),
+        rows=table_rows(columns),
         tested=first["scenes"],
         among=first["split"],
         examples="\n".join(f"- {caption}" for caption in first["examples"]),

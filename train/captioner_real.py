@@ -29,7 +29,7 @@ from jaxrel.models.weights import check_new_folder
 from jaxrel.train.captioner_training import caption_loss, new_config, train_captioner
 from jaxrel.train.data import coco, flickr30k
 from jaxrel.train.data.files import PictureSource, Record
-from jaxrel.train.mapper_real import _choice, _count, _fits
+from jaxrel.train.mapper_real import _count, _fits, choice
 from jaxrel.train.settings import CaptionerReal
 
 # Each reads (folder, split) of a data set, with pictures and their captions.
@@ -47,12 +47,15 @@ class Captions:
       source: of a reader in `READERS`.
       processor: of the model.
       context: tokens that the model reads; longer captions are left out with one warning.
+
+    Attributes:
+      pictures: the index in `source` of each example's picture.
     """
 
     source: PictureSource
     processor: Processor
     context: int
-    _pictures: np.ndarray = dataclasses.field(init=False, repr=False)
+    pictures: np.ndarray = dataclasses.field(init=False, repr=False)
     _text: np.ndarray = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
@@ -62,14 +65,14 @@ class Captions:
         pictures = np.repeat(np.arange(len(written)), [len(several) for several in written])
         # Once for all: words that the model does not know are many, and no fault.
         ids = encode(self.processor, [texts[i] for i in kept], self.context)
-        object.__setattr__(self, "_pictures", pictures[kept])
+        object.__setattr__(self, "pictures", pictures[kept])
         object.__setattr__(self, "_text", ids)
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self.pictures)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.source[self._pictures[index]]
+        record = self.source[self.pictures[index]]
         return {
             "id": np.int64(record["id"]),
             "image": self.processor.image(record["image"])[0],
@@ -157,7 +160,7 @@ def train(recipe: CaptionerReal, folder: Path) -> Captioner:
     check_new_folder(folder)
     config = new_config(recipe)
     source = READERS[recipe.dataset](
-        recipe.data, recipe.split, missing=_choice(recipe.missing), corrupt=_choice(recipe.corrupt)
+        recipe.data, recipe.split, missing=choice(recipe.missing), corrupt=choice(recipe.corrupt)
     )
     model = new_model(recipe, config, build_vocabulary(source.records, recipe.at_least))
     examples = Captions(source, model.processor, recipe.context)

@@ -53,6 +53,9 @@ class Examples:
     Args:
       recipe: the settings.
       model: whose tokenizer and grid count.
+
+    Attributes:
+      text: token ids of all captions, [scenes, 5, tokens].
     """
 
     def __init__(self, recipe: CaptionerShapes, model: Captioner) -> None:
@@ -67,7 +70,7 @@ class Examples:
             self._images[i], self._shown[i] = scene.image, shown_by_patch(scene, grid)
             texts += caption_texts(scene)
         ids = model.processor.text(texts, recipe.context).astype(np.int16)
-        self._text = ids.reshape(count, CAPTIONS, -1)
+        self.text = ids.reshape(count, CAPTIONS, -1)
         self._seed, self._full = recipe.seed, recipe.full
 
     def __len__(self) -> int:
@@ -82,7 +85,7 @@ class Examples:
             "id": np.int64(index),
             "image": self._images[scene],
             "shown": self._shown[scene],
-            "text": self._text[scene, rng.integers(low, high)],
+            "text": self.text[scene, rng.integers(low, high)],
         }
 
 
@@ -195,9 +198,9 @@ def card(folder: Path, result: dict[str, Any], *, recipe: type[CaptionerShapes])
         flags=changed_flags(recipe(), settings),
         splits=" | ".join(f"`{name}`" for name in judged),
         columns="---|" * len(judged),
-        truth=_rows([one["truth"] for one in judged.values()]),
-        hallucination=_rows([one["hallucination"] for one in judged.values()]),
-        cider=_rows([{"CIDEr-D (times 10)": one["CIDEr-D"]} for one in judged.values()]),
+        truth=table_rows([one["truth"] for one in judged.values()]),
+        hallucination=table_rows([one["hallucination"] for one in judged.values()]),
+        cider=table_rows([{"CIDEr-D (times 10)": one["CIDEr-D"]} for one in judged.values()]),
         tested=first["scenes"],
         among=first["split"],
         examples="\n".join(f"- {caption}" for caption in first["examples"]),
@@ -205,7 +208,7 @@ def card(folder: Path, result: dict[str, Any], *, recipe: type[CaptionerShapes])
     )
 
 
-def _rows(tables: list[dict[str, Any]]) -> str:
+def table_rows(tables: list[dict[str, Any]]) -> str:
     """Lines of a table with a column per split; "" where there was nothing to take a share of."""
     names = dict.fromkeys(name for table in tables for name in table)
     shown = {

@@ -127,7 +127,7 @@ def train_vqa(recipe: VqaV2, folder: Path) -> CLIPMapper:
     """
     check_new_folder(folder)
     source = vqa_v2.questions(
-        recipe.data, recipe.split, missing=_choice(recipe.missing), corrupt=_choice(recipe.corrupt)
+        recipe.data, recipe.split, missing=choice(recipe.missing), corrupt=choice(recipe.corrupt)
     )
     vocabulary = vqa_v2.build_vocabulary(
         recipe.data, recipe.counted.split(","), at_least=recipe.at_least
@@ -163,7 +163,7 @@ def train_caption(recipe: CaptionCoco, folder: Path) -> CLIPMapper:
     """
     check_new_folder(folder)
     source = coco.karpathy_captions(
-        recipe.data, recipe.split, missing=_choice(recipe.missing), corrupt=_choice(recipe.corrupt)
+        recipe.data, recipe.split, missing=choice(recipe.missing), corrupt=choice(recipe.corrupt)
     )
     model = new_model(recipe, CLIPMapperCaption)
     examples = Captions(source, model.processor, recipe.context)
@@ -254,7 +254,8 @@ def evaluate_caption(
     }
 
 
-def _choice(text: str) -> Choice:
+def choice(text: str) -> Choice:
+    """A setting that was checked before, as the readers take it."""
     return "skip" if text == "skip" else "error"
 
 

@@ -90,6 +90,11 @@ def _check_training(
         )
 
 
+def _check_clamp(clamp: float) -> None:
+    if not 0 < clamp <= math.inf:
+        raise ValueError(f"clamp must be positive (inf: no bound), got {clamp}")
+
+
 def _check_real(recipe: Any) -> None:
     """Raise ValueError if no data are named, or what to do with bad pictures is unclear."""
     if not recipe.data:
@@ -262,8 +267,7 @@ class _Captioner:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name)}")
-        if not 0 < self.clamp <= math.inf:
-            raise ValueError(f"clamp must be positive (inf: no bound), got {self.clamp}")
+        _check_clamp(self.clamp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -491,8 +495,7 @@ class _Finetune:
                 f"mixing must be from 0 to 1 and temperature positive, got {self.mixing} and "
                 f"{self.temperature}"
             )
-        if not 0 < self.clamp <= math.inf:
-            raise ValueError(f"clamp must be positive (inf: no bound), got {self.clamp}")
+        _check_clamp(self.clamp)
 
 
 @dataclasses.dataclass(frozen=True)
