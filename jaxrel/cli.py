@@ -163,35 +163,39 @@ def _add_evaluate(commands: Any) -> None:
         recipe.set_defaults(run=_evaluate, recipe=name, data=None, card=False)
     tests = {
         "perturbation": (_perturbation, 2048, "remove tokens by their relevance, watch the model"),
+        "weighting": (_weighting, 512, "take the weights of weighted accumulation apart"),
         "sanity": (_sanity, 128, "randomise parameters, watch the relevance"),
     }
     for name, (run, examples, meaning) in tests.items():
         test = judged.add_parser(name, help=f"judge methods: {meaning}")
         test.add_argument("--model", default="vqa-shapes", help="a CLIPmapper: name or folder")
-        test.add_argument("--split", default="test", help="split of Shapes (default: test)")
+        split = "val" if name == "weighting" else "test"
+        test.add_argument("--split", default=split, help=f"split of Shapes (default: {split})")
         test.add_argument(
             "--examples", type=int, default=examples, help=f"how many (default: {examples})"
         )
-        test.add_argument(
-            "--method",
-            default="all",
-            help="one or several, with commas (weighted:norm for a measure; default: all)",
-        )
+        if name != "weighting":
+            test.add_argument(
+                "--method",
+                default="all",
+                help="one or several, with commas (weighted:norm for a measure; default: all)",
+            )
         test.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
         test.add_argument("--out", default="out", type=Path, help="folder (default: out)")
         test.set_defaults(run=run)
-        if name == "perturbation":
+        if name != "sanity":
             test.add_argument("--batch", type=int, default=32, help="at a time (default: 32)")
+            test.add_argument(
+                "--modality",
+                default="image,text",
+                help="whose tokens are removed (default: image,text)",
+            )
+        if name == "perturbation":
             test.add_argument(
                 "--regenerated",
                 type=int,
                 default=512,
                 help="captions are written anew for so many of them; 0 for none (default: 512)",
-            )
-            test.add_argument(
-                "--modality",
-                default="image,text",
-                help="whose tokens are removed (default: image,text)",
             )
 
     captioner = judged.add_parser(
@@ -208,8 +212,34 @@ def _add_evaluate(commands: Any) -> None:
     captioner.add_argument("--batch", type=int, default=16, help="at a time (default: 16)")
     captioner.add_argument("--beams", type=int, default=1, help="1 is greedy (default: 1)")
     captioner.add_argument("--seed", type=int, default=0, help="of 'random' (default: 0)")
+    captioner.add_argument(
+        "--detector",
+        action="store_true",
+        help="keep what tells hallucinated words in the model's folder, where `jaxrel explain "
+        "--caption` finds it and doubts words by it",
+    )
     captioner.add_argument("--out", default="out", type=Path, help="folder (default: out)")
     captioner.set_defaults(run=_captioner)
+
+    finetuning = judged.add_parser(
+        "finetuning", help="compare captioners of Shapes that went on, by mode, with the control"
+    )
+    finetuning.add_argument(
+        "--models",
+        required=True,
+        type=Path,
+        help="folder with the models of `jaxrel train finetune-shapes`, a folder each",
+    )
+    finetuning.add_argument(
+        "--split",
+        default="biased_test,test",
+        help="splits of Shapes, with commas (default: biased_test,test)",
+    )
+    finetuning.add_argument(
+        "--scenes", type=int, default=2048, help="how many of each split (default: 2048)"
+    )
+    finetuning.add_argument("--out", default="out", type=Path, help="folder (default: out)")
+    finetuning.set_defaults(run=_finetuning)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -224,7 +254,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _explain(options: argparse.Namespace) -> None:
     from jaxrel import explain, report
     from jaxrel.attention.transformation import check_methods
+    from jaxrel.metrics import Detector
     from jaxrel.models import Captioner
+    from jaxrel.models.weights import find_folder
     from jaxrel.pictures import read_pictures
 
     asked = "question" if options.question else "caption" if options.caption else "text"
@@ -254,6 +286,9 @@ def _explain(options: argparse.Namespace) -> None:
         known = TWO_STREAM
     usual = known if options.method == "all" else ("lrp" if known is WORD_METHODS else "weighted",)
     methods = check_methods(usual if named is None else named, known, "method")
+    detector = None
+    if isinstance(model, Captioner):
+        detector = Detector.load(find_folder(options.model), model)
     explanations = explain(
         model,
         image=pictures,
@@ -264,6 +299,7 @@ def _explain(options: argparse.Namespace) -> None:
         heads=options.heads,
         importance=options.importance,
         name=str(options.model),
+        detector=detector,
     )
     files = [options.out / f"explanation{suffix}" for suffix in (".png", ".html")]
     for file in files:
@@ -274,6 +310,9 @@ def _explain(options: argparse.Namespace) -> None:
     for i, target in enumerate(explanations[0].target):
         name = _name(options, explanations[0], i)
         print(f"{name}, {target}: score {explanations[0].score[i]:.2f}")
+        for one in explanations:
+            if one.verdicts and one.verdicts[i] is not None:
+                print(f"  {one.method}: {one.verdicts[i]}")
     print("wrote " + " and ".join(map(str, files)))
 
 
@@ -314,12 +353,22 @@ def _as_json(options: argparse.Namespace, explanations: Sequence, files: list[Pa
                         "image": one.image[i].tolist(),
                         "words": one.words(i),
                     }
+                    | _verdict_as_json(one, i)
                     for i in range(len(one))
                 ],
             }
             for one in explanations
         ],
     }
+
+
+def _verdict_as_json(explanation: Any, row: int) -> dict[str, Any]:
+    """What an explanation says of its word; nothing where it judges no words."""
+    if not explanation.verdicts:
+        return {}
+    verdict = explanation.verdicts[row]
+    judged = verdict and dataclasses.asdict(verdict) | {"doubted": verdict.doubted}
+    return {"verdict": judged}
 
 
 def _recipe(name: str) -> Any:
@@ -408,6 +457,24 @@ def _perturbation(options: argparse.Namespace) -> None:
     print("wrote " + ", ".join(map(str, files)))
 
 
+def _weighting(options: argparse.Namespace) -> None:
+    from jaxrel.train import weighting
+
+    result = weighting.evaluate(
+        _mapper(options),
+        modality=_names(options.modality),
+        split=options.split,
+        examples=options.examples,
+        batch=options.batch,
+        seed=options.seed,
+    )
+    result = {name: {"model": options.model, **found} for name, found in result.items()}
+    files = weighting.save(result, options.out)
+    for found in result.values():
+        print(weighting.markdown(found))
+    print("wrote " + ", ".join(map(str, files)))
+
+
 def _sanity(options: argparse.Namespace) -> None:
     from jaxrel.explanation import write_atomically
     from jaxrel.train import sanity
@@ -429,7 +496,9 @@ def _sanity(options: argparse.Namespace) -> None:
 def _captioner(options: argparse.Namespace) -> None:
     _require_report()
     from jaxrel.models.captioner import Captioner
+    from jaxrel.models.weights import find_folder
     from jaxrel.train import captioner_evaluation, captioner_tables
+    from jaxrel.train.captioner_detector import detector
 
     if options.out.exists() and not options.out.is_dir():
         raise NotADirectoryError(f"--out {options.out} is a file; name a folder")
@@ -438,11 +507,17 @@ def _captioner(options: argparse.Namespace) -> None:
         raise ValueError(
             f"{options.model!r} is a {type(model).__name__}; this test is made for Captioner"
         )
+    methods = _names(options.method, captioner_evaluation.METHODS)
+    if options.detector and not {*methods} & {*WORD_METHODS}:
+        raise ValueError(
+            f"--detector needs an explanation to tell words by, and --method is {options.method}; "
+            f"there are {', '.join(WORD_METHODS)}"
+        )
     result = captioner_evaluation.evaluate(
         model,
         data=options.data,
         split=options.split,
-        methods=_names(options.method, captioner_evaluation.METHODS),
+        methods=methods,
         scenes=options.scenes,
         batch=options.batch,
         beams=options.beams,
@@ -451,6 +526,23 @@ def _captioner(options: argparse.Namespace) -> None:
     result = {"model": options.model, **result}
     files = captioner_tables.save(result, options.out)
     print(captioner_tables.markdown(result))
+    print("wrote " + ", ".join(map(str, files)))
+    if options.detector:
+        print(f"wrote {detector(result).save(find_folder(options.model))}")
+
+
+def _finetuning(options: argparse.Namespace) -> None:
+    _require_report()
+    from jaxrel.train import finetuning_evaluation
+
+    if options.out.exists() and not options.out.is_dir():
+        raise NotADirectoryError(f"--out {options.out} is a file; name a folder")
+    result = finetuning_evaluation.evaluate(
+        options.models, splits=_names(options.split), scenes=options.scenes
+    )
+    files = finetuning_evaluation.save(result, options.out)
+    for split in result["splits"]:
+        print(finetuning_evaluation.markdown(result, split))
     print("wrote " + ", ".join(map(str, files)))
 
 

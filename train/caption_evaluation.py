@@ -1,6 +1,7 @@
 """How true the captions of a model for Shapes are, and what they hallucinate."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,10 @@ def evaluate(
         raise ValueError(f"scenes must be at least 1, got {scenes}")
     data = Shapes(seed=data_seed)
     drawn = [data.scene(split, i) for i in trange(scenes, desc="drawing", leave=False)]
-    captions: list[str] = []
-    # One size compiles once: the last batch is filled with what is there already.
-    padded = [*drawn, *drawn[:1] * (-len(drawn) % batch)]
-    for start in trange(0, len(padded), batch, desc="captioning", leave=False):
-        images = [scene.image for scene in padded[start : start + batch]]
-        captions += model.predict({"image": model.processor.image(images)})
-    captions = captions[:scenes]
+    captions = write_captions(model, drawn, batch=batch)
     references = [[tokenise(c.text) for c in scene.captions] for scene in drawn]
     cider = CiderD.from_references(references).score([tokenise(c) for c in captions], references)
-    counts = _counts(captions, drawn)
+    counts = caption_counts(captions, drawn)
     return {
         "protocol": "caption-shapes/1",
         "split": split,
@@ -68,8 +63,36 @@ def evaluate(
     }
 
 
-def _counts(captions: list[str], drawn: list[Scene]) -> dict[str, np.ndarray]:
-    """What each caption states and what of it is there; for CHAIR shapes alone."""
+def write_captions(
+    model: CLIPMapperCaption | Captioner, scenes: Sequence[Scene], *, batch: int = 64
+) -> list[str]:
+    """The model's greedy caption of each scene.
+
+    Args:
+      model: one that knows Shapes' words.
+      scenes: in the model's size.
+      batch: pictures at a time.
+    """
+    captions: list[str] = []
+    # One size compiles once: the last batch is filled with what is there already.
+    padded = [*scenes, *scenes[:1] * (-len(scenes) % batch)]
+    for start in trange(0, len(padded), batch, desc="captioning", leave=False):
+        images = [scene.image for scene in padded[start : start + batch]]
+        captions += model.predict({"image": model.processor.image(images)})
+    return captions[: len(scenes)]
+
+
+def caption_counts(captions: Sequence[str], drawn: Sequence[Scene]) -> dict[str, np.ndarray]:
+    """What each caption states and what of it is there; for CHAIR shapes alone.
+
+    Args:
+      captions: one per scene.
+      drawn: the scenes.
+
+    Returns:
+      Counts by name, `[captions]`: those of `facts`, and what `SHARES` and `HALLUCINATIONS`
+      name besides.
+    """
     counts = facts(captions, drawn)
     named = [
         [claim.description.shape for claim in claims(caption) if claim.description.shape]

@@ -2,6 +2,7 @@
 
 from jaxrel.metrics import captions, perturbation, randomisation
 from jaxrel.metrics.captions import CiderD, bleu, cider_d, rouge_l, tokenise
+from jaxrel.metrics.detector import Detector
 from jaxrel.metrics.hallucination import Chair, chair
 from jaxrel.metrics.localisation import chance, hits, share_inside
 from jaxrel.metrics.statistics import (
@@ -15,6 +16,7 @@ from jaxrel.metrics.statistics import (
 __all__ = [
     "Chair",
     "CiderD",
+    "Detector",
     "Interval",
     "Intervals",
     "bleu",

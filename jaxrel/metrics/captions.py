@@ -78,10 +78,48 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[References]) -> Scor
       ValueError: no captions, numbers that differ, a picture without references, or text in
         place of tokens.
     """
+    counts = bleu_counts(candidates, references)
+    return Scores(bleu_of_counts(counts.sum(0)), bleu_of_counts(counts))
+
+
+def bleu_counts(
+    candidates: Sequence[Tokens], references: Sequence[References]
+) -> Float[np.ndarray, "examples counts"]:
+    """What BLEU of each caption is made of: sums of rows are the counts of a corpus.
+
+    Args:
+      candidates: one caption per picture.
+      references: the references of each picture, at least one.
+
+    Returns:
+      Clipped matches for n = 1..4, n-grams for n = 1..4, the length, and that of the closest
+      reference; see `bleu_of_counts`.
+
+    Raises:
+      ValueError: as `bleu`.
+    """
     _check("bleu", candidates, references)
     rows = [_bleu_counts(*pair) for pair in zip(candidates, references, strict=True)]
-    counts = np.array(rows, np.float64)
-    return Scores(_bleu(counts.sum(0)), _bleu(counts))
+    return np.array(rows, np.float64)
+
+
+def bleu_of_counts(
+    counts: Float[np.ndarray, "*examples counts"],
+) -> Float[np.ndarray, "*examples orders"]:
+    """BLEU-1 to BLEU-4 of counts as `bleu_counts` gives them, or of sums of them.
+
+    Args:
+      counts: of a caption, or of a corpus.
+
+    Returns:
+      From 0 to 1.
+    """
+    matches, grams = counts[..., :ORDERS], counts[..., ORDERS : 2 * ORDERS]
+    length, closest = counts[..., -2, None], counts[..., -1, None]
+    logs = np.log((matches + _TINY) / (grams + _SMALL))
+    mean = np.cumsum(logs, -1) / np.arange(1, ORDERS + 1)
+    brevity = np.minimum(0, 1 - (closest + _SMALL) / (length + _TINY))
+    return np.exp(mean + brevity)
 
 
 def rouge_l(candidates: Sequence[Tokens], references: Sequence[References]) -> Scores:
@@ -275,15 +313,6 @@ def _bleu_counts(candidate: Tokens, references: References) -> list[int]:
     grams = [max(length - n, 0) for n in range(ORDERS)]
     closest = min((abs(len(r) - length), len(r)) for r in references)[1]
     return [*matches, *grams, length, closest]
-
-
-def _bleu(counts: Float[np.ndarray, "*examples counts"]) -> Float[np.ndarray, "*examples orders"]:
-    matches, grams = counts[..., :ORDERS], counts[..., ORDERS : 2 * ORDERS]
-    length, closest = counts[..., -2, None], counts[..., -1, None]
-    logs = np.log((matches + _TINY) / (grams + _SMALL))
-    mean = np.cumsum(logs, -1) / np.arange(1, ORDERS + 1)
-    brevity = np.minimum(0, 1 - (closest + _SMALL) / (length + _TINY))
-    return np.exp(mean + brevity)
 
 
 def _rouge_l(candidate: Tokens, references: References) -> float:

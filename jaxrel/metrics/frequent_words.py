@@ -103,18 +103,33 @@ def frequent_words_difference(
     """
     for captions in (first, second):
         _check("frequent_words_difference", captions, references)
-    _check_words("frequent_words_difference", words)
-    expected = _expected(references, words)
     once, weights = np.ones((len(first), 1)), _weights(len(first), seed, resamples)
-    means, drawn = (
-        [
-            _scores(_counts(_present(captions, words), expected, times)).mean(-1)
-            for captions in (first, second)
-        ]
-        for times in (once, weights)
-    )
-    found = _intervals((means[0] - means[1])[0], drawn[0] - drawn[1])
+    both = np.hstack([once, weights])
+    means = [mean_scores(captions, references, words, both) for captions in (first, second)]
+    difference = means[0] - means[1]
+    found = _intervals(difference[0], difference[1:])
     return dict(zip(("mean_precision", "mean_recall", "mean_f1"), found, strict=True))
+
+
+def mean_scores(
+    candidates: Sequence[Tokens],
+    references: Sequence[References],
+    words: Sequence[str],
+    weights: Float[np.ndarray, "pictures resamples"],
+) -> Float[np.ndarray, "resamples 3"]:
+    """Precision, recall and F1, means over the words, of pictures that count several times.
+
+    Args:
+      candidates, references, words: as in `frequent_words`.
+      weights: how often each picture counts.
+
+    Raises:
+      ValueError: as `frequent_words`.
+    """
+    _check("mean_scores", candidates, references)
+    _check_words("mean_scores", words)
+    counts = _counts(_present(candidates, words), _expected(references, words), weights)
+    return _scores(counts).mean(-1)
 
 
 def _present(

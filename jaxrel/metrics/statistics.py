@@ -1,9 +1,14 @@
 """Intervals: how much a mean over examples would move with other examples."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
+
+# A number of examples that count several times, once per column of the weights:
+# `weights [examples, resamples] -> [resamples]`.
+Statistic = Callable[[Float[np.ndarray, "examples resamples"]], Float[np.ndarray, " resamples"]]
 
 # Drawn indices held at a time: 32 MiB as int64.
 _DRAWN_AT_ONCE = 2**22
@@ -138,6 +143,59 @@ def bootstrap_many(
         rows[...] = values @ _times_drawn(rng, examples, rows.shape[-1]) / examples
     low, high = np.percentile(means, [2.5, 97.5], axis=-1)
     return Intervals(values.mean(-1), low, high)
+
+
+def share(
+    part: Shaped[np.ndarray, " examples"], whole: Shaped[np.ndarray, " examples"]
+) -> Statistic:
+    """The ratio of two sums over examples, as a `Statistic`; 0 of nothing is 0."""
+    part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
+    return lambda weights: (part @ weights) / np.maximum(whole @ weights, 1e-9)
+
+
+def resampled(
+    repetitions: Sequence[Statistic], examples: int, *, seed: int = 0, resamples: int = 2000
+) -> Float[np.ndarray, " draws"]:
+    """The mean of a statistic over repetitions of an experiment, and the same of resamples.
+
+    Resampled are the examples, which all repetitions share, and the repetitions (such as
+    training runs with other seeds): the two levels of a hierarchical bootstrap. With few
+    repetitions their part of the spread is itself uncertain: with three, 1 in 9 resamples has
+    one of them alone.
+
+    The same seed and numbers give the same resamples: the difference of two results is paired.
+
+    Args:
+      repetitions: the statistic of each; see `Statistic`.
+      examples: how many.
+      seed: of the resampling.
+      resamples: how many samples are drawn with replacement.
+
+    Returns:
+      The mean itself, then that of each resample: `[1 + resamples]`. See `interval`.
+
+    Raises:
+      ValueError: no repetitions, no examples, or a statistic that is not finite.
+    """
+    if not repetitions or examples < 1:
+        raise ValueError(
+            f"resampled: expected repetitions and examples, got {len(repetitions)} and {examples}"
+        )
+    rng = np.random.default_rng(seed)
+    of_examples = _times_drawn(rng, examples, resamples)
+    of_repetitions = _times_drawn(rng, len(repetitions), resamples)
+    weights = np.hstack([np.ones((examples, 1)), of_examples])
+    values = np.stack([statistic(weights) for statistic in repetitions])
+    if not np.isfinite(values).all():
+        raise ValueError("resampled: a statistic is not finite")
+    times = np.hstack([np.ones((len(repetitions), 1)), of_repetitions])
+    return (values * times).sum(0) / len(repetitions)
+
+
+def interval(draws: Float[np.ndarray, " draws"]) -> Interval:
+    """The value and its 95% interval of what `resampled` gives, or of a difference of two."""
+    low, high = np.percentile(draws[1:], [2.5, 97.5])
+    return Interval(float(draws[0]), float(low), float(high))
 
 
 def _times_drawn(

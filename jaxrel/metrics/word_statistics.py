@@ -25,6 +25,7 @@ from jaxrel.metrics.correctness import check_maps
 from jaxrel.metrics.statistics import Interval, _times_drawn
 
 QUANTILES: tuple[float, ...] = tuple(i / 100 for i in range(100))
+_PLAIN = ("mean", "mean_abs", "mean_positive", "max")
 
 # Weights of mentions in resamples held at a time: 32 MiB as float64.
 _WEIGHTS_AT_ONCE = 2**22
@@ -131,10 +132,36 @@ def map_statistics(
             f"{list(maps.shape)}"
         )
     check_maps("map_statistics", maps)
-    names = ("mean", "mean_abs", "mean_positive", "max", *(f"quantile {q:g}" for q in quantiles))
+    names = (*_PLAIN, *(f"quantile {q:g}" for q in quantiles))
     # A dict that leaves jax.jit is sorted by its names.
     found = _map_statistics(jnp.asarray(maps), tuple(float(q) for q in quantiles))
     return dict(zip(names, found, strict=True))
+
+
+def map_statistic(
+    maps: Float[Array | np.ndarray, "*words height width"], name: str
+) -> Float[Array, "*words"]:
+    """One statistic of `map_statistics`, by its name; a quantile need not be of `QUANTILES`.
+
+    Raises:
+      ValueError: as `map_statistics`, or see `check_statistic`.
+    """
+    check_statistic(name)
+    quantiles = () if name in _PLAIN else (float(name.removeprefix("quantile ")),)
+    return map_statistics(maps, quantiles=quantiles)[name]
+
+
+def check_statistic(name: str) -> None:
+    """Raise ValueError unless `map_statistics` can give a statistic of this name."""
+    try:
+        quantile = float(name.removeprefix("quantile "))
+    except ValueError:
+        quantile = -1.0
+    if name not in _PLAIN and not (0 <= quantile <= 1 and name == f"quantile {quantile:g}"):
+        raise ValueError(
+            f"there is no statistic {name!r} of maps; there are {', '.join(_PLAIN)} and quantiles "
+            "from 0 to 1, such as 'quantile 0.95'"
+        )
 
 
 def roc_auc(scores: Scores, true: Labels) -> Float[np.ndarray, "*statistics"]:
