@@ -2,8 +2,13 @@
 
 import dataclasses
 import json
-import shutil
-from types import SimpleNamespace
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,10 +19,11 @@ from jax import numpy as jnp
 from jaxrel import cli
 from jaxrel.models import Processor, word_tokenizer
 from jaxrel.models.captioner import Captioner
-from jaxrel.train import captioner_finetuning, captioner_shapes, mapper_training
+from jaxrel.train import captioner_finetuning, captioner_shapes, captioner_training
 from jaxrel.train.captioner_shapes import caption_texts
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.mapper_shapes import CAPTIONS
+from jaxrel.train.optimiser import warmup_cosine
 from jaxrel.train.recipes import RECIPES
 from jaxrel.train.settings import (
     SETTINGS,
@@ -73,16 +79,41 @@ def parameters(model):
     return [np.asarray(x) for x in jax.tree.leaves(nnx.state(model))]
 
 
+def killed(recipe, out):
+    """Train in another process, which is killed at step 4, after the checkpoint of step 2."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tests.test_finetune", json.dumps(dataclasses.asdict(recipe)), out],
+        cwd=Path(__file__).parents[1],
+        # As `quick_compile` here: other programs round otherwise.
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        stderr=subprocess.PIPE,
+    )
+    log = out.with_name(f"{out.name}.checkpoints") / "train.jsonl"
+    while not (log.exists() and '"step": 3' in log.read_text()):
+        assert child.poll() is None, child.stderr.read().decode()
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    child.stderr.close()
+
+
+def stuck(settings, out):
+    """A training that stops for ever at step 4, where the log asks for the learning rate."""
+
+    def rate(*args):
+        usual = warmup_cosine(*args)
+        wait = threading.Event().wait
+        return lambda n: wait() if isinstance(n, int) and n > 2 else usual(n)
+
+    captioner_training.warmup_cosine = rate
+    captioner_finetuning.train_shapes(FinetuneShapes(**json.loads(settings)), Path(out))
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_a_stopped_training_goes_on_as_if_it_had_not_been(mode, begun, tmp_path, monkeypatch):
-    """It stops after step 2, or is killed later: what is on the disk then is the same."""
+def test_a_killed_training_goes_on_as_if_it_had_not_been(mode, begun, tmp_path):
     rate = 1.0 if mode == "lrp-scst" else 0.0
     recipe, out = settings(begun, mode, encoder_rate=rate), tmp_path / "model"
-    checkpoints = tmp_path / "model.checkpoints"
-    with monkeypatch.context() as patch:
-        keep = SimpleNamespace(copy=shutil.copy, rmtree=lambda folder: None)
-        patch.setattr(mapper_training, "shutil", keep)
-        whole = captioner_finetuning.train_shapes(recipe, out)
+    whole = captioner_finetuning.train_shapes(recipe, out)
     before = Captioner.from_pretrained(recipe.model)
     for part in ("head", "embedding", "encoder"):
         pairs = zip(
@@ -96,15 +127,16 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(mode, begun, tmp_path,
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert METRICS[mode] | {"loss", "accuracy", "learning_rate"} <= set(lines[0])
     assert FinetuneShapes(**json.loads((out / "settings.json").read_text())) == recipe
+    assert not (tmp_path / "model.checkpoints").exists()
 
-    shutil.rmtree(checkpoints / "4")
-    shutil.rmtree(out)
-    again = captioner_finetuning.train_shapes(recipe, out)
-    for x, y in zip(parameters(again), parameters(whole), strict=True):
+    again = tmp_path / "killed"
+    killed(recipe, again)
+    assert (tmp_path / "killed.checkpoints" / "2").is_dir()
+    resumed = captioner_finetuning.train_shapes(recipe, again)
+    for x, y in zip(parameters(resumed), parameters(whole), strict=True):
         np.testing.assert_array_equal(x, y)
-    resumed = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    assert [x["loss"] for x in resumed] == [x["loss"] for x in lines]
-    assert not checkpoints.exists()
+    read = [json.loads(line) for line in (again / "train.jsonl").read_text().splitlines()]
+    assert [x["loss"] for x in read] == [x["loss"] for x in lines]
 
 
 def test_the_command_line(begun, tmp_path, capsys):
@@ -157,13 +189,21 @@ def test_examples_know_their_scene_and_the_reward_all_its_captions(begun, tmp_pa
     }
 
 
-def test_a_loss_that_is_not_finite_keeps_the_checkpoint(begun, tmp_path):
-    """In the mode in which the host computes too."""
-    recipe = settings(begun, "scst", learning_rate=3e38, clamp=float("inf"), log_every=2)
-    recipe = dataclasses.replace(recipe, steps=8, warmup=4)
-    with pytest.raises(FloatingPointError, match=r"finetune-shapes: .* at step \d.*its examples: "):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint(mode, begun, tmp_path, monkeypatch):
+    """The learning rate gets out of hand after the checkpoint of step 2."""
+    usual = captioner_training.warmup_cosine
+    monkeypatch.setattr(
+        captioner_training,
+        "warmup_cosine",
+        lambda *args: lambda n: jnp.where(n < 2, usual(*args)(n), 3e38),
+    )
+    recipe = settings(begun, mode, clamp=float("inf"), encoder_rate=0.0)
+    message = r"at step [34] \(its examples: \d+, .*\)\. The checkpoint of step 2 is kept"
+    with pytest.raises(FloatingPointError, match=message):
         captioner_finetuning.train_shapes(recipe, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+    assert (tmp_path / "model.checkpoints" / "2").is_dir()
 
 
 # ---- real data
@@ -269,3 +309,7 @@ def test_modes_and_defaults_are_those_of_the_recipes():
     recipe = FinetuneShapes()
     assert (recipe.mode, recipe.mixing, recipe.temperature) == ("lrp", 0.5, 1.0)
     assert (recipe.idf, recipe.ends) == ("corpus", "both")
+
+
+if __name__ == "__main__":
+    stuck(*sys.argv[1:])
