@@ -17,6 +17,8 @@ from jaxtyping import Float32, UInt8
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from jaxrel.verdict import Verdict
+
 # Written into every .npz file, so that a later layout can be told from this one.
 FORMAT = 1
 _HEADER = "jaxrel_explanation"
@@ -43,6 +45,8 @@ class Explanation:
       model: the model's name.
       settings: the method's settings, in words.
       report: a summary that JSON can hold: losses of relevance, timings, versions.
+      verdicts: per example, what the map says of the word explained, None for a word that is not
+        judged; empty where no word is.
 
     Raises:
       TypeError: a field is of a kind that cannot be used (one string for a list of strings,
@@ -62,6 +66,7 @@ class Explanation:
     model: str
     settings: str
     report: dict[str, Any]
+    verdicts: tuple[Verdict | None, ...]
 
     # Written out, since what may be given is wider than what is kept.
     def __init__(
@@ -78,6 +83,7 @@ class Explanation:
         model: str = "",
         settings: str = "",
         report: dict[str, Any] | None = None,
+        verdicts: Sequence[Verdict | None] = (),
     ) -> None:
         target = _strings("target", target)
         batch = len(target)
@@ -102,6 +108,7 @@ class Explanation:
             "model": model,
             "settings": settings,
             "report": _plain({} if report is None else report),
+            "verdicts": _verdicts(verdicts, batch),
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -131,6 +138,7 @@ class Explanation:
             text=None if self.text is None else self.text[part],
             tokens=self.tokens[part],
             pictures=None if self.pictures is None else self.pictures[part],
+            verdicts=self.verdicts[part],
         )
 
     def _index(self, index: SupportsIndex) -> int:
@@ -222,12 +230,14 @@ class Explanation:
                 )
 
     def _to_npz(self) -> bytes:
-        header = {
+        header: dict[str, Any] = {
             "format": FORMAT,
             "pictures": None if self.pictures is None else len(self.pictures),
         }
         for name in ("target", "method", "signed", "tokens", "model", "settings", "report"):
             header[name] = getattr(self, name)
+        if self.verdicts:
+            header["verdicts"] = [one and dataclasses.asdict(one) for one in self.verdicts]
         arrays = {_HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8)}
         arrays["score"] = self.score
         for name in ("image", "text"):
@@ -273,8 +283,12 @@ class Explanation:
             pictures = (
                 None if count is None else tuple(arrays[f"picture_{i}"] for i in range(count))
             )
+            verdicts = [
+                None if one is None else Verdict(**one) for one in header.pop("verdicts", ())
+            ]
             return cls(
                 **header,
+                verdicts=verdicts,
                 score=arrays["score"],
                 image=arrays.get("image"),
                 text=arrays.get("text"),
@@ -391,6 +405,12 @@ def _pictures(pictures: Sequence[Any] | np.ndarray, batch: int) -> tuple[np.ndar
             )
         copy.setflags(write=False)
     return copies
+
+
+def _verdicts(verdicts: Sequence[Verdict | None], batch: int) -> tuple[Verdict | None, ...]:
+    if len(verdicts) not in (0, batch):
+        raise ValueError(f"Explanation: {batch} examples, but {len(verdicts)} verdicts")
+    return tuple(verdicts) if any(verdicts) else ()
 
 
 def _plain(report: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from jaxrel.explanation import Explanation, write_atomically
+from jaxrel.verdict import Verdict
 
+DOUBT = Verdict("circle", "mean", -0.25, 0.125, "AUC 0.80")
 TOKENS = (("", "a", "red", "cir", "##cle", ""), ("", "ein", "Käse", "", "", ""))
 
 
@@ -34,7 +36,8 @@ def make(**changes):
 
 
 def assert_same(a, b):
-    for name in ("target", "method", "signed", "tokens", "model", "settings", "report"):
+    fields = ("target", "method", "signed", "tokens", "model", "settings", "report", "verdicts")
+    for name in fields:
         assert getattr(a, name) == getattr(b, name)
     for name in ("score", "image", "text"):
         x, y = getattr(a, name), getattr(b, name)
@@ -91,6 +94,7 @@ def test_pictures_may_be_pil_or_one_array():
         ({"pictures": [np.zeros((2, 2, 3), np.uint8)]}, ValueError, "2 examples, but 1 pictures"),
         ({"pictures": np.zeros((2, 4, 4, 3))}, ValueError, "must be uint8 .* got float64"),
         ({"pictures": np.zeros((2, 4, 4), np.uint8)}, ValueError, r"\[4, 4\] for example 0"),
+        ({"verdicts": [DOUBT]}, ValueError, "2 examples, but 1 verdicts"),
         ({"report": {"a": object()}}, TypeError, "report must hold what JSON can"),
         ({"report": {"a": float("nan")}}, TypeError, "report must hold what JSON can"),
     ],
@@ -159,7 +163,13 @@ def test_indexing_gives_one_example():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"pictures": None}, {"text": None, "tokens": ()}, {"image": None, "pictures": None}],
+    [
+        {},
+        {"pictures": None},
+        {"text": None, "tokens": ()},
+        {"image": None, "pictures": None},
+        {"verdicts": [None, DOUBT]},
+    ],
 )
 def test_npz_round_trip_is_exact(tmp_path, changes):
     explanation = make(**changes)
@@ -170,6 +180,12 @@ def test_npz_round_trip_is_exact(tmp_path, changes):
     content = path.read_bytes()
     explanation.save(path)
     assert path.read_bytes() == content
+
+
+def test_verdicts_go_with_their_examples():
+    one = make(verdicts=[DOUBT, None])
+    assert (one[0].verdicts, one[1].verdicts) == ((DOUBT,), ())
+    assert make(verdicts=[None, None]).verdicts == make().verdicts == ()
 
 
 def test_npz_needs_no_pickle(tmp_path):
@@ -218,6 +234,7 @@ def test_load_refuses_what_is_no_explanation(tmp_path):
         (lambda header, arrays: header.pop("format"), "not a usable explanation"),
         (lambda header, arrays: header.pop("target"), "not a usable explanation.*target"),
         (lambda header, arrays: header.update(pictures=3), "not a usable .*picture_2"),
+        (lambda header, arrays: header.update(verdicts=[{}, None]), "not a usable .*word"),
         (lambda header, arrays: arrays.pop("score"), "not a usable .*score"),
         (lambda header, arrays: arrays.update(score=np.zeros(5)), "score must have the shape"),
     ],

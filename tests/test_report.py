@@ -13,6 +13,7 @@ from jaxrel import report
 from jaxrel.explanation import Explanation
 from jaxrel.report import colours, content, fonts, sheet
 from jaxrel.report.overlay import flat, upsample
+from jaxrel.verdict import Verdict
 
 
 def make(**changes):
@@ -366,6 +367,70 @@ def test_fragment_shows_the_first_examples_of_many():
     assert "target 08" not in html
     assert "The first 8 of 20 examples" in html
     assert "The first" not in report.fragment(many[:8])
+
+
+# Words that are doubted
+
+
+def judged(value, **changes):
+    """The word of the first example is judged."""
+    verdict = Verdict("<circle>", "mean", value, 0.5, "AUC 0.80 & more")
+    return make(target=["a red [<circle>]", "a [blue]"], verdicts=[verdict, None], **changes)
+
+
+def test_page_marks_doubted_words_and_says_why():
+    doubted, sure = judged(0.25), judged(0.75, method="raw")
+    html = report.page([sure, doubted])
+    parse(html)
+    assert html.count("<mark>") == 1
+    assert "<h2>a red <mark>[&lt;circle&gt;]</mark></h2>" in html
+    assert (
+        '<p class="doubted">likely not there: mean of the map 0.25, below 0.5 '
+        "(AUC 0.80 &amp; more)</p>" in html
+    )
+    assert '<p class="muted">not doubted: mean of the map 0.75, at least 0.5</p>' in html
+    assert "<mark>" not in report.page(sure)
+    assert "doubted</p>" not in report.page(make())
+
+
+def test_a_doubted_target_in_other_words_is_marked_whole():
+    one = make(verdicts=[Verdict("circle", "mean", 0.25, 0.5, ""), None])
+    assert content.target([one], 0) == ("", "a red circle")
+    assert content.target([one], 1) == ("a blue square", "")
+    assert "<h2><mark>a red circle</mark></h2>" in report.page(one)
+
+
+def doubt_of(explanations):
+    """Where the picture has the colour of doubt."""
+    return (np.asarray(report.picture(explanations)) == sheet._DOUBT).all(-1)
+
+
+def test_picture_underlines_doubted_words_and_says_why():
+    sure, doubted = judged(0.75), judged(0.25)
+    assert not doubt_of(make()).any()
+    assert not doubt_of(sure).any()
+    assert report.picture(sure).height > report.picture(make(target=sure.target)).height
+    red = doubt_of(doubted)
+    first, second = red[:, : 32 + 320], red[:, 32 + 320 + 24 :]
+    assert second.any()
+    # Below "[<circle>]" and not below the words before it; two pixels thick.
+    font = fonts.choose("", 15)
+    rows, columns = np.nonzero(first)
+    assert len(set(rows)) == 2
+    assert columns.min() == 32 + round(font.getlength("a red "))
+    end = 32 + font.getlength("a red [<circle>]")
+    # A dash is four pixels long, and a gap three.
+    assert end - 8 < columns.max() <= end + 1
+
+
+def test_a_doubted_word_that_is_wider_than_a_line_is_drawn():
+    word = "x" * 300
+    verdict = Verdict(word, "mean", 0.0, 1.0, "y" * 300)
+    one = make(target=[f"a [{word}]", "b"], verdicts=[verdict, None])
+    pixels = np.asarray(report.picture(one, cell=80))
+    framed = np.ones(pixels.shape[:2], bool)
+    framed[32:-32, 32:-32] = False
+    assert (pixels[framed] == 255).all()
 
 
 # What cannot stand side by side

@@ -239,6 +239,8 @@ def _entries(cls: Any, content: Any) -> dict[str, Any]:
         value = entries[name]
         if kind is float and not _is_number(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if kind is float:
+            entries[name] = float(value)
         if kind in (int, str) and type(value) is not kind:
             raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
     return entries

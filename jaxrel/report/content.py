@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxrel.explanation import Explanation
+from jaxrel.verdict import Verdict
 
 Explanations = Sequence[Explanation] | Explanation
 
@@ -82,6 +83,22 @@ def score(explanations: Sequence[Explanation], index: int) -> str:
     return ", ".join(
         f"{text} ({clean(e.method)})" for text, e in zip(texts, explanations, strict=True)
     )
+
+
+def verdict(explanation: Explanation, index: int) -> Verdict | None:
+    """What an explanation says of the word of one example."""
+    return explanation.verdicts[index] if explanation.verdicts else None
+
+
+def target(explanations: Sequence[Explanation], index: int) -> tuple[str, str]:
+    """What is explained of one example: the text, and its end that a method doubts, or ""."""
+    text = clean(explanations[0].target[index])
+    for found in (verdict(e, index) for e in explanations):
+        if found is not None and found.doubted:
+            word = f"[{clean(found.word)}]"
+            # A target may be in other words, which are then marked as a whole.
+            return (text.removesuffix(word), word) if text.endswith(word) else ("", text)
+    return text, ""
 
 
 def table(explanations: Sequence[Explanation]) -> list[tuple[str, list[str]]]:

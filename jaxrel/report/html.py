@@ -20,10 +20,12 @@ _FRAGMENT_EXAMPLES = 8
 # Every rule is below .jaxrel, so that a notebook's own style stays as it is.
 _STYLE = """
 .jaxrel { --ink: #1c2024; --muted: #60646c; --line: #dee1e6; --paper: #ffffff; --tint: #f6f7f9;
+  --doubt: #b3261e;
   color-scheme: light dark; color: var(--ink); background: var(--paper);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 @media (prefers-color-scheme: dark) {
-  .jaxrel { --ink: #edeef0; --muted: #b0b4ba; --line: #3a3f45; --paper: #15171a; --tint: #1d2024; }
+  .jaxrel { --ink: #edeef0; --muted: #b0b4ba; --line: #3a3f45; --paper: #15171a; --tint: #1d2024;
+    --doubt: #ff8a80; }
 }
 .jaxrel * { box-sizing: border-box; }
 .jaxrel h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
@@ -31,6 +33,9 @@ _STYLE = """
 .jaxrel h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 .jaxrel p { margin: 0; }
 .jaxrel .muted { color: var(--muted); font-size: .875rem; overflow-wrap: anywhere; }
+.jaxrel .doubted { color: var(--doubt); font-size: .875rem; overflow-wrap: anywhere; }
+.jaxrel mark { color: inherit; background: none; text-decoration: underline dashed var(--doubt) 2px;
+  text-underline-offset: .25em; }
 .jaxrel section { border-top: 1px solid var(--line); margin-top: 1.75rem; padding-top: 1.25rem; }
 .jaxrel .columns { display: grid; gap: .5rem 1.5rem; margin-top: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 320px)); }
@@ -54,7 +59,8 @@ _STYLE = """
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 .jaxrel th[scope=row] { color: var(--muted); font-weight: 400; }
 @media print {
-  .jaxrel { --ink: #000; --muted: #444; --line: #bbb; --paper: #fff; font-size: 11pt; }
+  .jaxrel { --ink: #000; --muted: #444; --line: #bbb; --paper: #fff; --doubt: #a00;
+    font-size: 11pt; }
   .jaxrel .columns { grid-template-columns: repeat(3, 1fr); }
   .jaxrel section, .jaxrel tr { break-inside: avoid; }
 }
@@ -133,7 +139,9 @@ def _examples(explanations: Sequence[Explanation], count: int) -> str:
 
 
 def _example(explanations: Sequence[Explanation], index: int) -> str:
-    target = _escape(explanations[0].target[index])
+    start, doubted = map(escape, content.target(explanations, index))
+    target = start + doubted
+    marked = f"<mark>{doubted}</mark>" if doubted else ""
     shown = content.shown_picture(explanations, index)
     columns = [_column(explanation, index, shown) for explanation in explanations]
     if shown is not None:
@@ -141,7 +149,7 @@ def _example(explanations: Sequence[Explanation], index: int) -> str:
         columns.insert(0, _titled("input", image))
     score = _escape(content.score(explanations, index))
     return (
-        f'<section>\n<h2>{target}</h2>\n<p class="muted">score {score}</p>\n'
+        f'<section>\n<h2>{start}{marked}</h2>\n<p class="muted">score {score}</p>\n'
         f'<div class="columns">\n{"".join(columns)}</div>\n</section>\n'
     )
 
@@ -158,6 +166,9 @@ def _column(explanation: Explanation, index: int, shown: np.ndarray | None) -> s
         values = np.array([relevance for _, relevance in words])
         parts.append(_words(words, values, explanation.signed))
         parts.append(_bar(colours.scale(values), explanation.signed))
+    if (verdict := content.verdict(explanation, index)) is not None:
+        look = "doubted" if verdict.doubted else "muted"
+        parts.append(f'<p class="{look}">{_escape(str(verdict))}</p>')
     return _titled(method, "".join(parts))
 
 

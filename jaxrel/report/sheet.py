@@ -19,6 +19,7 @@ _PAPER = (255, 255, 255)
 _INK = (28, 32, 36)
 _MUTED = (96, 100, 108)
 _LINE = (222, 225, 230)
+_DOUBT = (179, 38, 30)
 
 _MARGIN = 32
 _GAP = 24
@@ -30,7 +31,8 @@ def picture(explanations: Explanations, *, cell: int = 320) -> Image.Image:
 
     The first column shows the input with its target and score, then there is a column per
     method: the picture under its heat with a colour bar, and the words as coloured boxes with
-    theirs. Each map has its own scale. The same explanations give the same picture.
+    theirs. Each map has its own scale. A word that a method doubts is underlined, and why is
+    said below the method's map. The same explanations give the same picture.
 
     Args:
       explanations: one, or several of the same inputs (one per method).
@@ -94,7 +96,8 @@ def _models(explanations: Sequence[Explanation]) -> str:
 def _row(explanations: Sequence[Explanation], index: int, cell: int) -> Image.Image:
     shown = content.shown_picture(explanations, index)
     first = [] if shown is None else [Image.fromarray(fit(shown, cell))]
-    first.append(_text(content.clean(explanations[0].target[index]), _BODY, cell))
+    start, doubted = content.target(explanations, index)
+    first.append(_text(start + doubted, _BODY, cell, underlined=doubted))
     score = f"score {content.score(explanations, index)}"
     first.append(_text(score, _SMALL, cell, ink=_MUTED))
     cells = [_stack(first, gap=8, width=cell)]
@@ -112,6 +115,9 @@ def _cell(explanation: Explanation, index: int, shown: np.ndarray | None, cell: 
         values = np.array([relevance for _, relevance in words])
         blocks.append(_words([word for word, _ in words], values, explanation.signed, cell))
         blocks.append(_bar(colours.scale(values), explanation.signed, cell))
+    if (verdict := content.verdict(explanation, index)) is not None:
+        ink = _DOUBT if verdict.doubted else _MUTED
+        blocks.append(_text(content.clean(str(verdict)), _SMALL, cell, ink=ink))
     return _stack(blocks, gap=12, width=cell)
 
 
@@ -157,8 +163,18 @@ def _words(words: list[str], values: np.ndarray, signed: bool, width: int) -> Im
     return block
 
 
-def _text(text: str, size: int, width: int, *, ink: tuple[int, int, int] = _INK) -> Image.Image:
-    """Text in lines no wider than `width`."""
+def _text(
+    text: str,
+    size: int,
+    width: int,
+    *,
+    ink: tuple[int, int, int] = _INK,
+    underlined: str = "",
+) -> Image.Image:
+    """Text in lines no wider than `width`.
+
+    Its end may be `underlined`, as far as that is on the last line.
+    """
     font = fonts.choose(text, size)
     lines = _wrap(fonts.drawable(text, font), font, width)
     height = _line_height(size)
@@ -166,7 +182,17 @@ def _text(text: str, size: int, width: int, *, ink: tuple[int, int, int] = _INK)
     draw = ImageDraw.Draw(block)
     for i, line in enumerate(lines):
         draw.text((0, i * height + size), line, ink, font, anchor="ls")
+    if underlined:
+        right = round(font.getlength(lines[-1]))
+        left = max(0, round(right - font.getlength(underlined)))
+        _dashes(draw, left, right, height * len(lines) - 2)
     return block
+
+
+def _dashes(draw: ImageDraw.ImageDraw, left: int, right: int, y: int) -> None:
+    """A dashed line of doubt, two pixels thick."""
+    for x in range(left, right, 7):
+        draw.rectangle((x, y, min(x + 3, right), y + 1), fill=_DOUBT)
 
 
 def _wrap(text: str, font: fonts.Font, width: int) -> list[str]:
