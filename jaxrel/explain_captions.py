@@ -10,8 +10,9 @@ from jaxtyping import Int
 
 from jaxrel.attention.transformation import check_methods
 from jaxrel.explanation import Explanation
+from jaxrel.metrics.detector import Detector
 from jaxrel.pictures import seen_pictures
-from jaxrel.word_relevance import SIGNED_WORDS, WORD_METHODS, word_relevance
+from jaxrel.word_relevance import SIGNED_WORDS, WORD_METHODS, in_pixels, word_relevance
 
 # So many backward passes of one picture go together: more would need more memory, not less time.
 _TOGETHER = 32
@@ -30,6 +31,7 @@ def explain_captions(
     heads: Sequence[int] | None,
     lrp: Any,
     name: str,
+    detector: Detector | None = None,
 ) -> Any:
     """Explain each word of the captions of pictures; one row per word.
 
@@ -64,10 +66,15 @@ def explain_captions(
         )
     )
     content = np.asarray(model.content(rows)["text"])
+    tokens = tuple(map(tuple, model.tokens(rows)))
+    asked = [row[i] for row, i in zip(tokens, position, strict=True)]
+    # Its maps were those of all heads and of the usual rules.
+    judges = detector if heads is None and lrp is None else None
+    side = prepared["image"].shape[1]
     shared: dict[str, Any] = {
         "target": tuple(model.describe(rows)),
         "score": score[example, column],
-        "tokens": tuple(map(tuple, model.tokens(rows))),
+        "tokens": tokens,
         "pictures": seen_pictures(model, image, len(example), example),
         "model": name,
     }
@@ -86,6 +93,7 @@ def explain_captions(
                 signed=one in SIGNED_WORDS,
                 settings=f"summed over the features of each pixel and word, {chosen}",
                 report={"picture": example.tolist(), "relevance": summary},
+                verdicts=judges.verdicts(one, asked, in_pixels(of_image, side)) if judges else (),
             )
         )
     return explanations[0] if isinstance(method, str) else explanations

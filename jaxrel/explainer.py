@@ -25,6 +25,7 @@ from jaxrel.explanation import Explanation
 from jaxrel.lrp import Composite, composites, everything, rules
 from jaxrel.lrp.composites import as_composite
 from jaxrel.lrp.conservation import value_and_measured_lrp
+from jaxrel.metrics.detector import Detector
 from jaxrel.pictures import seen_pictures
 
 # What is propagated to the embedded tokens, and there summed over features.
@@ -96,6 +97,7 @@ def explain(
     importance: str = "grad_value",
     lrp: Any = None,
     name: str = "",
+    detector: Detector | None = None,
 ) -> Any:
     """Explain how much each patch of a picture and each word of a sentence matters to a score.
 
@@ -124,6 +126,8 @@ def explain(
       importance: the measure of the weighted method.
       lrp: other rules for the method 'lrp': see `jaxrel.lrp`.
       name: the model's name, for the record.
+      detector: of a Captioner, what tells words that are likely hallucinated by their maps: see
+        `jaxrel.metrics.detector`. It judges with all heads and the usual rules alone.
 
     Returns:
       An `Explanation` of the batch, or a list of them, one per method if several were given.
@@ -143,6 +147,12 @@ def explain(
             heads=heads,
             lrp=lrp,
             name=name,
+            detector=detector,
+        )
+    if detector is not None:
+        raise ValueError(
+            "detector judges words of captions by maps in pixels, which models that score words "
+            f"have, such as Captioner; {type(model).__name__} does not"
         )
     method = "weighted" if method is None else method
     layout = model.layout

@@ -125,6 +125,18 @@ def word_relevance(
     return score, {one: found[one] for one in method}
 
 
+def in_pixels(
+    maps: Float[Array | np.ndarray, "*words rows columns"], side: int
+) -> Float[Array, "*words {side} {side}"]:
+    """Maps of words in the pixels of the square picture; grids are resized (bilinear).
+
+    Args:
+      maps: of pictures, as `word_relevance` returns them by method.
+      side: of the picture that the model sees, in pixels.
+    """
+    return jax.image.resize(jnp.asarray(maps), (*maps.shape[:-2], side, side), "bilinear")
+
+
 @functools.partial(jax.jit, static_argnames=("methods", "composite", "at_once"))
 def _word_relevance(
     model: Any,

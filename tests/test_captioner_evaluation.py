@@ -101,6 +101,9 @@ class Lights:
     def forms(self, caption):
         return list(caption)
 
+    def vocabulary(self, group):
+        return VOCABULARY
+
 
 def light(model, inputs, positions, *, method):
     """In place of `word_relevance`: the picture's light, and maps that know nothing."""
@@ -154,7 +157,9 @@ def test_relevance_that_is_higher_for_true_words_tells_them(lights):
     chosen = methods["lrp"]["chosen"]
     # The light is 128 of 255 in the others.
     assert 0.51 < chosen["threshold"] <= 1
-    assert [chosen[x]["mean"] for x in ("auc", "sensitivity", "specificity")] == [1, 1, 1]
+    shares = ("auc", "sensitivity", "specificity", "precision")
+    assert [chosen[x]["mean"] for x in shares] == [1, 1, 1, 1]
+    assert chosen["pictures"] == 10
     assert methods["lrp"]["difference"]["attention"]["auc"]["max"]["mean"] == 0.5
     assert methods["lrp"]["difference"]["attention"]["chosen"]["low"] > 0
     assert methods["attention"]["auc"]["mean"]["mean"] == 0.5

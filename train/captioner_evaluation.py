@@ -37,6 +37,7 @@ from jaxrel.metrics.ablation import (
 )
 from jaxrel.metrics.captions import CiderD
 from jaxrel.metrics.correctness import THRESHOLDS, correctness
+from jaxrel.metrics.detector import fingerprint
 from jaxrel.metrics.frequent_words import frequent_words
 from jaxrel.metrics.hallucination import chair
 from jaxrel.metrics.perturbation import random_relevance
@@ -50,7 +51,7 @@ from jaxrel.metrics.words import STOP_WORDS
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.captions import end_of_caption, logit_by_token, special_ids
 from jaxrel.train.captioner_pictures import SPLITS, STOP, Pictures, Word, open_pictures
-from jaxrel.word_relevance import WORD_METHODS, word_relevance
+from jaxrel.word_relevance import WORD_METHODS, in_pixels, word_relevance
 
 PROTOCOL = "captioner/1"
 RANDOM = "random"
@@ -200,7 +201,7 @@ def judge(
       methods, batch, words, beams, seed, settings: as in `evaluate`.
 
     Returns:
-      `protocol`, the settings, and
+      `protocol`, the settings, "weights" (the model's `fingerprint`), "vocabulary" (by group), and
 
       - "captions": CIDEr-D, CHAIR, precision, recall and F1 of frequent words.
       - "patches": by group of words, the ablation of patches (see `ablation_summary`), less
@@ -238,6 +239,7 @@ def judge(
         "protocol": PROTOCOL,
         "data": pictures.name,
         "pictures": count,
+        "weights": fingerprint(model),
         "methods": list(methods),
         "lrp": "captioning",
         "beams": beams,
@@ -254,6 +256,7 @@ def judge(
         "hallucination": {
             group: _hallucination(one, methods, settings) for group, one in by_group.items()
         },
+        "vocabulary": {group: list(pictures.vocabulary(group)) for group in pictures.groups},
         "examples": [" ".join(filter(None, caption)) for caption in captions[:5]],
     }
 
@@ -419,7 +422,7 @@ def _relevance(
     """Maps in the picture's pixels, grids resized (bilinear), and relevance of the words before."""
     plain = tuple(one for one in methods if one != RANDOM)
     found = word_relevance(model, inputs, positions, method=plain)[1] if plain else {}
-    batch, words = positions.shape
+    words = positions.shape[1]
     side, tokens = inputs["image"].shape[1], inputs["text"].shape[1]
 
     def draw(key: Array) -> tuple[Array, Array]:
@@ -428,8 +431,7 @@ def _relevance(
         return image, random_relevance(of_text, (words, tokens))
 
     found = {**found, RANDOM: jax.vmap(draw)(keys)}
-    shape = (batch, words, side, side)
-    maps = jnp.stack([jax.image.resize(found[one][0], shape, "bilinear") for one in methods])
+    maps = jnp.stack([in_pixels(found[one][0], side) for one in methods])
     return maps, jnp.stack([found[one][1] for one in methods])
 
 
@@ -725,7 +727,10 @@ def _choose(
     picture: Int[np.ndarray, " cases"],
     resamples: int,
 ) -> None:
-    """Choose statistics and thresholds on the even pictures, and judge them on the odd ones."""
+    """Choose statistics and thresholds on the even pictures, and judge them on the odd ones.
+
+    "precision" is the share of words below the threshold that are hallucinated.
+    """
     even = picture % 2 == 0
     if any(not 0 < kind.sum() < kind.size for kind in (true[even], true[~even])):
         return
@@ -741,6 +746,8 @@ def _choose(
             "auc": auc_intervals(kept[name], true_of_odd, **drawn)["chosen"]._asdict(),
             "sensitivity": _share(said & true_of_odd, true_of_odd, **drawn),
             "specificity": _share(~said & ~true_of_odd, ~true_of_odd, **drawn),
+            "precision": None if said.all() else _share(~said & ~true_of_odd, ~said, **drawn),
+            "pictures": len(np.unique(picture[~even])),
         }
     if "attention" in scores:
         for name in set(scores) - {"attention"}:

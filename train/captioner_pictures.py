@@ -100,6 +100,10 @@ class Pictures(Protocol):
         """The words of a caption as `frequent` has them."""
         ...
 
+    def vocabulary(self, group: str) -> tuple[str, ...]:
+        """The words of a group in all forms that the model may write."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ShapesPictures:
@@ -158,6 +162,10 @@ class ShapesPictures:
     def forms(self, caption: Sequence[str]) -> list[str]:
         """The words, with shapes in the singular."""
         return [_SINGULAR.get(word, word) for word in caption]
+
+    def vocabulary(self, group: str) -> tuple[str, ...]:
+        """Shapes in singular and plural, or colours."""
+        return (*SHAPES, *_SINGULAR) if group == "shape" else tuple(COLOURS)
 
 
 _SINGULAR = {pluralise(shape): shape for shape in SHAPES}
@@ -239,6 +247,11 @@ class RealPictures:
     def forms(self, caption: Sequence[str]) -> list[str]:
         """The words themselves: in the paper's lists each form is a word of its own."""
         return list(caption)
+
+    def vocabulary(self, group: str) -> tuple[str, ...]:
+        """All words for objects that the model knows."""
+        known = self.processor.tokenizer.get_vocab()
+        return tuple(sorted(word for word in known if _object_name(word) is not None))
 
     @functools.cached_property
     def _most(self) -> int:

@@ -32,7 +32,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     Raises:
       ValueError: it is of another protocol.
     """
-    _check_protocol("markdown", result)
+    check_protocol("markdown", result)
     split = f", split {result['split']}" if "split" in result else ""
     model = f" of {result['model']}" if "model" in result else ""
     beams = "greedy" if result["beams"] == 1 else f"{result['beams']} beams"
@@ -52,7 +52,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _check_protocol(what: str, result: Mapping[str, Any]) -> None:
+def check_protocol(what: str, result: Mapping[str, Any]) -> None:
+    """Raise ValueError, which says `what` was to be done, for a result of another protocol."""
     if (found := result.get("protocol")) != PROTOCOL:
         raise ValueError(
             f"{what}: expected a result of {PROTOCOL!r}, as evaluate returns it, got protocol "
@@ -226,7 +227,7 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     from jaxrel.report import bars
 
-    _check_protocol("save", result)
+    check_protocol("save", result)
     stem = f"captioner-{result['data'].lower()}"
     data = json.dumps(result, indent=1, allow_nan=False).encode()
     files = [folder / f"{stem}.json", folder / f"{stem}.md"]

@@ -1,0 +1,66 @@
+"""From an evaluation of explanations of captions to what tells hallucinated words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrel.metrics import Interval
+from jaxrel.metrics.detector import Criterion, Detector, WordGroup
+from jaxrel.train.captioner_tables import check_protocol
+from jaxrel.word_relevance import WORD_METHODS
+
+
+def detector(result: Mapping[str, Any]) -> Detector:
+    """Keep what was "chosen" of each explanation that tells words better than chance.
+
+    That is where the interval of the area under the ROC curve, on the pictures that nothing was
+    chosen on, lies above 0.5. An explanation at chance would mark words without a reason.
+
+    Args:
+      result: of `captioner_evaluation.evaluate`, or read back from JSON.
+
+    Raises:
+      ValueError: a result of another protocol or of an older version, or no explanation tells
+        the words of any group.
+    """
+    check_protocol("detector", result)
+    if "weights" not in result or "vocabulary" not in result:
+        raise ValueError(
+            "detector: this result does not say which weights and words it is of; an older jaxrel "
+            "wrote it. Run jaxrel evaluate captioner again"
+        )
+    groups = {
+        group: WordGroup(tuple(result["vocabulary"][group]), methods)
+        for group, found in result["hallucination"].items()
+        if found is not None and (methods := _criteria(found["methods"]))
+    }
+    if not groups:
+        raise ValueError(
+            "detector: no explanation tells hallucinated words from true ones better than chance "
+            f"on the held-out half of {result['pictures']} pictures, so no word can be doubted "
+            "by one; try more pictures (--scenes) or other methods (--method)"
+        )
+    return Detector(
+        weights=result["weights"],
+        data=result["data"],
+        split=result.get("split", ""),
+        pictures=result["pictures"],
+        groups=groups,
+    )
+
+
+def _criteria(methods: Mapping[str, Any]) -> dict[str, Criterion]:
+    """By method, where it is an explanation and better than chance."""
+    found = {name: one["chosen"] for name, one in methods.items() if name in WORD_METHODS}
+    return {
+        name: Criterion(
+            statistic=chosen["statistic"],
+            threshold=chosen["threshold"],
+            auc=Interval(**chosen["auc"]),
+            sensitivity=Interval(**chosen["sensitivity"]),
+            specificity=Interval(**chosen["specificity"]),
+            precision=Interval(**chosen["precision"]),
+            pictures=chosen["pictures"],
+        )
+        for name, chosen in found.items()
+        if chosen is not None and chosen["auc"]["low"] > 0.5 and chosen["precision"] is not None
+    }
