@@ -57,9 +57,11 @@ def test_words_of_the_group_with_less_are_doubted():
         ("circle", 0.0, True),
     ]
     assert str(found[0]) == (
-        "likely not there: mean of the map 0.25, below 0.5 (AUC 0.80 [0.70, 0.90], and 80% of the "
-        "words so marked were not there, on 64 held-out pictures of Shapes, split biased_test)"
+        "likely hallucinated: mean of the map 0.25, below 0.5 (80% of the words below it were "
+        "hallucinated; AUC 0.80 [0.70, 0.90], on 64 held-out pictures of Shapes, split biased_test)"
     )
+    # What holds of less than half of the words is not likely.
+    assert str(replace(found[0], precision=0.39)).startswith("perhaps hallucinated: ")
     assert str(found[1]) == "not doubted: mean of the map 0.5, at least 0.5"
     assert "of Shapes)" in str(made(split="").verdicts("lrp", ["circle"], maps[:1])[0])
 
@@ -94,8 +96,8 @@ def test_unknown_statistics(name):
 
 
 def test_a_verdict_needs_numbers():
-    with pytest.raises(ValueError, match=r"must be finite, got 0\.0 and nan"):
-        Verdict("a", "mean", 0.0, float("nan"), "")
+    with pytest.raises(ValueError, match=r"numbers must be finite, got \(0\.0, nan, 0\.5\)"):
+        Verdict("a", "mean", 0.0, float("nan"), 0.5, "")
 
 
 # ---- the file
@@ -326,11 +328,11 @@ def test_evaluate_and_explain(lights, folder, tmp_path, monkeypatch, capsys):
     assert all(
         one is None or one["doubted"] == (one["value"] < one["threshold"]) for one in verdicts
     )
-    assert text.count("likely not there: ") == sum(one["doubted"] for one in verdicts if one)
+    assert text.count("likely hallucinated: ") == sum(one["doubted"] for one in verdicts if one)
     assert text.count("not doubted: ") == sum(not one["doubted"] for one in verdicts if one)
     assert "verdict" not in found[1]["examples"][0]
     page = (tmp_path / "out/explanation.html").read_text()
-    assert page.count("likely not there: ") == text.count("likely not there: ")
+    assert page.count("likely hallucinated: ") == text.count("likely hallucinated: ")
 
     (folder / FILE).write_text("{")
     assert cli.main(command) == 2

@@ -14,7 +14,7 @@ from PIL import Image
 from jaxrel.explanation import Explanation, write_atomically
 from jaxrel.verdict import Verdict
 
-DOUBT = Verdict("circle", "mean", -0.25, 0.125, "AUC 0.80")
+DOUBT = Verdict("circle", "mean", -0.25, 0.125, 0.75, "AUC 0.80")
 TOKENS = (("", "a", "red", "cir", "##cle", ""), ("", "ein", "Käse", "", "", ""))
 
 

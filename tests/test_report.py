@@ -374,7 +374,7 @@ def test_fragment_shows_the_first_examples_of_many():
 
 def judged(value, **changes):
     """The word of the first example is judged."""
-    verdict = Verdict("<circle>", "mean", value, 0.5, "AUC 0.80 & more")
+    verdict = Verdict("<circle>", "mean", value, 0.5, 0.75, "AUC 0.80 & more")
     return make(target=["a red [<circle>]", "a [blue]"], verdicts=[verdict, None], **changes)
 
 
@@ -385,16 +385,16 @@ def test_page_marks_doubted_words_and_says_why():
     assert html.count("<mark>") == 1
     assert "<h2>a red <mark>[&lt;circle&gt;]</mark></h2>" in html
     assert (
-        '<p class="doubted">likely not there: mean of the map 0.25, below 0.5 '
-        "(AUC 0.80 &amp; more)</p>" in html
+        '<p class="verdict doubted">likely hallucinated: mean of the map 0.25, below 0.5 '
+        "(75% of the words below it were hallucinated; AUC 0.80 &amp; more)</p>" in html
     )
-    assert '<p class="muted">not doubted: mean of the map 0.75, at least 0.5</p>' in html
+    assert '<p class="verdict muted">not doubted: mean of the map 0.75, at least 0.5</p>' in html
     assert "<mark>" not in report.page(sure)
-    assert "doubted</p>" not in report.page(make())
+    assert 'class="verdict' not in report.page(make())
 
 
 def test_a_doubted_target_in_other_words_is_marked_whole():
-    one = make(verdicts=[Verdict("circle", "mean", 0.25, 0.5, ""), None])
+    one = make(verdicts=[Verdict("circle", "mean", 0.25, 0.5, 1.0, ""), None])
     assert content.target([one], 0) == ("", "a red circle")
     assert content.target([one], 1) == ("a blue square", "")
     assert "<h2><mark>a red circle</mark></h2>" in report.page(one)
@@ -425,7 +425,7 @@ def test_picture_underlines_doubted_words_and_says_why():
 
 def test_a_doubted_word_that_is_wider_than_a_line_is_drawn():
     word = "x" * 300
-    verdict = Verdict(word, "mean", 0.0, 1.0, "y" * 300)
+    verdict = Verdict(word, "mean", 0.0, 1.0, 1.0, "y" * 300)
     one = make(target=[f"a [{word}]", "b"], verdicts=[verdict, None])
     pixels = np.asarray(report.picture(one, cell=80))
     framed = np.ones(pixels.shape[:2], bool)

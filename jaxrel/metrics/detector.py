@@ -119,10 +119,10 @@ class Detector:
         mean, low, high = by.auc
         split = f", split {self.split}" if self.split else ""
         evidence = (
-            f"AUC {mean:.2f} [{low:.2f}, {high:.2f}], and {by.precision.mean:.0%} of the words so "
-            f"marked were not there, on {by.pictures} held-out pictures of {self.data}{split}"
+            f"AUC {mean:.2f} [{low:.2f}, {high:.2f}], on {by.pictures} held-out pictures of "
+            f"{self.data}{split}"
         )
-        return Verdict(word, by.statistic, value, by.threshold, evidence)
+        return Verdict(word, by.statistic, value, by.threshold, by.precision.mean, evidence)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a file, which `from_dict` reads."""

@@ -33,6 +33,7 @@ _STYLE = """
 .jaxrel h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 .jaxrel p { margin: 0; }
 .jaxrel .muted { color: var(--muted); font-size: .875rem; overflow-wrap: anywhere; }
+.jaxrel .verdict { margin-top: .75rem; }
 .jaxrel .doubted { color: var(--doubt); font-size: .875rem; overflow-wrap: anywhere; }
 .jaxrel mark { color: inherit; background: none; text-decoration: underline dashed var(--doubt) 2px;
   text-underline-offset: .25em; }
@@ -168,7 +169,7 @@ def _column(explanation: Explanation, index: int, shown: np.ndarray | None) -> s
         parts.append(_bar(colours.scale(values), explanation.signed))
     if (verdict := content.verdict(explanation, index)) is not None:
         look = "doubted" if verdict.doubted else "muted"
-        parts.append(f'<p class="{look}">{_escape(str(verdict))}</p>')
+        parts.append(f'<p class="verdict {look}">{_escape(str(verdict))}</p>')
     return _titled(method, "".join(parts))
 
 
