@@ -22,6 +22,7 @@ from jaxrel.attention.sites import Site, Stack, sites
 from jaxrel.attention.transformation import METHODS, relevance, value_and_relevance
 from jaxrel.attention.two_stream_methods import (
     TWO_STREAM_METHODS,
+    value_and_layers,
     value_and_two_stream_relevance,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "row",
     "sites",
     "two_streams",
+    "value_and_layers",
     "value_and_relevance",
     "value_and_two_stream_relevance",
     "weighted",

@@ -64,20 +64,16 @@ def value_and_two_stream_relevance(
     """
     methods = check_methods(method, TWO_STREAM_METHODS)
     used = measure(importance)
-    tags = [tag for block in schedule for moment in block for _, tag in moment]
-    extra = [f"{tag}/{end}" for tag in tags for end in ("before", "after")]
+    tags = _tags(schedule)
     rules = attn_lrp() if rules is None else rules
+    captured = value_and_layers(fun, schedule, values="weighted" in methods)
 
     def explained(*args):
-        wanted = [*tags, *(extra if "weighted" in methods else ())]
-        out, values, grads = capture_with_grad(fun, wanted)(*args)
+        out, plain = captured(*args)
         found = lrp(fun, rules, argnums=None, at=tuple(tags))(*args) if _by_lrp(methods) else {}
-        values, grads, found = (
-            {name: _with_layers(name, x) for name, x in d.items()} for d in (values, grads, found)
-        )
-        plain = {tag: Layers(values[tag], grads[tag]) for tag in tags}
+        found = {tag: _with_layers(tag, x) for tag, x in found.items()}
         # Relevance in the place of the maps: max(dA R(A), 0) instead of max(dA A, 0).
-        by_lrp = {tag: Layers(found[tag], grads[tag]) for tag in tags} if found else {}
+        by_lrp = {tag: Layers(found[tag], plain[tag].grad) for tag in tags} if found else {}
 
         def accumulated(layers, importance=None):
             blocks = [
@@ -88,8 +84,6 @@ def value_and_two_stream_relevance(
 
         def rows(name):
             layers = by_lrp if name in BY_LRP else plain
-            if name == "weighted":
-                layers = {tag: _with_values(tag, plain[tag], values, grads) for tag in tags}
             if name in ("equal", "equal_lrp", "weighted"):
                 maps = accumulated(layers, used if name == "weighted" else None)
                 of_s, of_q = maps.ss, maps.sq
@@ -103,6 +97,46 @@ def value_and_two_stream_relevance(
     return explained
 
 
+def value_and_layers(fun: Callable, schedule: TagSchedule, *, values: bool = True) -> Callable:
+    """Make a function of two streams return its attention layers, as `two_streams` takes them.
+
+    One forward and one backward pass.
+
+    Args:
+      fun: as in `value_and_two_stream_relevance`.
+      schedule: as there.
+      values: whether to return the token values too, which weighted accumulation needs, and
+        which need the tags "<tag>/before" and "<tag>/after".
+
+    Returns:
+      A function `(*args) -> (fun(*args), {tag: Layers})`.
+
+    Raises:
+      ValueError: (when called) a tag that the function lacks.
+    """
+    tags = _tags(schedule)
+    extra = [f"{tag}/{end}" for tag in tags for end in ("before", "after")]
+
+    def captured(*args):
+        out, *both = capture_with_grad(fun, [*tags, *(extra if values else ())])(*args)
+        found, grads = ({name: _with_layers(name, x) for name, x in d.items()} for d in both)
+
+        def layers(tag):
+            if not values:
+                return Layers(found[tag], grads[tag])
+            # What attention adds is used in the sum alone, so its gradient is the sum's.
+            before, after = found[f"{tag}/before"], found[f"{tag}/after"]
+            return Layers(found[tag], grads[tag], before, after, grads[f"{tag}/after"])
+
+        return out, {tag: layers(tag) for tag in tags}
+
+    return captured
+
+
+def _tags(schedule: TagSchedule) -> list[str]:
+    return [tag for block in schedule for moment in block for _, tag in moment]
+
+
 def _by_lrp(methods: Sequence[str]) -> bool:
     return any(name in BY_LRP for name in methods)
 
@@ -111,15 +145,6 @@ def _with_layers(name: str, x: Array) -> Array:
     """[layers, ...]; what is tagged once and outside a scan, as by a single layer, is one."""
     rank = 4 if name.endswith(("/before", "/after")) else 5
     return x if x.ndim == rank else x[None]
-
-
-def _with_values(tag: str, layers: Layers, values: Mapping, grads: Mapping) -> Layers:
-    # What attention adds is used in the sum alone, so its gradient is the sum's.
-    return layers._replace(
-        before=values[f"{tag}/before"],
-        after=values[f"{tag}/after"],
-        value_grad=grads[f"{tag}/after"],
-    )
 
 
 def _kinds(schedule: TagSchedule, layers: Mapping[str, Layers]) -> list[list[Layers]]:
