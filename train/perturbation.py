@@ -184,7 +184,7 @@ def _perturbed(
     counts = dict.fromkeys(modality, examples)
     if "image" in modality and drawn.references and regenerated:
         counts[ANEW] = min(regenerated, examples)
-    sweeps = {name: _sweep(graph, drawn, name) for name in counts}
+    sweeps = {name: sweep_program(graph, drawn, name) for name in counts}
     found: dict[str, list[np.ndarray]] = {name: [] for name in counts}
     for start in trange(0, examples, batch, desc="perturbing", unit="batch"):
         # One size compiles once: the last batch begins again with the first examples.
@@ -256,7 +256,7 @@ def relevance_by_method(
     return found
 
 
-def _sweep(graph: Any, drawn: Examples, name: str) -> Callable:
+def sweep_program(graph: Any, drawn: Examples, name: str) -> Callable:
     """A program that measures one batch: patches are left out, and words are hidden.
 
     What stays the same at every step is made once: the text's tokens in stage 1 where patches
