@@ -75,7 +75,7 @@ def write_captions(
     """
     captions: list[str] = []
     # One size compiles once: the last batch is filled with what is there already.
-    padded = [*scenes, *scenes[:1] * (-len(scenes) % batch)]
+    padded = [*scenes, *[scenes[0]] * (-len(scenes) % batch)]
     for start in trange(0, len(padded), batch, desc="captioning", leave=False):
         images = [scene.image for scene in padded[start : start + batch]]
         captions += model.predict({"image": model.processor.image(images)})
