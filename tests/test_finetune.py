@@ -252,6 +252,7 @@ BAD = {
     "mode must be one of plain, lrp, scst, lrp-scst, got 'cider'": {"mode": "cider"},
     "mixing must be from 0 to 1 and temperature positive, got 1.5 and 1": {"mixing": 1.5},
     "mixing must be from 0 to 1 and temperature positive, got 0.5 and 0": {"temperature": 0.0},
+    "weighed must be one of both, attended, hidden, got 'all'": {"weighed": "all"},
     "idf must be one of corpus, batch, got 'val'": {"idf": "val"},
     "ends must be one of both, references, neither, got 'none'": {"ends": "none"},
     "dropout must be one of 0, 1, got 2": {"dropout": 2},

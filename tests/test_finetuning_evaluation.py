@@ -101,9 +101,11 @@ def test_runs_are_found_by_their_settings(tmp_path, begun):  # noqa: F811
     write(tmp_path / "one", mode="lrp", model=model, seed=0, steps=3, log_every=5)
     write(tmp_path / "two", mode="plain", model=model, seed=0, steps=3, log_every=7)
     write(tmp_path / "a-captioner", seed=0, steps=2000)
+    write(tmp_path / "three", mode="lrp", model=model, seed=0, steps=3, mixing=0.0, weighed="both")
     (tmp_path / "empty").mkdir()
     assert find_runs(tmp_path) == {
         "baseline": {(model, 0): begun / "aoa"},
+        "lrp, mixing 0.0": {(model, 0): tmp_path / "three"},
         "lrp": {(model, 0): tmp_path / "one"},
         "plain": {(model, 0): tmp_path / "two"},
     }

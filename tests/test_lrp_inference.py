@@ -225,6 +225,22 @@ def test_weights_are_those_of_loops(temperature):
                 np.testing.assert_array_equal(x[i], max(temperature, 1.0))
 
 
+@pytest.mark.parametrize("weighed", ["attended", "hidden"])
+def test_one_part_alone_is_weighed(weighed):
+    model, (attended, hidden) = captioner("aoa"), values()
+    both = weights_of(model, attended, hidden, inference=LRPInference(np.ones(11, bool)))
+    one = LRPInference(np.ones(11, bool), weighed=weighed)
+    found = weights_of(model, attended, hidden, inference=one)
+    for part, x, usual in zip(("attended", "hidden"), found, both, strict=True):
+        assert np.ptp(usual) > 0.5
+        np.testing.assert_array_equal(x, usual if part == weighed else 1)
+
+
+def test_unknown_parts():
+    with pytest.raises(ValueError, match="weighed must be one of both, attended, hidden, got 'x'"):
+        LRPInference(np.ones(11, bool), weighed="x")
+
+
 def test_weights_of_relevance():
     relevance = jnp.array([[2.0, -4.0, 0.0], [0.0, 0.0, 0.0], [-1e-30, 0.0, 1e-30]])
     found = relevance_weights(relevance)

@@ -172,7 +172,7 @@ def mode_loss(
     """
     given = {word.strip() for word in recipe.stop_words.split(",") if word.strip()}
     explained = content_words(model.processor.tokenizer, given or STOP_WORDS)
-    inference = LRPInference(explained, recipe.temperature)
+    inference = LRPInference(explained, recipe.temperature, recipe.weighed)
 
     def loss(parts: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         model = parts["model"]

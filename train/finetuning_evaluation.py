@@ -7,6 +7,7 @@ with the control (`plain`: as many steps of the first training) on the same pict
 beginnings.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -29,12 +30,15 @@ from jaxrel.train.caption_evaluation import caption_counts, write_captions
 from jaxrel.train.captioner_pictures import ShapesPictures
 from jaxrel.train.clip_shapes import SETTINGS_FILE
 from jaxrel.train.data.shapes import Scene, Shapes
+from jaxrel.train.settings import FinetuneShapes
 
 PROTOCOL = "finetuning/1"
 BASELINE, CONTROL = "baseline", "plain"
 SPLITS = ("biased_test", "test")
-# What sets a run apart from others, and not only its place or its pace.
+# What runs that are compared need not have in common: what sets them apart, and their pace.
 _OWN = ("model", "mode", "seed", "log_every", "checkpoint_every", "accumulate")
+# What means nothing in other modes; where it is not the usual, the mode is named by it too.
+_OF_MODE = ("mixing", "temperature", "weighed", "stop_words", "idf", "ends")
 
 
 class Measure(NamedTuple):
@@ -56,6 +60,8 @@ MEASURES = {
     "words": Measure("words per caption"),
 }
 
+_DEFAULTS = dataclasses.asdict(FinetuneShapes())
+
 Begun = tuple[str, int]
 Runs = dict[str, dict[Begun, Path]]
 
@@ -68,7 +74,8 @@ def find_runs(folder: Path) -> Runs:
 
     Returns:
       {mode: {(the captioner that it began as, seed): its folder}}, with the beginnings
-      themselves as the mode "baseline"; each mode has the same beginnings and seeds.
+      themselves as the mode "baseline"; each mode has the same beginnings and seeds. Variants of
+      a mode are modes of their own, such as "lrp, mixing 0.0".
 
     Raises:
       FileNotFoundError: no such folder, no models in it, or a beginning is not there any more.
@@ -82,7 +89,7 @@ def find_runs(folder: Path) -> Runs:
     for file in sorted(folder.glob(f"*/{SETTINGS_FILE}")):
         try:
             read = json.loads(file.read_text(encoding="utf-8"))
-            mode, begun = read["mode"], (read["model"], read["seed"])
+            mode, begun = _name(read), (read["model"], read["seed"])
         except (ValueError, LookupError, TypeError):
             # Such as a captioner that the others began as.
             continue
@@ -92,7 +99,10 @@ def find_runs(folder: Path) -> Runs:
                 f"with seed {begun[1]}; keep one of them here"
             )
         found[mode][begun] = file.parent
-        settings[file.parent] = {name: x for name, x in read.items() if name not in _OWN}
+        # What an older version did not ask for was as it is by default now.
+        settings[file.parent] = {
+            name: x for name, x in {**_DEFAULTS, **read}.items() if name not in (*_OWN, *_OF_MODE)
+        }
     if not found:
         raise FileNotFoundError(
             f"{folder} has no models that went on; make some with jaxrel train finetune-shapes "
@@ -101,6 +111,12 @@ def find_runs(folder: Path) -> Runs:
     _check_same(found, settings)
     beginnings = next(iter(found.values()))
     return {BASELINE: {begun: find_folder(begun[0]) for begun in beginnings}, **found}
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    """The mode, and what of its own settings is not the usual."""
+    changed = {n: settings[n] for n in _OF_MODE if settings.get(n, _DEFAULTS[n]) != _DEFAULTS[n]}
+    return ", ".join([settings["mode"], *(f"{name} {x}" for name, x in changed.items())])
 
 
 def _check_same(found: Runs, settings: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -115,12 +131,12 @@ def _check_same(found: Runs, settings: Mapping[Path, Mapping[str, Any]]) -> None
             )
     (first, expected), *others = settings.items()
     for folder, one in others:
-        different = [name for name, x in one.items() if x != expected.get(name)]
+        different = [name for name in {**one, **expected} if one.get(name) != expected.get(name)]
         if different:
             name = different[0]
             raise ValueError(
-                f"{folder} had {name} {one[name]!r} and {first} {expected.get(name)!r}: modes are "
-                "compared at equal settings"
+                f"{folder} had {name} {one.get(name)!r} and {first} {expected.get(name)!r}: modes "
+                "are compared at equal settings"
             )
 
 
@@ -191,12 +207,13 @@ def evaluate(
 
 def _order(mode: str) -> tuple[int, str]:
     known = (BASELINE, CONTROL, "lrp", "scst", "lrp-scst")
-    return (known.index(mode) if mode in known else len(known), mode)
+    plain = mode.split(",")[0]
+    return (known.index(plain) if plain in known else len(known), mode)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     read = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    return {name: x for name, x in read.items() if name not in ("model", "mode", "seed")}
+    return {name: x for name, x in read.items() if name not in (*_OWN, *_OF_MODE)}
 
 
 def _draw(data_seed: int, split: str, scenes: int) -> tuple[Scene, ...]:

@@ -44,6 +44,9 @@ STOP_WORDS = frozenset(
 )
 
 
+WEIGHED = ("both", "attended", "hidden")
+
+
 def content_words(
     tokenizer: Any, stop_words: Collection[str] = STOP_WORDS
 ) -> Bool[np.ndarray, " tokens"]:
@@ -85,12 +88,22 @@ class LRPInference:
     Args:
       explained: by token, whether a prediction of it is re-weighted; see `content_words`.
       temperature: see `relevance_weights`.
+      weighed: which values are weighed, "both" as in the paper, "attended" or "hidden"; the
+        weights of the others are 1.
       rules: of LRP, for the read-out from attended and hidden values to logits.
+
+    Raises:
+      ValueError: another `weighed`.
     """
 
     explained: Bool[np.ndarray, " tokens"]
     temperature: float = 1.0
+    weighed: str = "both"
     rules: Composite = field(default_factory=composites.captioning)
+
+    def __post_init__(self) -> None:
+        if self.weighed not in WEIGHED:
+            raise ValueError(f"weighed must be one of {', '.join(WEIGHED)}, got {self.weighed!r}")
 
     def weights(
         self,
@@ -112,10 +125,14 @@ class LRPInference:
         word = logits.argmax(-1)
         chosen = jax.nn.one_hot(word, logits.shape[-1]) * jnp.asarray(self.explained)[word, None]
         of_attended, of_hidden = explain(chosen * logits)
-        return (
-            relevance_weights(of_attended, temperature=self.temperature),
-            relevance_weights(of_hidden, temperature=self.temperature),
+        by_part = {"attended": of_attended, "hidden": of_hidden}
+        attended, hidden = (
+            relevance_weights(relevance, temperature=self.temperature)
+            if self.weighed in ("both", part)
+            else jnp.ones_like(relevance)
+            for part, relevance in by_part.items()
         )
+        return attended, hidden
 
     def logits(
         self,

@@ -448,6 +448,9 @@ class _Finetune:
         0.5, "mode lrp: weight of the plain prediction's loss; the rest is the re-weighted one's"
     )
     temperature: float = _setting(1.0, "modes lrp: t in the weights t R / max|R| + max(t, 1)")
+    weighed: str = _setting(
+        "both", "modes lrp: which values are weighed: both, attended or hidden (the paper's: both)"
+    )
     stop_words: str = _setting(
         "", "modes lrp: words, with commas, that are not re-weighted; empty: English function words"
     )
@@ -480,6 +483,7 @@ class _Finetune:
             raise ValueError("model is empty; name the captioner to begin as with --model")
         for name, known in (
             ("mode", ("plain", "lrp", "scst", "lrp-scst")),
+            ("weighed", ("both", "attended", "hidden")),
             ("idf", ("corpus", "batch")),
             ("ends", ("both", "references", "neither")),
             ("dropout", (0, 1)),
