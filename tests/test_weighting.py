@@ -212,10 +212,12 @@ def test_a_rows_weight_is_lost_when_rows_are_normalised():
 
     def layers(query, key, beta):
         shape = (1, 2, 2, query, key)
-        attn = rng.dirichlet(np.ones(key), shape[:-1]).astype(np.float32)
+        attn, grad = (
+            jnp.asarray(x, jnp.float32)
+            for x in (rng.dirichlet(np.ones(key), shape[:-1]), rng.normal(size=shape))
+        )
         beta = jnp.broadcast_to(jnp.asarray(beta, jnp.float32), (1, 2, query))
-        grad = jnp.asarray(rng.normal(size=shape), jnp.float32)
-        return weighting._given(Weighed(attn, None, 2 - beta, beta, beta > 0), grad)
+        return weighting._given(grad, attn, 2 - beta, beta)
 
     def image(beta, normalise=True):
         nonlocal rng

@@ -273,7 +273,7 @@ def evaluate(
 
 
 def relevance_by_variant(
-    model: CLIPMapper, inputs: Mapping[str, Any], variants: Sequence[str], key: PRNGKeyArray
+    model: Any, inputs: Mapping[str, Any], variants: Sequence[str], key: PRNGKeyArray
 ) -> tuple[dict[str, dict[str, Array]], dict[str, dict[str, dict[str, Array]]]]:
     """Relevance by variant, and the facts of the weights, from one forward and backward pass.
 
@@ -303,7 +303,8 @@ def _explained(model, inputs, readout, key, *, variants, schedule):
     keys = {tag: jax.random.fold_in(key, i) for i, tag in enumerate(layers)}
 
     def accumulated(weighed, normalise):
-        given = {tag: _given(one, layers[tag].grad) for tag, one in weighed.items()}
+        # The gradients are the same for all.
+        given = {tag: _given(layers[tag].grad, *one) for tag, one in weighed.items()}
         blocks = [
             [{pair: given[tag] for pair, tag in moment} for moment in block] for block in schedule
         ]
@@ -311,19 +312,19 @@ def _explained(model, inputs, readout, key, *, variants, schedule):
         # s is the text, q the picture.
         return {"text": row(maps.ss, readout), "vision": row(maps.sq, readout)}
 
-    relevance = {}
+    relevance: dict[str, dict[str, Array]] = {}
     for normalise in (True, False):
         names = [name for name in variants if VARIANTS[name].normalise is normalise]
         changed = [
-            # The gradients are the same for all.
-            {
-                tag: VARIANTS[name].change(tag, one, keys[tag])._replace(grad=None)
-                for tag, one in layers.items()
-            }
+            {tag: VARIANTS[name].change(tag, one, keys[tag]) for tag, one in layers.items()}
             for name in names
         ]
+        weighed = [
+            {tag: (one.attn, one.alpha, one.beta) for tag, one in by_tag.items()}
+            for by_tag in changed
+        ]
         if names:
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *changed)
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *weighed)
             found = jax.lax.map(functools.partial(accumulated, normalise=normalise), stacked)
             relevance |= {
                 name: jax.tree.map(lambda x: x[i], found)  # noqa: B023
@@ -346,10 +347,9 @@ def _first_value(value: Array, grad: Array) -> Array:
     return value[..., 0]
 
 
-def _given(layers: Weighed, grad: Array) -> Layers:
+def _given(grad: Array, attn: Array, alpha: Array, beta: Array) -> Layers:
     """As `two_streams` takes them: importances that sum to 2 are their own weights."""
-    alpha, beta = (w[..., None] for w in (layers.alpha, layers.beta))
-    return Layers(layers.attn, grad, alpha, beta, jnp.ones_like(beta))
+    return Layers(attn, grad, alpha[..., None], beta[..., None], jnp.ones_like(beta)[..., None])
 
 
 def _facts(layers: Weighed, values: Layers) -> dict[str, Array]:
