@@ -180,6 +180,12 @@ def _add_evaluate(commands: Any) -> None:
                 default="all",
                 help="one or several, with commas (weighted:norm for a measure; default: all)",
             )
+        else:
+            test.add_argument(
+                "--variant",
+                default="all",
+                help="one or several, with commas, those of a name written ':' (default: all)",
+            )
         test.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
         test.add_argument("--out", default="out", type=Path, help="folder (default: out)")
         test.set_defaults(run=run)
@@ -463,6 +469,7 @@ def _weighting(options: argparse.Namespace) -> None:
     result = weighting.evaluate(
         _mapper(options),
         modality=_names(options.modality),
+        variants=_names(options.variant, tuple(weighting.VARIANTS)),
         split=options.split,
         examples=options.examples,
         batch=options.batch,
