@@ -60,6 +60,9 @@ MEASURES = {
     "words": Measure("words per caption"),
 }
 
+# What a plot has room for.
+_DRAWN = ("CHAIR_i", "stated", "mean_precision", "mentioned", "CIDEr-D")
+
 _DEFAULTS = dataclasses.asdict(FinetuneShapes())
 
 Begun = tuple[str, int]
@@ -371,27 +374,23 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
         write_atomically(file, text.encode())
     for split, found in result["splits"].items():
         files.append(folder / f"finetuning-{split}.png")
-        shown = {
-            f"{MEASURES[name].title}{' (less is better)' if MEASURES[name].less else ''}": {
-                mode: one[name] for mode, one in found.items()
-            }
-            for name in ("CHAIR_i", "stated", "mean_precision", "mentioned", "CIDEr-D")
-        }
-        bars.bars(
-            shown,
-            files[-1],
-            bases={title: _base(one) for title, one in shown.items()},
-            note=f"{PROTOCOL}, Shapes {split}, {result['scenes']} scenes, "
-            f"{len(result['beginnings'])} beginnings; 95% intervals over both; bars do not begin "
-            "at 0",
+        note = (
+            f"{PROTOCOL}, Shapes {split}, {result['scenes']} scenes, "
+            f"{len(result['beginnings'])} beginnings; 95% intervals over both"
         )
+        bars.bars(_panels(found), files[-1], note=note)
     return files
 
 
-def _base(found: Mapping[str, Mapping[str, Any]]) -> float:
-    """Where a panel's bars begin: a little below all intervals, so that differences are seen."""
-    low, high = (
-        min(one["low"] for one in found.values()),
-        max(one["high"] for one in found.values()),
-    )
-    return max(0.0, low - 0.25 * (high - low))
+def _panels(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What to draw: differences from the control, since beginnings differ by more than modes do."""
+    compared = CONTROL in found
+    panels = {}
+    for name in _DRAWN:
+        title = MEASURES[name].title + (f", less {CONTROL}'s" if compared else "")
+        panels[f"{title}\n({'less' if MEASURES[name].less else 'more'} is better)"] = {
+            mode: one[name]["difference"][CONTROL] if compared else one[name]
+            for mode, one in found.items()
+            if not compared or mode != CONTROL
+        }
+    return panels
