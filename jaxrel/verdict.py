@@ -45,5 +45,5 @@ class Verdict:
         how = "likely" if self.precision > 0.5 else "perhaps"
         return (
             f"{how} hallucinated: {found}, below {self.threshold:.4g} ({self.precision:.0%} of the "
-            f"words below it were hallucinated; {self.evidence})"
+            f"words below it were hallucinated, {self.evidence})"
         )

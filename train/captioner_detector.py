@@ -10,10 +10,11 @@ from jaxrel.word_relevance import WORD_METHODS
 
 
 def detector(result: Mapping[str, Any]) -> Detector:
-    """Keep what was "chosen" of each explanation that tells words better than chance.
+    """Keep what was "chosen" of each explanation that tells words well enough to mark them.
 
-    That is where the interval of the area under the ROC curve, on the pictures that nothing was
-    chosen on, lies above 0.5. An explanation at chance would mark words without a reason.
+    That is where, on the pictures that nothing was chosen on, the interval of the area under the
+    ROC curve lies above 0.5, and words below the threshold are hallucinated at least twice as
+    often as all. Others would mark words with hardly a reason.
 
     Args:
       result: of `captioner_evaluation.evaluate`, or read back from JSON.
@@ -28,14 +29,15 @@ def detector(result: Mapping[str, Any]) -> Detector:
             "detector: this result does not say which weights and words it is of; an older jaxrel "
             "wrote it. Run jaxrel evaluate captioner again"
         )
-    groups = {
-        group: WordGroup(tuple(result["vocabulary"][group]), methods)
-        for group, found in result["hallucination"].items()
-        if found is not None and (methods := _criteria(found["methods"]))
-    }
+    groups = {}
+    for group, found in result["hallucination"].items():
+        if found is not None:
+            usual = found["hallucinated"] / (found["true"] + found["hallucinated"])
+            if methods := _criteria(found["methods"], usual):
+                groups[group] = WordGroup(tuple(result["vocabulary"][group]), usual, methods)
     if not groups:
         raise ValueError(
-            "detector: no explanation tells hallucinated words from true ones better than chance "
+            "detector: no explanation tells hallucinated words from true ones well enough "
             f"on the held-out half of {result['pictures']} pictures, so no word can be doubted "
             "by one; try more pictures (--scenes) or other methods (--method)"
         )
@@ -48,8 +50,8 @@ def detector(result: Mapping[str, Any]) -> Detector:
     )
 
 
-def _criteria(methods: Mapping[str, Any]) -> dict[str, Criterion]:
-    """By method, where it is an explanation and better than chance."""
+def _criteria(methods: Mapping[str, Any], usual: float) -> dict[str, Criterion]:
+    """By method, where it is an explanation and tells words well enough."""
     found = {name: one["chosen"] for name, one in methods.items() if name in WORD_METHODS}
     return {
         name: Criterion(
@@ -62,5 +64,8 @@ def _criteria(methods: Mapping[str, Any]) -> dict[str, Criterion]:
             pictures=chosen["pictures"],
         )
         for name, chosen in found.items()
-        if chosen is not None and chosen["auc"]["low"] > 0.5 and chosen["precision"] is not None
+        if chosen is not None
+        and chosen["auc"]["low"] > 0.5
+        and chosen["precision"] is not None
+        and chosen["precision"]["mean"] >= 2 * usual
     }

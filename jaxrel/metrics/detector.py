@@ -62,10 +62,12 @@ class WordGroup:
 
     Attributes:
       words: in all their forms; no others are judged.
+      hallucinated: the share of all such words that were hallucinated where it was measured.
       methods: by the method whose maps are looked at.
     """
 
     words: tuple[str, ...]
+    hallucinated: float
     methods: Mapping[str, Criterion]
 
 
@@ -112,15 +114,15 @@ class Detector:
             if judged and (criterion := group.methods.get(method)):
                 values = np.asarray(map_statistic(maps, criterion.statistic))
                 for i in judged:
-                    found[i] = self._verdict(words[i], float(values[i]), criterion)
+                    found[i] = self._verdict(words[i], float(values[i]), criterion, group)
         return tuple(found) if any(found) else ()
 
-    def _verdict(self, word: str, value: float, by: Criterion) -> Verdict:
+    def _verdict(self, word: str, value: float, by: Criterion, group: WordGroup) -> Verdict:
         mean, low, high = by.auc
         split = f", split {self.split}" if self.split else ""
         evidence = (
-            f"AUC {mean:.2f} [{low:.2f}, {high:.2f}], on {by.pictures} held-out pictures of "
-            f"{self.data}{split}"
+            f"{group.hallucinated:.0%} of all such words; AUC {mean:.2f} [{low:.2f}, {high:.2f}], "
+            f"on {by.pictures} held-out pictures of {self.data}{split}"
         )
         return Verdict(word, by.statistic, value, by.threshold, by.precision.mean, evidence)
 
@@ -210,7 +212,11 @@ def _group(content: Any) -> WordGroup:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"words must be a list of words, got {words!r}")
     methods = _object("methods", entries["methods"])
-    return WordGroup(tuple(words), {name: _criterion(one) for name, one in methods.items()})
+    return WordGroup(
+        tuple(words),
+        entries["hallucinated"],
+        {name: _criterion(one) for name, one in methods.items()},
+    )
 
 
 def _criterion(content: Any) -> Criterion:
