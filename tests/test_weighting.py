@@ -367,6 +367,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(weighting, "evaluate", evaluate)
     arguments = ["evaluate", "weighting", "--model", "vqa-shapes", "--out", str(tmp_path)]
     assert cli.main([*arguments, "--examples", "3", "--modality", "text"]) == 0
+    assert asked.pop("variants") == tuple(weighting.VARIANTS)
     assert asked == {
         "task": "vqa",
         "modality": ("text",),
@@ -375,6 +376,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         "batch": 32,
         "seed": 0,
     }
+    assert cli.main([*arguments, "--variant", "only stage 1:picture,key values"]) == 0
+    assert asked["variants"] == ("only stage 1, picture", "key values")
     assert cli.main(["evaluate", "weighting", "--model", "clip-shapes"]) == 2
     assert "this test is made for CLIPmapper" in capsys.readouterr().err
 
