@@ -131,6 +131,21 @@ def test_runs_that_cannot_be_compared_are_said(tmp_path, begun):  # noqa: F811
         find_runs(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"settings.json is damaged: .*; take its folder away"),
+        ("[]", r"settings.json lacks model and seed; expected what"),
+        ('{"mode": "lrp", "model": "x"}', r"settings.json lacks seed; expected what"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_said(text, message, tmp_path):
+    write(tmp_path / "one")
+    (tmp_path / "one" / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find_runs(tmp_path)
+
+
 def test_a_beginning_that_is_gone_is_said(tmp_path):
     write(tmp_path / "one", mode="lrp", model=str(tmp_path / "gone"), seed=0)
     with pytest.raises(FileNotFoundError, match="gone"):

@@ -90,12 +90,11 @@ def find_runs(folder: Path) -> Runs:
     found: Runs = {}
     settings: dict[Path, dict[str, Any]] = {}
     for file in sorted(folder.glob(f"*/{SETTINGS_FILE}")):
-        try:
-            read = json.loads(file.read_text(encoding="utf-8"))
-            mode, begun = _name(read), (read["model"], read["seed"])
-        except (ValueError, LookupError, TypeError):
+        read = _read(file)
+        if "mode" not in read:
             # Such as a captioner that the others began as.
             continue
+        mode, begun = _name(read), (read["model"], read["seed"])
         if (other := found.setdefault(mode, {}).get(begun)) is not None:
             raise ValueError(
                 f"{file.parent} and {other} both went on with {begun[0]!r} in mode {mode!r} and "
@@ -114,6 +113,23 @@ def find_runs(folder: Path) -> Runs:
     _check_same(found, settings)
     beginnings = next(iter(found.values()))
     return {BASELINE: {begun: find_folder(begun[0]) for begun in beginnings}, **found}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a settings file holds; ValueError if that is no settings."""
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged: {error}; take its folder away or train anew"
+        ) from error
+    lacking = [n for n in ("model", "seed") if not isinstance(read, dict) or n not in read]
+    if lacking and (not isinstance(read, dict) or "mode" in read):
+        raise ValueError(
+            f"{file} lacks {' and '.join(lacking)}; expected what jaxrel train finetune-shapes "
+            "writes"
+        )
+    return read
 
 
 def _name(settings: Mapping[str, Any]) -> str:
@@ -215,7 +231,7 @@ def _order(mode: str) -> tuple[int, str]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    read = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    read = _read(folder / SETTINGS_FILE)
     return {name: x for name, x in read.items() if name not in (*_OWN, *_OF_MODE)}
 
 
