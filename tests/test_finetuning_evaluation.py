@@ -7,12 +7,14 @@ import pytest
 
 from jaxrel import cli
 from jaxrel.metrics import bootstrap, bootstrap_ratio
-from jaxrel.metrics.captions import bleu, bleu_counts, bleu_of_counts
+from jaxrel.metrics.captions import bleu, bleu_counts, bleu_of_counts, cider_d, tokenise
 from jaxrel.metrics.frequent_words import frequent_words, mean_scores
 from jaxrel.metrics.statistics import interval, resampled, share
 from jaxrel.train import finetuning_evaluation
 from jaxrel.train.caption_evaluation import write_captions
+from jaxrel.train.captioner_pictures import ShapesPictures
 from jaxrel.train.data.shapes import Shapes
+from jaxrel.train.data.shapes.claims import facts
 from jaxrel.train.finetuning_evaluation import MEASURES, evaluate, find_runs, markdown
 from tests.test_finetune import begun  # noqa: F401
 
@@ -190,9 +192,28 @@ def test_measures_are_those_of_the_captions(models):
     model = finetuning_evaluation.Captioner.from_pretrained(models / "lrp")
     captions = write_captions(model, scenes, batch=4)
     assert result["examples"]["test"]["lrp"] == captions[:5]
-    words = np.mean([len(caption.split()) for caption in captions])
-    # A mean of six lengths.
-    assert result["splits"]["test"]["lrp"]["words"]["mean"] == pytest.approx(words, rel=1e-12)
+    found = result["splits"]["test"]["lrp"]
+    words = [tokenise(caption) for caption in captions]
+    pictures = ShapesPictures(scenes)
+    references = [pictures.references(i) for i in range(6)]
+    often = frequent_words(
+        [pictures.forms(one) for one in words],
+        [[pictures.forms(one) for one in some] for some in references],
+        pictures.frequent,
+    )
+    expected = {
+        "words": np.mean([len(one) for one in words]),
+        "BLEU-4": bleu(words, references).corpus[-1],
+        "CIDEr-D": cider_d(words, references).corpus,
+        "mean_precision": often.mean_precision.mean,
+        "mean_recall": often.mean_recall.mean,
+    }
+    counts = facts(captions, scenes)
+    for name, part, whole in (("stated", "true", "stated"), ("mentioned", "mentioned", "objects")):
+        expected[name] = counts[part].sum() / max(counts[whole].sum(), 1)
+    for name, value in expected.items():
+        # The same sums of a few numbers, in another order.
+        assert found[name]["mean"] == pytest.approx(value, rel=1e-12, abs=1e-12), name
 
 
 def test_the_command_line(models, tmp_path, capsys):

@@ -42,22 +42,25 @@ _OF_MODE = ("mixing", "temperature", "weighed", "stop_words", "idf", "ends")
 
 
 class Measure(NamedTuple):
-    """What is measured: how it is called in a table, and whether less of it is better."""
+    """What is measured: how it is called in a table, and what of it is better, if anything."""
 
     title: str
-    less: bool = False
+    better: str = "more"
+
+    def __str__(self) -> str:
+        return f"{self.title} ({self.better} is better)" if self.better else self.title
 
 
 MEASURES = {
-    "CHAIR_i": Measure("CHAIR_i", less=True),
-    "CHAIR_s": Measure("CHAIR_s", less=True),
+    "CHAIR_i": Measure("CHAIR_i", better="less"),
+    "CHAIR_s": Measure("CHAIR_s", better="less"),
     "stated": Measure("stated objects that are true"),
     "mentioned": Measure("objects that are mentioned"),
     "mean_precision": Measure("mAP of frequent words"),
     "mean_recall": Measure("their mean recall"),
     "CIDEr-D": Measure("CIDEr-D"),
     "BLEU-4": Measure("BLEU-4"),
-    "words": Measure("words per caption"),
+    "words": Measure("words per caption", better=""),
 }
 
 # What a plot has room for.
@@ -327,10 +330,7 @@ def markdown(result: Mapping[str, Any], split: str) -> str:
             f"finetuning: no split {split!r}; the result has {', '.join(result['splits'])}"
         )
     found = result["splits"][split]
-    heads = [
-        f"{one.title} ({'less' if one.less else 'more'} is better)" for one in MEASURES.values()
-    ]
-    heads[-1] = MEASURES["words"].title
+    heads = [str(one) for one in MEASURES.values()]
     lines = [
         f"{split}, {result['scenes']} scenes, {len(result['beginnings'])} beginnings:",
         "",
@@ -403,8 +403,9 @@ def _panels(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     compared = CONTROL in found
     panels = {}
     for name in _DRAWN:
-        title = MEASURES[name].title + (f", less {CONTROL}'s" if compared else "")
-        panels[f"{title}\n({'less' if MEASURES[name].less else 'more'} is better)"] = {
+        title, better = MEASURES[name]
+        less = f", less {CONTROL}'s" if compared else ""
+        panels[f"{title}{less}\n({better} is better)"] = {
             mode: one[name]["difference"][CONTROL] if compared else one[name]
             for mode, one in found.items()
             if not compared or mode != CONTROL
