@@ -386,7 +386,7 @@ def test_page_marks_doubted_words_and_says_why():
     assert "<h2>a red <mark>[&lt;circle&gt;]</mark></h2>" in html
     assert (
         '<p class="verdict doubted">likely hallucinated: mean of the map 0.25, below 0.5 '
-        "(75% of the words below it were hallucinated; AUC 0.80 &amp; more)</p>" in html
+        "(75% of the words below it were hallucinated, AUC 0.80 &amp; more)</p>" in html
     )
     assert '<p class="verdict muted">not doubted: mean of the map 0.75, at least 0.5</p>' in html
     assert "<mark>" not in report.page(sure)
