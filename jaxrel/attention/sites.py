@@ -101,7 +101,7 @@ class Site:
 
         One key per map, in the order in which scans stack them.
         """
-        lengths = [scan.params["length"] for scan in self.scans]
+        lengths = [scan.scan.length for scan in self.scans]
         for indices in itertools.product(*map(range, lengths)):
             turns = iter(zip(self.scans, indices, strict=True))
             key: list[int] = []
@@ -109,8 +109,8 @@ class Site:
                 key.append(step.number)
                 if step.node is not None and step.node.name == "scan":
                     scan, index = next(turns)
-                    last = scan.params["length"] - 1
-                    key.append(last - index if scan.params["reverse"] else index)
+                    last = scan.scan.length - 1
+                    key.append(last - index if scan.scan.reverse else index)
             yield tuple(key)
 
     @property
@@ -130,7 +130,7 @@ class Stack:
     @property
     def layers(self) -> int:
         """How many maps the stack holds."""
-        return sum(math.prod(scan.params["length"] for scan in s.scans) for s in self.sites)
+        return sum(math.prod(scan.scan.length for scan in s.scans) for s in self.sites)
 
     @property
     def is_self(self) -> bool:

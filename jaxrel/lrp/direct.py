@@ -138,7 +138,7 @@ class _Mirror:
         self, node: Node, places: list[tuple[int, Value]], probes: dict[Value, Value]
     ) -> list[Node]:
         """Probes ride as scanned inputs: those of constants and of the first state, repeated."""
-        consts, carries = node.params["num_consts"], node.params["num_carry"]
+        consts, carries = node.scan.consts, node.scan.carries
         added: list[Node] = []
         extra: list[Value] = []
         for i, atom in places:
@@ -159,7 +159,7 @@ class _Mirror:
 
     def _repeated(self, node: Node, probe: Value, added: list[Node]) -> Value:
         """The probe, once for each iteration of a scan."""
-        length, like = node.params["length"], jax.ShapeDtypeStruct(probe.shape, probe.aval.dtype)
+        length, like = node.scan.length, jax.ShapeDtypeStruct(probe.shape, probe.aval.dtype)
         repeat = build(jax.make_jaxpr(lambda x: jnp.broadcast_to(x, (length, *x.shape)))(like))
         (value,) = repeat.outs
         (one,) = repeat.nodes

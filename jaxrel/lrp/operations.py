@@ -231,7 +231,7 @@ class _Carriers:
         return [on and carries for on, carries in zip(reached, active, strict=True)]
 
     def _scan(self, node: Node, live: list[bool]) -> list[bool]:
-        consts, carries = node.params["num_consts"], node.params["num_carry"]
+        consts, carries = node.scan.consts, node.scan.carries
         state, ys = live[:carries], live[carries:]
         total = [False] * len(node.ins)
         for _, _, body in reversed(node.segments()):
@@ -309,7 +309,7 @@ def stacked(node: Node, facts: Facts) -> bool:
     """Whether a scan runs over layers: some of what it scans over are parameters."""
     if node.name != "scan":
         return False
-    xs = node.ins[node.params["num_consts"] + node.params["num_carry"] :]
+    xs = node.ins[node.scan.consts + node.scan.carries :]
     return any(fact.paths and not fact.active for fact in (fact_of(facts, x) for x in xs))
 
 
@@ -356,7 +356,7 @@ class _Finder:
         for start, stop, body in node.segments():
             inner = self.stack
             if stacked(node, self.facts):
-                inner = (start, stop, node.params["length"])
+                inner = (start, stop, node.scan.length)
             yield from self._inside(body, inner)
 
     def _inside(self, body: Graph, stack: tuple[int, int, int] | None) -> Iterator[Operation]:

@@ -179,16 +179,16 @@ def _opens(node: Node, composite: Composite) -> bool:
 
 
 def _cuts(node: Node, facts: Facts, composite: Composite) -> set[int]:
-    length = node.params["length"]
+    length = node.scan.length
     cuts = composite.cuts(length) if stacked(node, facts) else set()
     if composite.mentions_first and length > 1 and _begins(node, facts):
-        cuts.add(length - 1 if node.params["reverse"] else 1)
+        cuts.add(length - 1 if node.scan.reverse else 1)
     return cuts
 
 
 def _begins(node: Node, facts: Facts) -> bool:
     """Whether a scan's first iteration holds a first linear operation, and only that one."""
-    consts, carries = node.params["num_consts"], node.params["num_carry"]
+    consts, carries = node.scan.consts, node.scan.carries
     state = [a for a in node.ins[consts : consts + carries] if isinstance(a, Value)]
     fresh = any(facts[value].active and facts[value].fresh for value in state)
     return fresh and any(one.name in LINEAR for body in node.bodies for one in body.walk())

@@ -33,8 +33,8 @@ def _follow_control(node: Node, found: set[Value]) -> None:
         _follow_while(node, found)
         return
     skip = 1 if node.name == "cond" else 0
-    carries = node.params["num_carry"] if node.name == "scan" else 0
-    consts = node.params["num_consts"] if node.name == "scan" else 0
+    carries = node.scan.carries if node.scan else 0
+    consts = node.scan.consts if node.scan else 0
     for body in node.bodies:
         operands = zip(node.ins[skip:], body.ins, strict=True)
         found.update(inner for atom, inner in operands if atom in found)

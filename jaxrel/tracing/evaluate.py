@@ -191,7 +191,7 @@ def _probes_of(node: Node, edits: Edits, probes: Mapping[str, Any]) -> dict[str,
 
 
 def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
-    consts, carries = node.params["num_consts"], node.params["num_carry"]
+    consts, carries = node.scan.consts, node.scan.carries
     fixed, state, xs = args[:consts], args[consts : consts + carries], args[consts + carries :]
     whole = len(node.bodies) == 1
     taps: dict[str, Any] = {}
@@ -203,7 +203,7 @@ def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -
         )
         taps |= inner
         found.append(ys)
-    found = found[::-1] if node.params["reverse"] else found
+    found = found[::-1] if node.scan.reverse else found
     ys = found[0] if whole else [jnp.concatenate(parts) for parts in zip(*found, strict=True)]
     return Evaluated([*state, *ys], taps, carrier)
 
@@ -230,8 +230,8 @@ def _segment(
         (state, carrier),
         (xs, probes),
         length=length,
-        reverse=node.params["reverse"],
-        unroll=node.params["unroll"],
+        reverse=node.scan.reverse,
+        unroll=node.scan.unroll,
     )
     return state, ys, carrier, taps
 

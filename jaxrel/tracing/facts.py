@@ -235,7 +235,7 @@ class _Analysis:
         return [_outside(join(*facts)) for facts in zip(*branches, strict=True)]
 
     def _scan(self, node: Node, ins: list[Fact]) -> list[Fact]:
-        consts, carries = node.params["num_consts"], node.params["num_carry"]
+        consts, carries = node.scan.consts, node.scan.carries
         fixed, state, xs = ins[:consts], ins[consts : consts + carries], ins[consts + carries :]
         stacked: list[list[Fact]] = []
         for start, stop, body in node.segments():

@@ -17,6 +17,7 @@ from jax import numpy as jnp
 from jax.extend import core as jex
 from jax.extend import source_info_util
 
+from jaxrel.tracing import primitives
 from jaxrel.tracing.tags import tag_p
 
 # Calls that group operations and mean nothing else.
@@ -88,15 +89,20 @@ class Node:
         return self.equation.params
 
     @property
+    def scan(self) -> Any:
+        """Counts and settings of a scan; None for another operation."""
+        return primitives.scan_of(self.equation)
+
+    @property
     def is_control(self) -> bool:
         """Whether the evaluator can change what is inside the bodies."""
         return self.name in CONTROL
 
     def segments(self) -> list[tuple[int, int, "Graph"]]:
         """The (start, stop, body) of a scan, in order of execution; usually one."""
-        bounds = self.cuts or (0, self.params["length"])
+        bounds = self.cuts or (0, self.scan.length)
         found = [*zip(bounds[:-1], bounds[1:], self.bodies, strict=True)]
-        return found[::-1] if self.params["reverse"] else found
+        return found[::-1] if self.scan.reverse else found
 
     def where(self) -> str:
         """The user's source line: 'file.py:12 (function)'; frameworks' own lines are passed."""

@@ -47,7 +47,7 @@ def cut_scans(graph: Graph, cuts: Callable[[Node], Collection[int]]) -> Graph:
         inner = sorted(set(cuts(node))) if node.name == "scan" else []
         bodies = tuple(cut_scans(body, cuts) for body in node.bodies)
         if inner:
-            bounds = (0, *inner, node.params["length"])
+            bounds = (0, *inner, node.scan.length)
             bodies = tuple(copy_graph(bodies[0]) for _ in bounds[1:])
             nodes.append(dataclasses.replace(node, bodies=bodies, cuts=bounds))
         else:
