@@ -56,22 +56,19 @@ tests="tracing primitives rules lrp lrp_patterns lrp_golden attention relevance 
   blockwise gradients clip clip_relevance explainer"
 if [ -n "$rehearse" ]; then
   export JAX_PLATFORMS=cpu
-  tests=tracing workers=2
-  # The flags are given here too: XLA ends a process whose flags it does not know.
-  settings=(XLA_FLAGS="--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0")
-  choice=(-k "tag or sharded")
+  tests=tracing workers=2 choice=(-k "tag or sharded")
 else
   export JAX_PLATFORMS=cuda,cpu
-  workers=14
-  # Small programs, each compiled once: trying algorithms out would take most of the time.
-  settings=(
-    XLA_FLAGS="--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
-    XLA_PYTHON_CLIENT_PREALLOCATE=false
-    JAX_COMPILATION_CACHE_DIR="$scratch/cache"
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
-  )
-  choice=()
+  workers=14 choice=()
 fi
+# Thousands of small programs: each is compiled once, and no time goes into trying algorithms out.
+settings=(
+  XLA_FLAGS="--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"
+  XLA_PYTHON_CLIENT_PREALLOCATE=false
+  JAX_COMPILATION_CACHE_DIR="$scratch/cache"
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+  JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES=none
+)
 files=()
 for name in $tests; do
   [ -e "tests/test_$name.py" ] && files+=("tests/test_$name.py")
