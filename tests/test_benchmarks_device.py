@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 
-from tests.benchmarks import device_report
+from tests.benchmarks import device, device_report
 from tests.benchmarks.flops import flops
 
 ROW = {"dtype": "bfloat16", "batch": 4, "sizes": "2 layers", "device": "Some GPU", "jax": "0.1"}
@@ -81,9 +81,7 @@ def test_record_refuses_a_readme_without_markers(tmp_path):
 
 
 def test_the_readme_of_this_folder_has_its_markers():
-    from tests.benchmarks.device import README
-
-    text = README.read_text(encoding="utf-8")
+    text = device.README.read_text(encoding="utf-8")
     assert text.count(device_report.BEGIN) == text.count(device_report.END) == 1
 
 
@@ -97,6 +95,46 @@ def test_suites_are_counted_by_file(tmp_path):
         {"suite": "tests/test_b.py", "passed": 0, "failed": 0, "skipped": 1, "seconds": 0.0},
     ]
     assert "`tests/test_a.py::two`" in table.note
+
+
+def raises(x):
+    raise ValueError("no | such\nthing")
+
+
+def test_a_row_that_fails_leaves_the_others():
+    programs = [
+        device.Program("base", lambda x: jnp.sin(x) * 2, "base"),
+        device.Program("fails", raises, "base"),
+        device.Program("twice", lambda x: jnp.sin(x) + x, "base"),
+    ]
+    make = lambda: (jnp.ones((4, 8)),)
+    piece = device.Piece("t", "n", "8 wide", "float32", 4, programs, make, counted=True)
+    said = []
+    base, fails, twice = device.run(piece, said.append)
+    assert fails["state"] == "failed: ValueError: no | such"
+    assert base["x time"] == base["x memory"] == base["x FLOPs"] == 1
+    for row in (base, fails, twice):
+        assert (row["dtype"], row["sizes"], row["batch"]) == ("float32", "8 wide", 4)
+        assert row["jax"] == jax.__version__
+        assert row["device"] == jax.devices()[0].device_kind
+    assert said[-1] == "t: FLOPs counted"
+
+
+def test_what_does_not_fit_is_a_row_that_says_so():
+    def exhausted():
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    ready = {
+        "large": device.Ready(exhausted, 3 * device.GIB, 0.0),
+        "broken": device.Ready(exhausted, 1, 0.0),
+        "small": device.Ready(lambda: None, 1, 0.0),
+        "uncompiled": "failed: ValueError: no",
+    }
+    found = device.usable(ready, limit=2 * device.GIB)
+    assert found["large"] == "out of memory: needs 3.0 GiB"
+    assert found["broken"] == "out of memory"
+    assert isinstance(found["small"], device.Ready)
+    assert found["uncompiled"] == "failed: ValueError: no"
 
 
 def test_steps_of_nested_scans_are_counted():

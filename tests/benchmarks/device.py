@@ -245,9 +245,8 @@ def attempt(fun: Callable, *args: Any) -> Any:
         return f"failed: {type(error).__name__}: {text.splitlines()[0] if text else ''}"[:200]
 
 
-def usable(ready: Mapping[str, Ready | str]) -> dict[str, Ready | str]:
-    """Run each program once; what does not fit into the device's memory is not tried."""
-    limit = memory_stats().get("bytes_limit", math.inf)
+def usable(ready: Mapping[str, Ready | str], limit: float) -> dict[str, Ready | str]:
+    """Run each program once; what needs more than `limit` bytes is not tried."""
     found: dict[str, Ready | str] = {}
     for name, program in ready.items():
         if isinstance(program, str):
@@ -283,7 +282,7 @@ def run(piece: Piece, say: Callable[[str], None]) -> list[dict[str, Cell]]:
     args = piece.arguments()
     ready = build(piece, args)
     say(f"{piece.title}: compiled")
-    found = usable(ready)
+    found = usable(ready, memory_stats().get("bytes_limit", math.inf))
     measured = attempt(take_turns, found, piece.title)
     if isinstance(measured, str):
         found, measured = dict.fromkeys(found, measured), {}
