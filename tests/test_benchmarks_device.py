@@ -1,5 +1,6 @@
 """What a device's figures are written as, and how its operations are counted."""
 
+import dataclasses
 import json
 
 import jax
@@ -135,6 +136,14 @@ def test_what_does_not_fit_is_a_row_that_says_so():
     assert found["broken"] == "out of memory"
     assert isinstance(found["small"], device.Ready)
     assert found["uncompiled"] == "failed: ValueError: no"
+
+
+def test_what_cannot_fit_is_not_compiled():
+    piece = device.forms_piece(8, "float32")
+    assert [one.least for one in piece.programs] == [4096, 0, 0, 4096, 4096, 49152, 49152]
+    piece = dataclasses.replace(piece, programs=piece.programs[-1:])
+    found = device.build(piece, (jnp.ones(1),), limit=40_000)
+    assert found == {"stacked weighted": "out of memory: needs 0.0 GiB"}
 
 
 def test_steps_of_nested_scans_are_counted():

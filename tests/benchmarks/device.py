@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax import numpy as jnp
 
 from jaxrel.lrp import Composite, composites, lrp, op, path, rules
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
@@ -88,12 +89,15 @@ class Program:
     Args:
       name: how the table calls it.
       fun: a function of the piece's arguments.
-      over: the name of the program its ratios are over; its own for a baseline, None for none.
+      over: the name of the program its ratios are over; its own for a baseline.
+      least: bytes that it needs at least; where there are fewer it is not even compiled, for
+        no compiler is made for arrays many times its device's memory.
     """
 
     name: str
     fun: Callable
-    over: str | None
+    over: str
+    least: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +168,15 @@ def _image_lrp(composite: Composite) -> Callable:
 
 def forms_piece(tokens: int, dtype: str) -> Piece:
     """All forms of attention relevance at one number of tokens."""
-    block = min(BLOCK, tokens)
-    programs = [Program(TOKENS, streaming_forms.grad, TOKENS)]
-    blockwise = partial(streaming_forms.explain_blockwise, block=block)
+    # A layer's map and its gradient; stacked, those of all layers.
+    maps = 2 * streaming_forms.HEADS * tokens**2 * jnp.dtype(dtype).itemsize
+    least = {"streaming": maps, "stacked": streaming_forms.LAYERS * maps}
+    blockwise = partial(streaming_forms.explain_blockwise, block=min(BLOCK, tokens))
+    programs = [Program(TOKENS, streaming_forms.grad, TOKENS, maps)]
     programs += [Program(f"blockwise {method}", blockwise(method), TOKENS) for method in METHODS]
-    for form in ("streaming", "stacked"):
+    for form, size in least.items():
         explain = partial(streaming_forms.explain, form=form)
-        programs += [Program(f"{form} {method}", explain(method), TOKENS) for method in METHODS]
+        programs += [Program(f"{form} {m}", explain(m), TOKENS, size) for m in METHODS]
 
     def arguments() -> tuple:
         weights = streaming_forms.random_weights(jax.random.key(0))
@@ -207,8 +213,8 @@ class Ready:
     seconds: float
 
 
-def build(piece: Piece, args: tuple) -> dict[str, Ready | str]:
-    """Compile a piece's programs beside each other; an error's text stands for what has none."""
+def build(piece: Piece, args: tuple, limit: float) -> dict[str, Ready | str]:
+    """Compile a piece's programs beside each other; a text stands for one that cannot be."""
     leaves, tree = jax.tree.flatten(args)
 
     def flat(fun: Callable) -> Callable:
@@ -228,6 +234,9 @@ def build(piece: Piece, args: tuple) -> dict[str, Ready | str]:
     found: dict[str, Any] = {}
     with ThreadPoolExecutor(max_workers=8) as pool:
         for program in piece.programs:
+            if program.least > limit:
+                found[program.name] = too_large(program.least)
+                continue
             lowered = attempt(lambda fun=program.fun: jax.jit(flat(fun)).lower(*leaves))
             failed = isinstance(lowered, str)
             found[program.name] = lowered if failed else pool.submit(attempt, compiled, lowered)
@@ -252,13 +261,18 @@ def usable(ready: Mapping[str, Ready | str], limit: float) -> dict[str, Ready | 
         if isinstance(program, str):
             found[name] = program
         elif program.memory > limit:
-            found[name] = f"out of memory: needs {program.memory / GIB:.1f} GiB"
+            found[name] = too_large(program.memory)
         else:
             start = time.perf_counter()
             failed = attempt(lambda run=program.run: (run(), None)[1])
             seconds = time.perf_counter() - start
             found[name] = failed or dataclasses.replace(program, seconds=seconds)
     return found
+
+
+def too_large(needed: int) -> str:
+    """The state of a program that needs more bytes than there are."""
+    return f"out of memory: needs {needed / GIB:.1f} GiB"
 
 
 def memory_stats() -> Mapping[str, int]:
@@ -279,10 +293,11 @@ def take_turns(found: Mapping[str, Ready | str], what: str) -> Mapping[str, Meas
 
 def run(piece: Piece, say: Callable[[str], None]) -> list[dict[str, Cell]]:
     """The rows of one table."""
+    limit = memory_stats().get("bytes_limit", math.inf)
     args = piece.arguments()
-    ready = build(piece, args)
+    ready = build(piece, args, limit)
     say(f"{piece.title}: compiled")
-    found = usable(ready, memory_stats().get("bytes_limit", math.inf))
+    found = usable(ready, limit)
     measured = attempt(take_turns, found, piece.title)
     if isinstance(measured, str):
         found, measured = dict.fromkeys(found, measured), {}
@@ -359,7 +374,7 @@ def measure_all(folder: Path, *, rehearse: bool, seconds: float) -> bool:
     for piece in pieces(rehearse):
         begun, left = elapsed(), seconds - elapsed()
         if left < 1.3 * longest:
-            state = f"skipped: {left:.0f} s were left of {seconds:.0f}"
+            state = f"skipped: {max(left, 0):.0f} s were left of {seconds:.0f}"
             say(f"{piece.title}: {state}")
             cells = {"method": "all", "dtype": piece.dtype, "sizes": piece.sizes, "state": state}
             add(piece.title, piece.note, [cells])
