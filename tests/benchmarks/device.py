@@ -74,12 +74,14 @@ and is held against the gradient by both towers' position embeddings; LRP explai
 pixels, and is held against the gradient by the image ("over" names it). FLOPs are XLA's before it
 optimises, each step of a scan counted; utilisation is FLOPs over time over the device's dense
 bfloat16 peak. Gamma stands on the MLPs, over CP-LRP; epsilon also splits sums, over CP-LRP. Memory
-is XLA's: temporary, arguments and results."""
+is XLA's: temporary, arguments and results. Products of float32 have XLA's default precision, which
+is TF32 on these GPUs."""
 FORMS_NOTE = f"""\
 A pre-norm transformer of {streaming_forms.LAYERS} layers, width {streaming_forms.WIDTH} and \
 {streaming_forms.HEADS} heads, each layer rematerialised in one scan; one class is explained by the
 row of token 0. `jax.grad` is of the same model by its input. Blockwise has {BLOCK} queries to a
-block and the carrier written into the model. Memory is XLA's: temporary, arguments and results."""
+block and the carrier written into the model. Memory is XLA's: temporary, arguments and results.
+Products of float32 have XLA's default precision, which is TF32 on these GPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
