@@ -388,6 +388,7 @@ def test_value_and_relevance_returns_the_score():
     np.testing.assert_array_equal(relevance, attention.relevance(scanned)(X))
 
 
+@pytest.mark.devices(8)
 def test_sharded_batches_stay_sharded():
     mesh = jax.make_mesh((8,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -494,6 +495,7 @@ def test_errors_say_what_to_do(call, error, text):
         call()
 
 
+@pytest.mark.devices(8)
 def test_attention_in_shard_map_is_refused():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
