@@ -25,8 +25,8 @@ def _names(text: str) -> frozenset[str]:
 
 
 # The first JAX that has a name, and the first that no longer has it.
-SINCE = dict.fromkeys(_names("eval_jaxpr log2 one_minus_square xla_metadata_call"), (0, 11))
-UNTIL = dict.fromkeys(_names("call closed_call"), (0, 11))
+SINCE = dict.fromkeys(_names("log2 one_minus_square xla_metadata_call"), (0, 11))
+UNTIL = dict.fromkeys(_names("call closed_call core_map"), (0, 11))
 
 # Calls that group operations and mean nothing else; the rule that `custom_vmap` adds is another
 # way of computing the same function.
