@@ -21,6 +21,7 @@ from jaxrel.attention.maps import (
     require_finite,
     take,
 )
+from jaxrel.tracing.sharding import shaped_like, zeros
 
 
 def head_mean(attn: FloatArray, grad: FloatArray) -> Float[Array, "*batch query key"]:
@@ -41,9 +42,11 @@ def head_mean(attn: FloatArray, grad: FloatArray) -> Float[Array, "*batch query 
     return functools.reduce(jnp.add, heads) / len(heads)
 
 
-def identity(batch: int, tokens: int, dtype: Any) -> Float[Array, "batch tokens tokens"]:
-    """Every token relevant for itself alone: where accumulation starts."""
-    return jnp.broadcast_to(jnp.eye(tokens, dtype=dtype), (batch, tokens, tokens))
+def identity(attn: FloatArray, dtype: Any) -> Float[Array, "batch tokens tokens"]:
+    """Every token relevant for itself alone: where accumulation over stacked maps starts."""
+    batch, tokens = attn.shape[1], attn.shape[-1]
+    like = shaped_like(attn, (1, None, None), shape=(batch, tokens, tokens), dtype=dtype)
+    return zeros(like) + jnp.eye(tokens, dtype=dtype)
 
 
 def equal(
@@ -82,7 +85,7 @@ def _equal(attn, grad):
     def layer(relevance, maps):
         return relevance + matmul(head_mean(*maps), relevance), None
 
-    start = identity(attn.shape[1], attn.shape[-1], relevance_dtype(attn, grad))
+    start = identity(attn, relevance_dtype(attn, grad))
     return jax.lax.scan(layer, start, (attn, grad))[0]
 
 
@@ -141,7 +144,7 @@ def _weighted(maps, values, importance):
         alpha, beta = alpha.astype(dtype)[..., None], beta.astype(dtype)[..., None]
         return alpha * relevance + beta * moved, None
 
-    start = identity(maps[0].shape[1], maps[0].shape[-1], dtype)
+    start = identity(maps[0], dtype)
     return jax.lax.scan(layer, start, (maps, values))[0]
 
 

@@ -16,6 +16,7 @@ from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.facts import AFFINE, Fact, Facts, active_ins, is_elementwise
 from jaxrel.tracing.graph import Graph, Node, Value, build, tag_name
 from jaxrel.tracing.patterns import MOVES
+from jaxrel.tracing.sharding import shaped_like
 
 _MOVING = MOVES | frozenset(
     """rev slice dynamic_slice split pad gather concatenate stack unstack tile scatter scatter-add
@@ -159,7 +160,7 @@ class _Mirror:
 
     def _repeated(self, node: Node, probe: Value, added: list[Node]) -> Value:
         """The probe, once for each iteration of a scan."""
-        length, like = node.scan.length, jax.ShapeDtypeStruct(probe.shape, probe.aval.dtype)
+        length, like = node.scan.length, shaped_like(probe.aval)
         repeat = build(jax.make_jaxpr(lambda x: jnp.broadcast_to(x, (length, *x.shape)))(like))
         (value,) = repeat.outs
         (one,) = repeat.nodes
