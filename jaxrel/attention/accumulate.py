@@ -177,7 +177,10 @@ def row(
                 f"row: weights of read-out tokens must be float [{batch}, {tokens}], got "
                 f"{weights.dtype} {list(weights.shape)}"
             )
-        return matmul(weights[:, None].astype(relevance.dtype), jnp.asarray(relevance))[:, 0]
+        # A product over a batch wants both sharded alike.
+        like = shaped_like(relevance, (0, None), shape=(batch, tokens), dtype=relevance.dtype)
+        weights = weights.astype(relevance.dtype) + zeros(like)
+        return matmul(weights[:, None], jnp.asarray(relevance))[:, 0]
     index = readout_index(readout, batch=batch, tokens=tokens)
     return jnp.take_along_axis(
         jnp.asarray(relevance), index[:, None, None], axis=1, mode="fill", fill_value=jnp.nan
