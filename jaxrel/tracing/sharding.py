@@ -56,4 +56,6 @@ def zeros(like: Any) -> Array:
         # Outside of jit and of jax.set_mesh nobody says which devices the mesh has, and arrays
         # without a mesh go with all others.
         return plain
-    return jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding)
+    # Inside jit no mesh need be set, and then JAX 0.12 would not heed the sharding.
+    with jax.sharding.use_abstract_mesh(like.sharding.mesh):
+        return jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding)
