@@ -25,6 +25,7 @@ from jaxrel.tracing.analysis import dependents
 from jaxrel.tracing.capture import check_scalar_outputs, find_tags, taps_with_grad
 from jaxrel.tracing.evaluate import evaluate, tap_shapes
 from jaxrel.tracing.graph import Traced, Value, trace
+from jaxrel.tracing.sharding import shaped_like, zeros
 
 Argnums = int | Sequence[int]
 
@@ -363,7 +364,8 @@ class _Call:
         found = dict(zip(self.real(), relevance, strict=True))
         args = self.traced.args
         leaves = [
-            found[i] if i in found else jnp.zeros(args[i].shape, jnp.float32) for i in self.chosen
+            found[i] if i in found else zeros(shaped_like(args[i], dtype=jnp.float32))
+            for i in self.chosen
         ]
         return jax.tree.unflatten(self.tree, leaves)
 

@@ -42,6 +42,7 @@ from jaxrel.models.recurrent import (
     dropout,
     linear,
 )
+from jaxrel.models.transformer import look_up, read_at
 from jaxrel.models.vision import (
     EncoderConfig,
     VGGConfig,
@@ -294,7 +295,7 @@ class Captioner(nnx.Module):
 
     def embed(self, text: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
         """Return the embedding of token ids."""
-        return self.embedding(text)
+        return look_up(self.embedding, text)
 
     def read(
         self,
@@ -463,9 +464,9 @@ class Captioner(nnx.Module):
             )
         position = jnp.asarray(inputs["position"] if target is None else target)
         read = self._read(inputs)
-        row = jnp.arange(len(read.hidden))
-        logits = self.word_logits(read.attended[row, position - 1], read.hidden[row, position - 1])
-        return logits[row, jnp.asarray(inputs["text"])[row, position]]
+        attended, hidden = (read_at(x, position - 1) for x in (read.attended, read.hidden))
+        word = read_at(jnp.asarray(inputs["text"]), position)
+        return read_at(self.word_logits(attended, hidden), word)
 
     def word_scores(self, inputs: Inputs) -> Float[Array, "batch tokens"]:
         """Return the logit of each token of its caption, given those before.

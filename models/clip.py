@@ -23,6 +23,7 @@ from jaxrel.models.transformer import (
     causal_mask,
     key_mask,
     layer_norm,
+    look_up,
 )
 from jaxrel.models.weights import (
     CONFIG,
@@ -292,10 +293,9 @@ class VisionTower(nnx.Module):
         patches = self.patch_embedding(image)
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
         patches = tag(patches, "vision/tokens")
-        first = jnp.broadcast_to(
-            self.class_embedding[...], (patches.shape[0], 1, patches.shape[-1])
-        )
-        x = jnp.concatenate([first.astype(patches.dtype), patches], axis=1)
+        # As zeros of the patches' own, the class token is sharded over a mesh as they are.
+        first = self.class_embedding[...].astype(patches.dtype) + jnp.zeros_like(patches[:, :1])
+        x = jnp.concatenate([first, patches], axis=1)
         x = x + self.position_embedding[...].astype(x.dtype)
         mask = kept_mask(keep)
         if keep is not None and mask is None:
@@ -351,7 +351,7 @@ class TextTower(nnx.Module):
         """
         tokens = text.shape[-1]
         mask = causal_mask(tokens) if keep is None else causal_mask(tokens) & key_mask(keep)
-        x = tag(self.token_embedding(text), "text/tokens")
+        x = tag(look_up(self.token_embedding, text), "text/tokens")
         x = x + self.position_embedding[:tokens].astype(x.dtype)
         return self.transformer(x, mask, remat=remat, return_attention=return_attention)
 
@@ -359,7 +359,7 @@ class TextTower(nnx.Module):
         self, token: Int[Array, " batch"], memory: Memory, position: Int[Array, ""]
     ) -> tuple[Float[Array, "batch 1 features"], Memory]:
         """Return one token before the last norm, and the memory with it; see `Transformer.step`."""
-        x = self.token_embedding(token)[:, None]
+        x = look_up(self.token_embedding, token)[:, None]
         x = x + self.position_embedding[position].astype(x.dtype)
         return self.transformer.step(x, memory, position)
 

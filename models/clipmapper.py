@@ -46,6 +46,7 @@ from jaxrel.models.transformer import (
     causal_mask,
     key_mask,
     layer_norm,
+    read_at,
 )
 from jaxrel.models.weights import (
     CONFIG,
@@ -730,8 +731,8 @@ class CLIPMapperCaption(CLIPMapper):
             )
         position = jnp.asarray(inputs["position"] if target is None else target)
         logits = self(inputs)
-        row = jnp.arange(len(logits))
-        return logits[row, position - 1, jnp.asarray(inputs["text"])[row, position]]
+        word = read_at(jnp.asarray(inputs["text"]), position)
+        return read_at(read_at(logits, position - 1), word)
 
     def generate(
         self, image: Float[Array, "batch height width 3"], keep: Kept | None = None

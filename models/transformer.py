@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 from jax import numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrel import tag
 
@@ -293,6 +293,24 @@ def scan_layers(
 def key_mask(keep: Bool[Array, "batch keys"]) -> Mask:
     """A mask that hides the keys that are not kept from every query."""
     return keep[:, None, None]
+
+
+def look_up(embedding: nnx.Embed, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
+    """The embeddings of token ids, sharded over an explicit mesh as the ids are."""
+    spec = jax.typeof(jnp.asarray(ids)).sharding.spec
+    if all(axis is None for axis in spec):
+        return embedding(ids)
+    (table,) = embedding.promote_dtype(
+        (embedding.embedding[...],), dtype=embedding.dtype, inexact=False
+    )
+    rows = jax.sharding.PartitionSpec(*spec, None)
+    return table.at[ids].get(mode="fill", out_sharding=rows)
+
+
+def read_at(x: Shaped[Array, "batch tokens *rest"], index: Any) -> Shaped[Array, "batch *rest"]:
+    """One token of each example: `x[i, index[i]]`; one index may serve all."""
+    index = jnp.broadcast_to(jnp.asarray(index), len(x))
+    return jnp.take_along_axis(x, index.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
 
 
 def causal_mask(tokens: int) -> Bool[Array, "tokens tokens"]:

@@ -21,6 +21,7 @@ from jaxrel.attention.maps import (
     require_finite,
     take,
 )
+from jaxrel.tracing.sharding import shaped_like, zeros
 
 
 def head_mean(attn: FloatArray, grad: FloatArray) -> Float[Array, "*batch query key"]:
@@ -41,9 +42,11 @@ def head_mean(attn: FloatArray, grad: FloatArray) -> Float[Array, "*batch query 
     return functools.reduce(jnp.add, heads) / len(heads)
 
 
-def identity(batch: int, tokens: int, dtype: Any) -> Float[Array, "batch tokens tokens"]:
-    """Every token relevant for itself alone: where accumulation starts."""
-    return jnp.broadcast_to(jnp.eye(tokens, dtype=dtype), (batch, tokens, tokens))
+def identity(attn: FloatArray, dtype: Any) -> Float[Array, "batch tokens tokens"]:
+    """Every token relevant for itself alone: where accumulation over stacked maps starts."""
+    batch, tokens = attn.shape[1], attn.shape[-1]
+    like = shaped_like(attn, (1, None, None), shape=(batch, tokens, tokens), dtype=dtype)
+    return zeros(like) + jnp.eye(tokens, dtype=dtype)
 
 
 def equal(
@@ -82,7 +85,7 @@ def _equal(attn, grad):
     def layer(relevance, maps):
         return relevance + matmul(head_mean(*maps), relevance), None
 
-    start = identity(attn.shape[1], attn.shape[-1], relevance_dtype(attn, grad))
+    start = identity(attn, relevance_dtype(attn, grad))
     return jax.lax.scan(layer, start, (attn, grad))[0]
 
 
@@ -141,7 +144,7 @@ def _weighted(maps, values, importance):
         alpha, beta = alpha.astype(dtype)[..., None], beta.astype(dtype)[..., None]
         return alpha * relevance + beta * moved, None
 
-    start = identity(maps[0].shape[1], maps[0].shape[-1], dtype)
+    start = identity(maps[0], dtype)
     return jax.lax.scan(layer, start, (maps, values))[0]
 
 
@@ -174,7 +177,10 @@ def row(
                 f"row: weights of read-out tokens must be float [{batch}, {tokens}], got "
                 f"{weights.dtype} {list(weights.shape)}"
             )
-        return matmul(weights[:, None].astype(relevance.dtype), jnp.asarray(relevance))[:, 0]
+        # A product over a batch wants both sharded alike.
+        like = shaped_like(relevance, (0, None), shape=(batch, tokens), dtype=relevance.dtype)
+        weights = weights.astype(relevance.dtype) + zeros(like)
+        return matmul(weights[:, None], jnp.asarray(relevance))[:, 0]
     index = readout_index(readout, batch=batch, tokens=tokens)
     return jnp.take_along_axis(
         jnp.asarray(relevance), index[:, None, None], axis=1, mode="fill", fill_value=jnp.nan

@@ -52,7 +52,7 @@ def rollout(
 
 @jax.jit
 def _rollout(attn):
-    start = identity(attn.shape[1], attn.shape[-1], relevance_dtype(attn))
+    start = identity(attn, relevance_dtype(attn))
 
     def layer(flow, attn):
         step = attn.astype(flow.dtype).mean(axis=1) + start
@@ -118,7 +118,7 @@ def _no_aggregation(attn, grad):
     def layer(relevance, maps):
         return matmul(head_mean(*maps), relevance), None
 
-    start = identity(attn.shape[1], attn.shape[-1], relevance_dtype(attn, grad))
+    start = identity(attn, relevance_dtype(attn, grad))
     return jax.lax.scan(layer, start, (attn, grad))[0]
 
 

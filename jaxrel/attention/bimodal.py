@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jaxrel.attention.accumulate import head_mean, prepare_values
 from jaxrel.attention.importance import Measure, layer_weights, measure
 from jaxrel.attention.maps import Readout, matmul, prepare, readout_index, relevance_dtype
+from jaxrel.tracing.sharding import shaped_like, zeros
 
 
 class Layers(NamedTuple):
@@ -76,11 +77,11 @@ class Stream(NamedTuple):
     other: Float[Array, "batch tokens others"]
 
 
-def start(batch: int, tokens: int, others: int, dtype: Any = jnp.float32) -> Stream:
+def start(attn: Array, tokens: int, others: int, dtype: Any = jnp.float32) -> Stream:
     """A stream before its first layer: every token relevant for itself alone.
 
     Args:
-      batch: how many examples.
+      attn: maps of any layers, `[layers, batch, ...]`, for the batch.
       tokens: how many tokens it has.
       others: how many tokens the other stream has.
       dtype: the dtype to accumulate in.
@@ -88,10 +89,13 @@ def start(batch: int, tokens: int, others: int, dtype: Any = jnp.float32) -> Str
     Returns:
       The stream.
     """
+
+    def nothing(*sizes: int) -> Array:
+        axes = (1, *(None for _ in sizes))
+        return zeros(shaped_like(attn, axes, shape=(attn.shape[1], *sizes), dtype=dtype))
+
     return Stream(
-        kept=jnp.ones((batch, tokens), dtype),
-        moved=jnp.zeros((batch, tokens, tokens), dtype),
-        other=jnp.zeros((batch, tokens, others), dtype),
+        kept=nothing(tokens) + 1, moved=nothing(tokens, tokens), other=nothing(tokens, others)
     )
 
 
@@ -226,7 +230,8 @@ def bimodal(
     if readout is None:
         return maps
     token = readout_index(readout, batch=batch, tokens=tokens)
-    return maps._replace(ss=maps.ss.at[jnp.arange(batch), token, token].set(0))
+    own = token[:, None] == jnp.arange(tokens)
+    return maps._replace(ss=jnp.where(own[:, :, None] & own[:, None], 0, maps.ss))
 
 
 def encoder_decoder(
@@ -338,10 +343,11 @@ def two_streams(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _accumulate(blocks, tokens, others, importance, normalise, residual=True):
-    batch, dtype = jax.tree.leaves(blocks)[0].shape[1], relevance_dtype(*jax.tree.leaves(blocks))
+    leaves = jax.tree.leaves(blocks)
+    dtype = relevance_dtype(*leaves)
     streams = {
-        "s": start(batch, tokens, others, dtype),
-        "q": start(batch, others, tokens, dtype),
+        "s": start(leaves[0], tokens, others, dtype),
+        "q": start(leaves[0], others, tokens, dtype),
     }
 
     def layer(streams, moments):

@@ -100,7 +100,7 @@ def _backward(block, causal, scale, residuals, cotangents):
         return (k_grad, v_grad, relevance), _einsum("bhts,bhsd->bhtd", scores_grad, k, dtype)
 
     # Rows that only fill up the last block have gradient 0 and relevance 0: they add nothing.
-    start = (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype), keep)
+    start = (jnp.zeros_like(k, dtype), jnp.zeros_like(v, dtype), keep)
     blocks = (_firsts(tokens, block), *rows, _split(move[:, None], block)[:, :, 0])
     (k_grad, v_grad, relevance), q_grad = jax.lax.scan(step, start, blocks)
     q_grad, k_grad, v_grad = (

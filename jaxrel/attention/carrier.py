@@ -22,6 +22,8 @@ from jaxtyping import Array, Float
 from jaxrel.attention.accumulate import head_mean
 from jaxrel.attention.importance import Measure, layer_weights
 from jaxrel.attention.maps import Readout, matmul, readout_index
+from jaxrel.tracing import sharding
+from jaxrel.tracing.sharding import shaped_like
 
 
 class Carrier(NamedTuple):
@@ -36,21 +38,29 @@ class Carrier(NamedTuple):
     move: Float[Array, "batch tokens"]
 
 
-def zeros(batch: int, tokens: int, dtype: Any = jnp.float32) -> Carrier:
+def zeros(batch: int, tokens: int, dtype: Any = jnp.float32, *, like: Any = None) -> Carrier:
     """The carrier that enters the first layer.
 
     Args:
       batch: how many examples.
       tokens: how many tokens.
       dtype: the dtype relevance is accumulated in.
+      like: an array, or its type, whose first axis is the batch: the carrier is sharded as that.
+        Needed for a batch that is sharded over an explicit mesh.
 
     Returns:
       The carrier.
     """
-    return Carrier(jnp.zeros((batch, tokens), dtype), jnp.zeros((batch, tokens), dtype))
+    if like is None:
+        row = jnp.zeros((batch, tokens), dtype)
+    else:
+        row = sharding.zeros(shaped_like(like, (0, None), shape=(batch, tokens), dtype=dtype))
+    return Carrier(row, row)
 
 
-def seed(readout: Readout, *, batch: int, tokens: int, dtype: Any = jnp.float32) -> Carrier:
+def seed(
+    readout: Readout, *, batch: int, tokens: int, dtype: Any = jnp.float32, like: Any = None
+) -> Carrier:
     """The cotangent of the carrier that leaves the last layer: the read-out token alone.
 
     Args:
@@ -59,6 +69,7 @@ def seed(readout: Readout, *, batch: int, tokens: int, dtype: Any = jnp.float32)
       batch: how many examples.
       tokens: how many tokens.
       dtype: the dtype relevance is accumulated in.
+      like: as in `zeros`.
 
     Returns:
       The cotangent.
@@ -69,6 +80,8 @@ def seed(readout: Readout, *, batch: int, tokens: int, dtype: Any = jnp.float32)
     """
     index = readout_index(readout, batch=batch, tokens=tokens)
     row = jax.nn.one_hot(index, tokens, dtype=dtype)
+    # The sum has the sharding of the carrier.
+    row = row if like is None else row + zeros(batch, tokens, dtype, like=like).keep
     return Carrier(row, row)
 
 

@@ -13,6 +13,7 @@ from jaxrel.tracing.capture import taps_with_grad
 from jaxrel.tracing.facts import Fact
 from jaxrel.tracing.graph import Graph, Traced, Value
 from jaxrel.tracing.primitives import LOOKUPS
+from jaxrel.tracing.sharding import shaped_like, zeros
 
 
 def map_relevance(
@@ -47,7 +48,7 @@ def map_relevance(
             "composite), and the maps' relevance is read from the whole scan; use rules that are "
             "the same for all layers"
         )
-    channels = tuple(jnp.zeros(value.shape, value.aval.dtype) for value in prepared.explained)
+    channels = tuple(zeros(shaped_like(value.aval)) for value in prepared.explained)
     ruled = dataclasses.replace(traced, graph=prepared.graph, args=(*traced.args, *channels))
     _, values, c = taps_with_grad(ruled, taps, "attention.relevance", prepared.steps)
     return {name: values[name] * c[name] for name in taps.values()}

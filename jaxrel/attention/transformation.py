@@ -27,6 +27,7 @@ from jaxrel.lrp.transformation import labelled
 from jaxrel.tracing.capture import check_scalar_outputs, taps_with_grad
 from jaxrel.tracing.evaluate import Edits, Touch, evaluate
 from jaxrel.tracing.graph import Traced
+from jaxrel.tracing.sharding import shaped_like
 
 # These read the relevance of the maps by LRP, in a backward pass of its own.
 BY_LRP = ("equal_lrp", "partial_lrp")
@@ -298,9 +299,15 @@ def _stream(
 
     seeds = {}
     for stack in stacks:
-        batch, _, tokens, _ = stack.sites[0].shape
-        dtype = relevance_dtype(stack.sites[0].value.aval)
-        seeds[stack.name] = seed(readouts[stack.name], batch=batch, tokens=tokens, dtype=dtype)
+        site = stack.sites[0]
+        batch, _, tokens, _ = site.shape
+        seeds[stack.name] = seed(
+            readouts[stack.name],
+            batch=batch,
+            tokens=tokens,
+            dtype=relevance_dtype(site.value.aval),
+            like=shaped_like(site.value.aval, (site.batch,), shape=(batch,)),
+        )
     (out, _), pullback = jax.vjp(run, jax.tree.map(jnp.zeros_like, seeds))
     (rows,) = pullback((jnp.ones_like(out), seeds))
     return traced.unflatten([out]), {stack.name: rows[stack.name].keep for stack in stacks}

@@ -16,6 +16,7 @@ from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.facts import Fact, Facts, active_ins, is_elementwise
 from jaxrel.tracing.graph import Graph, Node, Value, build, tag_name
 from jaxrel.tracing.primitives import AFFINE, CLIPS, MOVES, PLACES, SCATTERS, make_program
+from jaxrel.tracing.sharding import shaped_like
 
 _MOVING = MOVES | PLACES | SCATTERS
 # What these do to a value says nothing of where its relevance belongs.
@@ -158,7 +159,7 @@ class _Mirror:
     def _repeated(self, node: Node, probe: Value, added: list[Node]) -> Value:
         """The probe, once for each iteration of a scan."""
         assert node.scan is not None
-        length, like = node.scan.length, jax.ShapeDtypeStruct(probe.shape, probe.aval.dtype)
+        length, like = node.scan.length, shaped_like(probe.aval)
         program, _ = make_program(lambda x: jnp.broadcast_to(x, (length, *x.shape)), like)
         repeat = build(program)
         (value,) = repeat.outs

@@ -16,6 +16,7 @@ from jaxrel.tracing.capture import find_tags, gather, tap_names
 from jaxrel.tracing.evaluate import Edits, Touch, evaluate, tap_shapes
 from jaxrel.tracing.facts import Fact
 from jaxrel.tracing.graph import Traced, Value, trace
+from jaxrel.tracing.sharding import shaped_like, zeros
 
 Unknown = Literal["error", "warn"]
 
@@ -270,7 +271,7 @@ class Call:
                 if i in cotangents.leaves:
                     leaves.append(make(*cotangents.leaves[i]))
                 else:
-                    leaves.append(jnp.zeros(jnp.shape(self.traced.args[i]), jnp.float32))
+                    leaves.append(zeros(shaped_like(self.traced.args[i], dtype=jnp.float32)))
             found.append(jax.tree.unflatten(jax.tree.structure(self.args[index]), leaves))
         result = found[0] if self.single else tuple(found)
         places = {name: make(value, c, None) for name, (value, c) in cotangents.places.items()}
@@ -315,9 +316,7 @@ def forward(
     taps = tap_names(tagged)
     edits = Edits(steps=prepared.steps, taps=taps, touches=touches or {})
     weights = _weights(call, [place for place in at if isinstance(place, Where)])
-    zeros = {
-        name: jnp.zeros(shape.shape, shape.dtype) for name, shape in tap_shapes(graph, taps).items()
-    }
+    probes = {name: zeros(shape) for name, shape in tap_shapes(graph, taps).items()}
 
     def run(xs, ws, channels, probes, carrier):
         values = list(args)
@@ -329,7 +328,7 @@ def forward(
     xs, ws = [args[i] for i in leaves], [args[i] for i in weights]
     channels = [jnp.zeros_like(x) for x in xs]
     (_, carried), pullback, (outs, values) = jax.vjp(
-        run, xs, ws, channels, zeros, carrier, has_aux=True
+        run, xs, ws, channels, probes, carrier, has_aux=True
     )
 
     def back(c: Any) -> tuple[Cotangents, Any]:

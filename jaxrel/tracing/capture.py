@@ -9,6 +9,7 @@ from jax import numpy as jnp
 
 from jaxrel.tracing.evaluate import Edits, Step, evaluate, tap_shapes
 from jaxrel.tracing.graph import Graph, Node, Traced, Value, tag_name, trace
+from jaxrel.tracing.sharding import zeros
 
 
 def capture(fun: Callable, names: str | Sequence[str] | None = None) -> Callable:
@@ -98,8 +99,8 @@ def taps_with_grad(
         result = evaluate(traced.graph, traced.args, edits, probes=probes)
         return result.outs[0], result.taps
 
-    zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
-    out, pullback, values = jax.vjp(run, zeros, has_aux=True)
+    probes = {name: zeros(shape) for name, shape in shapes.items()}
+    out, pullback, values = jax.vjp(run, probes, has_aux=True)
     (grads,) = pullback(jnp.ones_like(out))
     return traced.unflatten([out]), values, grads
 

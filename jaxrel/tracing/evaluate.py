@@ -24,6 +24,7 @@ from jax import numpy as jnp
 
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
 from jaxrel.tracing.opaque import cure, custom_derivative
+from jaxrel.tracing.sharding import shaped_like, zeros
 
 
 class Step(NamedTuple):
@@ -146,22 +147,27 @@ def _needed(graph: Graph, edits: Edits) -> list[Node]:
 
 
 def tap_shapes(graph: Graph, taps: Mapping[Value, str]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every tap, with the leading axes that scans give it."""
+    """Shape, dtype and sharding of every tap, with the leading axes that scans give it."""
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
     for value in graph.ins:
         if value in taps:
-            shapes[taps[value]] = jax.ShapeDtypeStruct(value.shape, value.aval.dtype)
+            shapes[taps[value]] = shaped_like(value.aval)
     for node in graph.nodes:
         leads: list[tuple[tuple[int, ...], Graph]] = [((), body) for body in node.bodies]
         if node.scan:
             leads = [((stop - start,), body) for start, stop, body in node.segments()]
         for lead, body in leads:
             for name, inner in tap_shapes(body, taps).items():
-                shapes[name] = jax.ShapeDtypeStruct(lead + inner.shape, inner.dtype)
+                shapes[name] = _stacked(inner, lead)
         for out in node.outs:
             if out in taps:
-                shapes[taps[out]] = jax.ShapeDtypeStruct(out.shape, out.aval.dtype)
+                shapes[taps[out]] = shaped_like(out.aval)
     return shapes
+
+
+def _stacked(inner: jax.ShapeDtypeStruct, lead: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    axes = (*(None for _ in lead), *range(len(inner.shape)))
+    return shaped_like(inner, axes, shape=lead + inner.shape)
 
 
 def _enter(node: Node) -> Callable[..., Evaluated]:
@@ -258,8 +264,8 @@ def _cond(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -
     def branch(body):
         def run(operands, probes, carrier):
             inner = evaluate(body, operands, edits, probes=probes, carrier=carrier)
-            zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in blank.items()}
-            return inner.outs, zeros | inner.taps, inner.carrier
+            empty = {name: zeros(shape) for name, shape in blank.items()}
+            return inner.outs, empty | inner.taps, inner.carrier
 
         return run
 
