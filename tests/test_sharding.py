@@ -27,7 +27,7 @@ from tests.test_clipmapper import STAGE1, processor, random_pictures, random_val
 BATCH, TOKENS, WIDTH, HEADS, LAYERS, CLASSES = 8, 4, 6, 2, 2, 3
 RNG = np.random.default_rng(0)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.devices(8)]
 
 
 def normal(*shape):
