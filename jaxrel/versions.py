@@ -15,7 +15,7 @@ OLDEST_JAX = "0.10.2"
 # The newest that is tested: the only place where it is written down.
 NEWEST_JAX = "0.12"
 # Flax uses parts of JAX that come and go: from each JAX, the oldest Flax that can be imported.
-OLDEST_FLAX = {"0.10.2": "0.12.7", "0.11.1": "0.12.10"}
+OLDEST_FLAX = {"0.10.2": "0.12.7", "0.11.1": "0.12.9", "0.11.2": "0.12.10"}
 
 
 def release(version: str) -> tuple:
