@@ -1,6 +1,7 @@
 """The tests' world is stricter than a user's: types are checked, warnings are errors."""
 
 import gc
+import importlib.util
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -10,10 +11,26 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("jaxrel", "beartype.beartype")
+# A borrowed machine may lack beartype; the tests then run with types unchecked, and say so.
+TYPES_CHECKED = importlib.util.find_spec("beartype") is not None
+if TYPES_CHECKED:
+    install_import_hook("jaxrel", "beartype.beartype")
 
 import jax
 import pytest
+
+
+def pytest_report_header():
+    """Where the tests run, and whether types are checked."""
+    checked = "checked" if TYPES_CHECKED else "not checked (beartype is not installed)"
+    return f"jax {jax.__version__} on {jax.default_backend()}; types are {checked}"
+
+
+def pytest_runtest_setup(item):
+    """Skip what needs more devices than there are: `@pytest.mark.devices(8)`."""
+    needed = max((mark.args[0] for mark in item.iter_markers("devices")), default=1)
+    if jax.device_count() < needed:
+        pytest.skip(f"needs {needed} devices, there are {jax.device_count()}")
 
 
 @pytest.fixture

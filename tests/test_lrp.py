@@ -730,6 +730,7 @@ def test_inside_scan_and_lax_map(x64):
     np.testing.assert_allclose(mapped, jax.vmap(explain, (None, 0))(params, x), rtol=1e-13)
 
 
+@pytest.mark.devices(8)
 def test_sharded_over_devices():
     mesh = jax.make_mesh((8,), ("batch",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))

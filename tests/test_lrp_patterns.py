@@ -236,6 +236,7 @@ def test_a_half_precision_product_with_a_float32_normalisation():
     assert jnp.all(jnp.isfinite(found))
 
 
+@pytest.mark.devices(2)
 def test_sharding_in_types(p):
     mesh = jax.make_mesh((2,), ("d",))
     if mesh.axis_types[0] != jax.sharding.AxisType.Explicit:

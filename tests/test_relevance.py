@@ -388,6 +388,7 @@ def test_value_and_relevance_returns_the_score():
     np.testing.assert_array_equal(relevance, attention.relevance(scanned)(X))
 
 
+@pytest.mark.devices(8)
 def test_sharded_batches_stay_sharded():
     mesh = jax.make_mesh((8,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -415,6 +416,15 @@ def fused(x):
 
 
 fused.defvjp(lambda x: (fused(x), x), lambda x, g: (g,))
+
+
+@pytest.mark.parametrize("method", attention.METHODS)
+def test_attention_with_a_derivative_of_its_own_is_that_of_what_it_computes(method):
+    explain = lambda attend: attention.relevance(
+        lambda x: (x + attend(x)).sum((1, 2)), method=method
+    )(X)
+    np.testing.assert_allclose(explain(fused), explain(fused.fun), rtol=1e-6, atol=1e-7)
+
 
 ERRORS = {
     "method": (
@@ -463,11 +473,6 @@ ERRORS = {
         ValueError,
         "form='streaming' computes one read-out row",
     ),
-    "hidden": (
-        lambda: attention.relevance(lambda x: (x + fused(x)).sum((1, 2)))(X),
-        NotImplementedError,
-        r"custom_vjp_call at .*test_relevance.py:\d+.* computes attention where its maps cannot",
-    ),
     "not square": (
         lambda: attention.relevance(
             lambda x, y: (x + jax.nn.softmax(x @ y.swapaxes(1, 2)) @ y).sum((1, 2)),
@@ -490,6 +495,7 @@ def test_errors_say_what_to_do(call, error, text):
         call()
 
 
+@pytest.mark.devices(8)
 def test_attention_in_shard_map_is_refused():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")

@@ -308,6 +308,7 @@ def test_dependents_count_conditions_and_integers():
     assert [out in found for out in traced.graph.outs] == [True, False]
 
 
+@pytest.mark.devices(8)
 def test_sharded_inputs_give_the_same(key):
     mesh = jax.make_mesh((8,), ("data",))
     x = jax.random.normal(key, (16, WIDTH))
@@ -380,6 +381,7 @@ def test_a_tag_inside_a_handwritten_derivative_raises_with_its_source_line():
         jaxrel.capture(lambda x: opaque(x))(X)
 
 
+@pytest.mark.devices(8)
 def test_a_tag_inside_shard_map_raises():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")

@@ -12,8 +12,7 @@ from jaxrel.tracing.analysis import dependents
 from jaxrel.tracing.capture import taps_with_grad
 from jaxrel.tracing.facts import Fact
 from jaxrel.tracing.graph import Graph, Traced, Value
-
-_LOOKUPS = frozenset({"gather", "dynamic_slice"})
+from jaxrel.tracing.primitives import LOOKUPS
 
 
 def map_relevance(
@@ -59,7 +58,7 @@ def _looked_up(graph: Graph, tokens: frozenset[Value]) -> list[Value]:
     return [
         node.outs[0]
         for node in graph.walk()
-        if node.name in _LOOKUPS
+        if node.name in LOOKUPS
         and node.ins[0] not in tokens
         and any(atom in tokens for atom in node.ins[1:])
         and jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating)

@@ -23,15 +23,25 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array
 
+from jaxrel.tracing import primitives
 from jaxrel.tracing.analysis import dependents
 from jaxrel.tracing.graph import Graph, Node, Traced, Value, tag_name, trace
-from jaxrel.tracing.patterns import MOVES, origin, softmaxes
+from jaxrel.tracing.opaque import cure
+from jaxrel.tracing.patterns import origin, softmaxes
+from jaxrel.tracing.primitives import (
+    ADD,
+    CUSTOM,
+    CUSTOM_JVP,
+    DOT,
+    MOVES,
+    SCALES,
+    SELECT,
+    TRANSPARENT,
+)
+from jaxrel.tracing.rewrite import open_calls
 
 # What may stand between a softmax and the product with the values: masks and dropout.
-_MASKING = MOVES | {"select_n", "mul", "div"}
-
-# Operations with programs of their own in which attention would be seen.
-_KNOWN_PROGRAMS = ("custom_jvp_call", "custom_vjp_call", "custom_lin", "scatter", "reduce", "sort")
+_MASKING = MOVES | SELECT | SCALES
 
 
 class Step(NamedTuple):
@@ -89,12 +99,12 @@ class Site:
     def scans(self) -> tuple[Node, ...]:
         """The scans around the site, outermost first."""
         nodes = (step.node for step in self.place)
-        return tuple(node for node in nodes if node is not None and node.name == "scan")
+        return tuple(node for node in nodes if node is not None and node.scan)
 
     @property
     def in_cond(self) -> bool:
         """Whether the site may not be reached at all."""
-        return any(step.node is not None and step.node.name == "cond" for step in self.place)
+        return any(step.node is not None and step.node.is_cond for step in self.place)
 
     def moments(self) -> Iterator[tuple[int, ...]]:
         """When each of the site's maps is computed: keys that sort by order of execution.
@@ -107,7 +117,7 @@ class Site:
             key: list[int] = []
             for step in self.place:
                 key.append(step.number)
-                if step.node is not None and step.node.name == "scan":
+                if step.node is not None and step.node.scan:
                     scan, index = next(turns)
                     last = scan.scan.length - 1
                     key.append(last - index if scan.scan.reverse else index)
@@ -165,16 +175,40 @@ def sites(fun: Callable, *, argnums: int | Sequence[int] | None = None) -> Calla
       line. A stack is named by the tag of its maps, or 'attention', 'attention_1', ...
 
     Raises:
-      NotImplementedError: (when called) attention inside a kernel or a function with a
-        derivative of its own, where its maps cannot be reached, or a map used in several forms.
+      NotImplementedError: (when called) attention inside a kernel, where its maps cannot be
+        reached, or a map used in several forms.
       ValueError: (when called) the batch of examples is not an axis of a map, or `argnums` does
         not fit the call.
     """
 
     def listed(*args):
-        return find_stacks(trace(fun, *args), args, argnums)
+        return find_stacks(trace_attention(fun, *args), args, argnums)
 
     return listed
+
+
+def trace_attention(fun: Callable, *args) -> Traced:
+    """Trace a call, with attention taken out of functions that have a derivative of their own.
+
+    The maps inside such a function have no gradient but that of what it computes, which is
+    therefore the one that counts.
+    """
+    traced = trace(fun, *args)
+    return dataclasses.replace(traced, graph=open_calls(traced.graph, _attends))
+
+
+def _attends(node: Node) -> bool:
+    """Whether a function with a derivative of its own computes attention, or its softmax."""
+    if node.name not in CUSTOM or len(node.bodies) != 1:
+        return False
+    body = open_calls(node.bodies[0], lambda inner: inner.name in CUSTOM)
+    if node.name in CUSTOM_JVP:
+        return any(True for _ in softmaxes(body))
+    try:
+        return any(True for _ in _find_sites(body, dependents(body, body.ins), None, ()))
+    except NotImplementedError:
+        # A kernel inside; the call is refused where it stands.
+        return False
 
 
 def find_stacks(traced: Traced, args: tuple, argnums: Any = None) -> tuple[Stack, ...]:
@@ -235,13 +269,13 @@ def _find_sites(
 def _refuse_hidden(node: Node, data: frozenset[Value]) -> None:
     """Raise if a program that cannot be entered computes attention, or may."""
     hidden = any(True for body in node.bodies for _ in _find_sites(body, data, None, ()))
-    known = node.name.startswith(_KNOWN_PROGRAMS)
+    known = node.name in TRANSPARENT
     if hidden or (node.bodies and not known) or "attention" in node.name:
         what = "computes attention" if hidden else "may compute attention"
+        plain = "use plain XLA attention (jax.nn.dot_product_attention(..., implementation='xla'))"
         raise NotImplementedError(
             f"{node.name} at {node.where()} {what} where its maps cannot be reached; "
-            "use plain XLA attention (jax.nn.dot_product_attention(..., implementation='xla')), "
-            "or call jaxrel inside the shard_map"
+            f"{cure(node) or plain}"
         )
 
 
@@ -264,7 +298,7 @@ def _site(
             "(masked or cast differently); compute the form once, and use it everywhere"
         )
     side = node.ins.index(value)
-    contract, batched = (dims[side] for dims in node.params["dimension_numbers"])
+    contract, batched = (dims[side] for dims in primitives.contraction(node.equation))
     free = [a for a in range(len(value.shape)) if a not in contract and a not in batched]
     if len(contract) != 1 or not free:
         return
@@ -306,7 +340,7 @@ def _products(
 ) -> Iterator[tuple[Node, Value, str | None]]:
     """The products of a softmax with values: (product, its operand, the tag on the way)."""
     for node in users.get(value, ()):
-        if node.name == "dot_general" and all(atom in data for atom in node.ins):
+        if node.name in DOT and all(atom in data for atom in node.ins):
             yield node, value, name
         elif node.name in _MASKING:
             yield from _products(node.outs[0], users, data, tag_name(node) or name)
@@ -344,14 +378,14 @@ def _residual(
     while len(users.get(value, ())) == 1:
         (node,) = users[value]
         active = [atom for atom in node.ins if isinstance(atom, Value) and atom in data]
-        if node.name in ("add", "add_any") and len(active) == 2:
+        if node.name in ADD and len(active) == 2:
             other = active[1] if active[0] is value else active[0]
             if other is value or other.shape != value.shape:
                 return None
             after = value if after is None else after
             if scores in dependents(graph, [origin(other, producers)]):
                 return Residual(other, after, node.outs[0])
-        elif len(active) != 1 or node.name not in _MASKING | {"add", "dot_general"}:
+        elif len(active) != 1 or node.name not in _MASKING | ADD | DOT:
             return None
         value = node.outs[0]
     return None
@@ -379,7 +413,7 @@ def _same_stream(graph: Graph, last: Site, site: Site) -> bool:
             continue
         seen.add(value)
         node = producers[value]
-        if node.name in MOVES | {"add", "add_any"}:
+        if node.name in MOVES | ADD:
             waiting += [atom for atom in node.ins if isinstance(atom, Value)]
     return False
 
@@ -442,7 +476,7 @@ def _sum_of(graph: Graph, before: Value, after: Value) -> Residual | None:
         return atom is target
 
     for node in graph.nodes:
-        if node.name in ("add", "add_any"):
+        if node.name in ADD:
             for x, y in (node.ins, node.ins[::-1]):
                 if leads_back(x, before) and leads_back(y, after):
                     return Residual(before, after, node.outs[0])

@@ -14,12 +14,19 @@ from jaxrel.attention.carrier import accumulate, seed, weigh_sum
 from jaxrel.attention.importance import measure
 from jaxrel.attention.map_relevance import map_relevance
 from jaxrel.attention.maps import readout_index, relevance_dtype
-from jaxrel.attention.sites import Site, Stack, data_values, find_stacks, tagged_stack
+from jaxrel.attention.sites import (
+    Site,
+    Stack,
+    data_values,
+    find_stacks,
+    tagged_stack,
+    trace_attention,
+)
 from jaxrel.lrp.composites import as_composite, attn_lrp
 from jaxrel.lrp.transformation import labelled
 from jaxrel.tracing.capture import check_scalar_outputs, taps_with_grad
 from jaxrel.tracing.evaluate import Edits, Touch, evaluate
-from jaxrel.tracing.graph import Traced, trace
+from jaxrel.tracing.graph import Traced
 
 # These read the relevance of the maps by LRP, in a backward pass of its own.
 BY_LRP = ("equal_lrp", "partial_lrp")
@@ -119,7 +126,7 @@ def value_and_relevance(
     streaming = _choose_form(form, methods, readout, some)
 
     def explained(*args):
-        traced = trace(fun, *args)
+        traced = trace_attention(fun, *args)
         _check_scalars(traced)
         stacks = _choose(traced, args, attention, argnums, "weighted" in methods)
         readouts = {s.name: _readout(readout, s) for s in stacks}

@@ -10,7 +10,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxrel.lrp.composites import as_composite
-from jaxrel.lrp.operations import EXACT, Block, Linear
+from jaxrel.lrp.operations import Block, Linear
 from jaxrel.lrp.plan import Row, row_of, table
 from jaxrel.lrp.prepare import Choice, Prepared
 from jaxrel.lrp.rules import Gradient, Rule
@@ -26,6 +26,7 @@ from jaxrel.lrp.transformation import (
 from jaxrel.tracing.evaluate import Step, Touch
 from jaxrel.tracing.facts import active_ins
 from jaxrel.tracing.graph import Node, Value, tag_name
+from jaxrel.tracing.primitives import BRINGS, EXACT
 
 _STABILISERS = ("epsilon", "stabiliser")
 
@@ -244,15 +245,9 @@ def _whole(choice: Choice, step: Step) -> Step:
     return Step((block.start, *block.consts), lambda x, *consts: [f(x, consts)])
 
 
-_BRINGS = frozenset(
-    """add sub add_any concatenate select_n max min pad dynamic_update_slice scatter
-    scatter-add""".split()
-)
-
-
 def _may_lose(prepared: Prepared, node: Node) -> bool:
     """Whether a node without a rule of its own brings in constants or is not linear."""
-    if node.name not in _BRINGS:
+    if node.name not in BRINGS:
         return node.name not in EXACT and not tag_name(node)
     active = active_ins(prepared.facts, node)
     floats = [atom for atom in node.ins if jnp.issubdtype(atom.aval.dtype, jnp.inexact)]
@@ -366,7 +361,7 @@ def _total(value: Any, c: Any) -> Any:
 def _sorted_out(node: Node, choice: Choice | None, measure: Any) -> Any:
     """What went to bias, stabiliser and rule, of (received, passed, bias, stabiliser, rule)."""
     if choice is None:
-        absorbs = node.name in _BRINGS
+        absorbs = node.name in BRINGS
     else:
         absorbs = isinstance(choice.operation, Linear) and isinstance(choice.rule, Gradient)
     if not absorbs:
@@ -380,7 +375,7 @@ def _balance(choice: Choice | None, node: Node, measure: np.ndarray) -> Balance:
     row = None if choice is None else row_of(choice)
     received, passed = map(float, measure[:2])
     bias, stabiliser, rule = map(float, _sorted_out(node, choice, measure))
-    kind = row.kind if row else ("constant" if node.name in _BRINGS else node.name)
+    kind = row.kind if row else ("constant" if node.name in BRINGS else node.name)
     return Balance(kind, row, node.where(), received, passed, bias, stabiliser, rule)
 
 

@@ -13,16 +13,13 @@ import jax
 from jax import numpy as jnp
 
 from jaxrel.tracing.evaluate import Step
-from jaxrel.tracing.facts import AFFINE, Fact, Facts, active_ins, is_elementwise
+from jaxrel.tracing.facts import Fact, Facts, active_ins, is_elementwise
 from jaxrel.tracing.graph import Graph, Node, Value, build, tag_name
-from jaxrel.tracing.patterns import MOVES
+from jaxrel.tracing.primitives import AFFINE, CLIPS, MOVES, PLACES, SCATTERS, make_program
 
-_MOVING = MOVES | frozenset(
-    """rev slice dynamic_slice split pad gather concatenate stack unstack tile scatter scatter-add
-    scatter_add dynamic_update_slice optimization_barrier device_put""".split()
-)
+_MOVING = MOVES | PLACES | SCATTERS
 # What these do to a value says nothing of where its relevance belongs.
-_PASSED = AFFINE | frozenset({"max", "min", "clamp"})
+_PASSED = AFFINE | CLIPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +82,7 @@ class _Mirror:
     def _node(self, node: Node, probes: dict[Value, Value]) -> list[Node]:
         """The node, and what its probe needs; new probes are noted."""
         active = active_ins(self.facts, node)
-        if node.name in ("scan", "remat2", "checkpoint", "cond"):
+        if node.is_control and not node.loop:
             inside = any(self._wants(body) for body in node.bodies)
             return self._control(node, probes) if inside else [node]
         known = [value for value in active if value in probes]
@@ -120,13 +117,13 @@ class _Mirror:
         return any(atom in self.wanted for atom in reads if isinstance(atom, Value))
 
     def _control(self, node: Node, probes: dict[Value, Value]) -> list[Node]:
-        skip = 1 if node.name == "cond" else 0
+        skip = 1 if node.is_cond else 0
         places = [
             (i, atom)
             for i, atom in enumerate(node.ins)
             if isinstance(atom, Value) and atom in probes and self.facts[atom].active
         ]
-        if node.name != "scan":
+        if node.scan is None:
             bodies = tuple(
                 self.graph(body, [body.ins[i - skip] for i, _ in places]) for body in node.bodies
             )
@@ -138,6 +135,7 @@ class _Mirror:
         self, node: Node, places: list[tuple[int, Value]], probes: dict[Value, Value]
     ) -> list[Node]:
         """Probes ride as scanned inputs: those of constants and of the first state, repeated."""
+        assert node.scan is not None
         consts, carries = node.scan.consts, node.scan.carries
         added: list[Node] = []
         extra: list[Value] = []
@@ -159,8 +157,10 @@ class _Mirror:
 
     def _repeated(self, node: Node, probe: Value, added: list[Node]) -> Value:
         """The probe, once for each iteration of a scan."""
+        assert node.scan is not None
         length, like = node.scan.length, jax.ShapeDtypeStruct(probe.shape, probe.aval.dtype)
-        repeat = build(jax.make_jaxpr(lambda x: jnp.broadcast_to(x, (length, *x.shape)))(like))
+        program, _ = make_program(lambda x: jnp.broadcast_to(x, (length, *x.shape)), like)
+        repeat = build(program)
         (value,) = repeat.outs
         (one,) = repeat.nodes
         assert isinstance(value, Value)

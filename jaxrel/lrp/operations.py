@@ -11,37 +11,33 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxrel.tracing.facts import (
-    ELEMENTWISE,
-    LINEAR,
-    REDUCTIONS,
-    Facts,
-    active_ins,
-    fact_of,
-    is_elementwise,
-    is_relu,
-)
+from jaxrel.tracing import primitives
+from jaxrel.tracing.facts import Facts, active_ins, fact_of, is_elementwise, is_relu
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value, tag_name
-from jaxrel.tracing.patterns import MOVES, softmaxes
-
-# Relevance passes these by their derivative, exactly: they add, move or select.
-EXACT = MOVES | frozenset(
-    """add sub add_any neg select_n max min concatenate stack unstack tile slice split pad rev
-    gather scatter scatter-add scatter_add scatter-sub scatter_sub scatter-max scatter_max
-    scatter-min scatter_min dynamic_slice dynamic_update_slice reduce_sum reduce_max reduce_min
-    reduce_window_sum reduce_window_max reduce_window_min cumsum cummax cummin sort top_k
-    optimization_barrier sharding_constraint mesh_cast reshard device_put select_and_scatter_add
-    select_and_gather_add psum psum2 psum_invariant pvary pmax pmin ppermute pbroadcast all_gather
-    all_to_all reduce_scatter stop_gradient clamp""".split()
+from jaxrel.tracing.patterns import softmaxes
+from jaxrel.tracing.primitives import (
+    ADD,
+    BROADCAST,
+    CONV,
+    CUSTOM_JVP,
+    DIV,
+    DOT,
+    ELEMENTWISE,
+    EXACT,
+    LINEAR,
+    LINEAR_IN,
+    MAXIMA,
+    MEANS,
+    MOVES,
+    REDUCE_PROD,
+    REDUCTIONS,
+    ROOTS,
+    SCALES,
+    SUB,
+    SUMS,
+    TRANSPOSE,
 )
-_ADDED = frozenset({"add", "add_any"})
-_SUMS = _ADDED | {"sub"}
-_SCALES = frozenset({"mul", "div"})
-_MEANS = frozenset({"reduce_sum", "reduce_window_sum"})
-_MAXIMA = frozenset({"reduce_max", "reduce_window_max"})
-_ROOTS = frozenset({"sqrt", "rsqrt", "pow"})
-# Linear in the operand at this place, as long as the others are constants.
-_LINEAR_IN = {"triangular_solve": 1, "scatter-mul": 0, "scatter_mul": 0}
+
 _IN_SOFTMAX = ELEMENTWISE | MOVES | REDUCTIONS
 
 
@@ -107,7 +103,7 @@ class Linear(Operation):
     @property
     def folded(self) -> bool:
         """Whether a normalisation with constant statistics is part of it."""
-        return any(node.name in _SCALES for node, _ in self.bias)
+        return any(node.name in SCALES for node, _ in self.bias)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -144,7 +140,7 @@ class Elementwise(Block):
     @property
     def name(self) -> str:
         """The names of the primitives, or of the function that JAX gives a derivative."""
-        return "+".join(map(_function_name, self.nodes))
+        return "+".join(primitives.function_name(node.equation) for node in self.nodes)
 
     @property
     def is_relu(self) -> bool:
@@ -168,7 +164,7 @@ def _run(nodes: Iterable[Node], known: dict[Value, Any], opened: bool = False) -
 
     for node in nodes:
         ins = list(map(read, node.ins))
-        if opened and node.name == "custom_jvp_call":
+        if opened and node.name in CUSTOM_JVP:
             (body,) = node.bodies
             inner = _run(body.nodes, dict(zip(body.ins, ins, strict=True)), opened)
             outs = [a.value if isinstance(a, Constant) else inner[a] for a in body.outs]
@@ -212,7 +208,7 @@ class _Carriers:
             lives = [out in self.found for out in node.outs]
             if not any(lives):
                 continue
-            if node.is_control and node.name != "while":
+            if node.is_control and not node.loop:
                 reached = zip(node.ins, self._control(node, lives), strict=True)
                 self.found.update(a for a, on in reached if on and isinstance(a, Value))
             else:
@@ -221,16 +217,17 @@ class _Carriers:
         return [value in self.found for value in graph.ins]
 
     def _control(self, node: Node, live: list[bool]) -> list[bool]:
-        if node.name == "scan":
+        if node.scan:
             reached = self._scan(node, live)
         else:
             bodies = [self.back(body, live) for body in node.bodies]
             reached = [any(lives) for lives in zip(*bodies, strict=True)]
-            reached = [False, *reached] if node.name == "cond" else reached
+            reached = [False, *reached] if node.is_cond else reached
         active = (isinstance(a, Value) and self.facts[a].active for a in node.ins)
         return [on and carries for on, carries in zip(reached, active, strict=True)]
 
     def _scan(self, node: Node, live: list[bool]) -> list[bool]:
+        assert node.scan is not None
         consts, carries = node.scan.consts, node.scan.carries
         state, ys = live[:carries], live[carries:]
         total = [False] * len(node.ins)
@@ -274,7 +271,7 @@ def norm_nodes(graph: Graph, facts: Facts) -> list[Node]:
     roots = [
         node
         for node in graph.nodes
-        if node.name in _ROOTS and facts[node.outs[0]].active and facts[node.outs[0]].stat
+        if node.name in ROOTS and facts[node.outs[0]].active and facts[node.outs[0]].stat
     ]
     # The roots, and what is made of roots alone, such as the product of two norms.
     sizes = {node.outs[0] for node in roots}
@@ -288,7 +285,7 @@ def norm_nodes(graph: Graph, facts: Facts) -> list[Node]:
 def _scales(value: Value, users: dict[Value, list[Node]], facts: Facts, sizes: set[Value]) -> bool:
     """Whether a size multiplies or divides something that is none."""
     for node in users.get(value, ()):
-        if node.name in _SCALES and any(v not in sizes for v in active_ins(facts, node)):
+        if node.name in SCALES and any(v not in sizes for v in active_ins(facts, node)):
             return True
         if node.outs[0] in sizes and _scales(node.outs[0], users, facts, sizes):
             return True
@@ -307,7 +304,7 @@ def operations(
 
 def stacked(node: Node, facts: Facts) -> bool:
     """Whether a scan runs over layers: some of what it scans over are parameters."""
-    if node.name != "scan":
+    if node.scan is None:
         return False
     xs = node.ins[node.scan.consts + node.scan.carries :]
     return any(fact.paths and not fact.active for fact in (fact_of(facts, x) for x in xs))
@@ -343,13 +340,13 @@ class _Finder:
 
     def find(self) -> Iterator[Operation]:
         for node in self.graph.nodes:
-            if node.is_control and node.name != "while":
+            if node.is_control and not node.loop:
                 yield from self._control(node)
             elif any(out in self.carrying for out in node.outs):
                 yield from self._of(node)
 
     def _control(self, node: Node) -> Iterator[Operation]:
-        if node.name != "scan":
+        if node.scan is None:
             for body in node.bodies:
                 yield from self._inside(body, self.stack)
             return
@@ -379,23 +376,23 @@ class _Finder:
         elif node.name in LINEAR and len(active) == 1:
             yield from self._linear(node)
         elif node.name in LINEAR or (
-            node.name in _SCALES and len(active) == 2 and self._apart(node)
+            node.name in SCALES and len(active) == 2 and self._apart(node)
         ):
             gates = tuple(self.facts[v].gate for v in active)
             kind = "matmul" if node.name in LINEAR else "product"
             yield self._make(Product, node, kind=kind, gates=gates)
-        elif node.name == "reduce_prod":
+        elif node.name in REDUCE_PROD:
             yield self._make(Product, node, kind="product", gates=())
         elif out.root is not node.outs[0] and is_elementwise(node):
             if out.nonlinear and self._leaves(node):
                 yield from self._activation(node)
             elif self._is_mean(node):
                 yield self._make(Operation, node, kind="mean")
-        elif node.name in _SUMS and len(active) == 2:
+        elif node.name in SUMS and len(active) == 2:
             yield self._make(Operation, self.sums.get(node, node), kind="add")
-        elif node.name in _MEANS and not self._divided(node):
+        elif node.name in MEANS and not self._divided(node):
             yield self._make(Operation, node, kind="mean")
-        elif node.name in _MAXIMA:
+        elif node.name in MAXIMA:
             yield self._make(Operation, node, kind="max_pool")
         elif node.name not in EXACT and not self._is_scaling(node, active):
             yield self._make(Operation, node, kind=node.name)
@@ -407,8 +404,8 @@ class _Finder:
 
     def _is_move(self, node: Node, active: list[Value]) -> bool:
         """Whether a linear map's weights are written into the program, as a resize's are."""
-        if node.name in _LINEAR_IN:
-            return active == [node.ins[_LINEAR_IN[node.name]]]
+        if node.name in LINEAR_IN:
+            return active == [node.ins[LINEAR_IN[node.name]]]
         others = [fact_of(self.facts, atom) for atom in node.ins if atom not in active]
         return node.name in LINEAR and len(active) == 1 and all(f.literal for f in others)
 
@@ -436,22 +433,22 @@ class _Finder:
 
     def _is_scaling(self, node: Node, active: list[Value]) -> bool:
         """Whether the node scales a value, by a broadcast, with a constant."""
-        if node.name == "div" and node.ins[0] not in active:
+        if node.name in DIV and node.ins[0] not in active:
             return False
-        return node.name in _SCALES and len(active) == 1
+        return node.name in SCALES and len(active) == 1
 
     def _is_mean(self, node: Node) -> bool:
         """Whether the node divides a sum by a constant."""
-        if node.name not in _SCALES:
+        if node.name not in SCALES:
             return False
         producer = self.producers.get(active_ins(self.facts, node)[0])
-        return producer is not None and producer.name in _MEANS and self._divided(producer)
+        return producer is not None and producer.name in MEANS and self._divided(producer)
 
     def _divided(self, node: Node) -> bool:
         user = self._only_user(node.outs[0])
         return (
             user is not None
-            and user.name in _SCALES
+            and user.name in SCALES
             and len(active_ins(self.facts, user)) == 1
             and user.ins[0] is node.outs[0]
             and user.outs[0] in self.carrying
@@ -487,7 +484,7 @@ class _Finder:
         yield self._make(
             Linear,
             end,
-            kind="dense" if core.name == "dot_general" else "conv",
+            kind="dense" if core.name in DOT else "conv",
             paths=fact.paths,
             first=self.facts[x].fresh,
             core=core,
@@ -511,24 +508,24 @@ class _Finder:
         while True:
             user = self._only_user(node.outs[0])
             moved = user is not None and user.name in MOVES and not tag_name(user)
-            if not moved or user is None or user.name == "broadcast_in_dim":
+            if not moved or user is None or user.name in BROADCAST:
                 return node, moves
             node = user
             moves.append(user)
 
     def _bias(self, end: Node) -> tuple[Node, list[tuple[Node, Atom]], Value | None]:
         found: list[tuple[Node, Atom]] = []
-        while (user := self._only_user(end.outs[0])) is not None and user.name in _SUMS:
+        while (user := self._only_user(end.outs[0])) is not None and user.name in SUMS:
             operand = self._added(user, end.outs[0])
             if operand is None:
                 break
             found.append((user, operand))
             end = user
-        if found or user is None or user.name not in _SUMS:
+        if found or user is None or user.name not in SUMS:
             return end, found, None
         # x + h @ W + b is read as (x + h @ W) + b: the bias belongs to the product.
         last = self._only_user(user.outs[0])
-        if user.name == "sub" or last is None or last.name not in _SUMS:
+        if user.name in SUB or last is None or last.name not in SUMS:
             return end, [], None
         operand = self._added(last, user.outs[0])
         beside = next((v for v in user.ins if v is not end.outs[0]), None)
@@ -541,7 +538,7 @@ class _Finder:
 
     def _added(self, node: Node, value: Value) -> Atom | None:
         """What the node adds to (or subtracts from) a value, if that is a constant."""
-        if node.name == "sub" and node.ins[0] is not value:
+        if node.name in SUB and node.ins[0] is not value:
             return None
         others = [atom for atom in node.ins if atom is not value]
         if len(others) != 1 or fact_of(self.facts, others[0]).active:
@@ -553,9 +550,9 @@ class _Finder:
         chain: list[tuple[Node, Atom]] = []
         value = end.outs[0]
         while (user := self._only_user(value)) is not None:
-            if user.name in _SUMS:
+            if user.name in SUMS:
                 operand = self._added(user, value)
-            elif user.name in _SCALES:
+            elif user.name in SCALES:
                 operand = self._scaled(user, value, features)
             else:
                 operand = None
@@ -563,9 +560,9 @@ class _Finder:
                 break
             chain.append((user, operand))
             value = user.outs[0]
-        while chain and chain[-1][0].name in _SCALES and chain[-1][1].shape == ():
+        while chain and chain[-1][0].name in SCALES and chain[-1][1].shape == ():
             chain.pop()
-        scaled = [node.name in _SCALES for node, _ in chain]
+        scaled = [node.name in SCALES for node, _ in chain]
         if all(scaled) or not any(scaled):
             return []
         if not scaled[-1]:
@@ -579,10 +576,10 @@ class _Finder:
 
         What is added before it is the linear map's bias; what is subtracted is a mean.
         """
-        bias = [*itertools.takewhile(lambda term: term[0].name in _ADDED, chain)]
+        bias = [*itertools.takewhile(lambda term: term[0].name in ADD, chain)]
         terms = tuple(chain[len(bias) :])
-        scales = [(node, k) for node, k in terms if node.name in _SCALES and k.shape != ()]
-        if not scales or all(node.name in _SCALES for node, _ in terms):
+        scales = [(node, k) for node, k in terms if node.name in SCALES and k.shape != ()]
+        if not scales or all(node.name in SCALES for node, _ in terms):
             return None
         first, operand = terms[0]
         (x,) = (atom for atom in first.ins if atom is not operand)
@@ -600,7 +597,7 @@ class _Finder:
         return norm if self.apart(norm) else None
 
     def _scaled(self, node: Node, value: Value, features: dict[int, int]) -> Atom | None:
-        if node.ins[0] is not value and node.name == "div":
+        if node.ins[0] is not value and node.name in DIV:
             return None
         others = [atom for atom in node.ins if atom is not value]
         if len(others) != 1 or fact_of(self.facts, others[0]).active:
@@ -617,7 +614,7 @@ class _Finder:
     def _activation(self, node: Node) -> Iterator[Operation]:
         """The function that ends here; of x + f(x) it is f, and the sum is one of its own."""
         bent = [v for v in active_ins(self.facts, node) if self.facts[v].nonlinear]
-        if node.name in _SUMS and len(active_ins(self.facts, node)) == 2 and len(bent) == 1:
+        if node.name in SUMS and len(active_ins(self.facts, node)) == 2 and len(bent) == 1:
             yield from self._activation(self.producers[bent[0]])
             yield self._make(Operation, node, kind="add")
         elif node not in self.parts:
@@ -680,10 +677,9 @@ class _Finder:
 
 def feature_axes(core: Node, position: int) -> dict[int, int]:
     """Axes of a linear map's output that come from its weight, and the weight's axes."""
-    if core.name == "conv_general_dilated":
-        numbers = core.params["dimension_numbers"]
-        return {numbers.out_spec[1]: numbers.rhs_spec[0]} if position == 0 else {}
-    (contract, batch) = core.params["dimension_numbers"]
+    if core.name in CONV:
+        return dict([primitives.conv_features(core.equation)]) if position == 0 else {}
+    contract, batch = primitives.contraction(core.equation)
     side = 1 - position
     taken = {*contract[side], *batch[side]}
     free = [axis for axis in range(len(core.ins[side].shape)) if axis not in taken]
@@ -698,8 +694,8 @@ def moved_axes(axes: dict[int, int], moves: Iterable[Node]) -> dict[int, int]:
     """Where axes lie after moves; none where a reshape takes one apart."""
     for node in moves:
         before, after = node.ins[0].shape, node.outs[0].shape
-        if node.name == "transpose":
-            order = node.params["permutation"]
+        if node.name in TRANSPOSE:
+            order = primitives.permutation(node.equation)
             axes = {order.index(axis): to for axis, to in axes.items()}
         elif before != after:
             # From the front or from the back, whichever side is left as it was.
@@ -714,13 +710,6 @@ def moved_axes(axes: dict[int, int], moves: Iterable[Node]) -> dict[int, int]:
                     return {}
             axes = new
     return axes
-
-
-def _function_name(node: Node) -> str:
-    """The primitive's name, or that of the function which has a derivative of its own."""
-    if node.name != "custom_jvp_call":
-        return node.name
-    return node.params["call_jaxpr"].jaxpr.debug_info.func_name or node.name
 
 
 def _layer_in(paths: Sequence[str]) -> int | None:

@@ -21,11 +21,11 @@ from jaxrel.lrp.rules import (
 )
 from jaxrel.lrp.steps import share_sum, step_for
 from jaxrel.tracing.evaluate import Step
-from jaxrel.tracing.facts import LINEAR, Fact, Facts, active_ins, analyse, is_elementwise
+from jaxrel.tracing.facts import Fact, Facts, active_ins, analyse, is_elementwise
 from jaxrel.tracing.graph import Graph, Node, Value
+from jaxrel.tracing.opaque import cure
+from jaxrel.tracing.primitives import CUSTOM, CUSTOM_JVP, LINEAR
 from jaxrel.tracing.rewrite import cut_scans, open_calls
-
-_CALLS = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,13 +172,15 @@ def _with_probe(choice: Choice, probes: dict[Value, Value]) -> Choice:
 
 def _opens(node: Node, composite: Composite) -> bool:
     """Whether the body of a function with a derivative of its own is what gets rules."""
-    if node.name not in _CALLS or (node.name == "custom_jvp_call" and is_elementwise(node)):
+    if node.name not in CUSTOM or (node.name in CUSTOM_JVP and is_elementwise(node)):
         return False
     _, rule = composite.choose(Operation(kind=node.name, node=node))
     return len(node.bodies) == 1 and rule is None
 
 
 def _cuts(node: Node, facts: Facts, composite: Composite) -> set[int]:
+    if node.scan is None:
+        return set()
     length = node.scan.length
     cuts = composite.cuts(length) if stacked(node, facts) else set()
     if composite.mentions_first and length > 1 and _begins(node, facts):
@@ -188,6 +190,7 @@ def _cuts(node: Node, facts: Facts, composite: Composite) -> set[int]:
 
 def _begins(node: Node, facts: Facts) -> bool:
     """Whether a scan's first iteration holds a first linear operation, and only that one."""
+    assert node.scan is not None
     consts, carries = node.scan.consts, node.scan.carries
     state = [a for a in node.ins[consts : consts + carries] if isinstance(a, Value)]
     fresh = any(facts[value].active and facts[value].fresh for value in state)
@@ -223,7 +226,7 @@ def _covered(
     missing = [operation for operation, _, rule in found if rule is None]
     if missing and unknown != "show":
         message = _missing(missing)
-        impossible = [one for one in missing if one.kind in _IMPOSSIBLE]
+        impossible = [one for one in missing if cure(one.node)]
         if unknown != "warn" or impossible:
             raise NotImplementedError(message)
         warnings.warn(f"{message}\nTheir plain derivative is used.", stacklevel=5)
@@ -232,32 +235,19 @@ def _covered(
         yield Choice(operation, default if rule is None else rule, entry)
 
 
-_IMPOSSIBLE = {
-    "while": "a while_loop has no reverse derivative; use lax.scan, or fori_loop with static "
-    "bounds",
-    "shard_map": "call jaxrel.lrp inside the shard_map, on the per-device function",
-    "pallas_call": "a kernel is opaque; use the operation's plain JAX form",
-    "custom_call": "a kernel is opaque; use the operation's plain JAX form",
-    "ffi_call": "a kernel is opaque; use the operation's plain JAX form",
-    "pure_callback": "Python code is opaque; use JAX operations",
-    "io_callback": "Python code is opaque; use JAX operations",
-}
-
-
 def _missing(operations: Sequence[Operation]) -> str:
     lines = [f"lrp: {len(operations)} operation(s) carry relevance and have no rule:"]
     for operation in operations[:8]:
         paths = f", parameters {', '.join(operation.paths)}" if operation.paths else ""
-        if operation.kind in _IMPOSSIBLE:
-            cure = _IMPOSSIBLE[operation.kind]
-        elif operation.kind in KINDS:
-            cure = f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Epsilon()) to the composite"
-        else:
-            cure = (
+        advice = cure(operation.node)
+        if advice is None and operation.kind in KINDS:
+            advice = f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Epsilon()) to the composite"
+        elif advice is None:
+            advice = (
                 f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Gradient()) to the composite "
                 "for its plain derivative"
             )
-        lines.append(f"  {operation.kind} ({operation.where()}{paths}): {cure}")
+        lines.append(f"  {operation.kind} ({operation.where()}{paths}): {advice}")
     if len(operations) > 8:
         lines.append(f"  and {len(operations) - 8} more; jaxrel.plan lists all")
     return "\n".join(lines)

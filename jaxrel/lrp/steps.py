@@ -1,6 +1,5 @@
 """From an operation and its rule to the step that computes it with the rule's backward pass."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +19,10 @@ from jaxrel.lrp.rules import (
     Stop,
     stabilise,
 )
+from jaxrel.tracing import primitives
 from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.graph import Node, Value
+from jaxrel.tracing.primitives import DIV, MUL, REDUCE_PROD, SCALES, SUB
 
 
 def step_for(
@@ -113,12 +114,12 @@ def fold(
     scale: Any = None
     b: Any = None
     for name, k in zip(names, operands, strict=True):
-        if name in ("mul", "div"):
-            k = k if name == "mul" else 1 / k
+        if name in SCALES:
+            k = k if name in MUL else 1 / k
             scale = k if scale is None else scale * k
             b = None if b is None else b * k
         else:
-            k = -k if name == "sub" else k
+            k = -k if name in SUB else k
             b = k if b is None else b + k
     if isinstance(operation, BatchNorm):
         return scale, b
@@ -223,12 +224,11 @@ def _passed(f: Callable, at_zero: Callable, x: Array) -> Array:
 
 def _product(operation: Product, rule: ProductRule) -> Step:
     node = operation.node
-    if node.name == "reduce_prod":
-        shape, axes = node.ins[0].shape, node.params["axes"]
-        factors = max(1, math.prod(shape[axis] for axis in axes))
+    if node.name in REDUCE_PROD:
+        factors = max(1, primitives.reduced(node.equation, node.ins[0].shape))
         return Step(node.ins, lambda x: [share(node.bind(x)[0], 1 / factors)])
     first, second = rule.shares((operation.gates[0], operation.gates[1]))
-    if node.name == "div":
+    if node.name in DIV:
         return Step(node.ins, lambda a, b: [share(a, first) * share(_inverse(b), second)])
     return Step(node.ins, lambda a, b: node.bind(share(a, first), share(b, second)))
 

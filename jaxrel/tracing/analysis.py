@@ -29,10 +29,10 @@ def _follow(graph: Graph, found: set[Value]) -> None:
 
 
 def _follow_control(node: Node, found: set[Value]) -> None:
-    if node.name == "while":
+    if node.loop:
         _follow_while(node, found)
         return
-    skip = 1 if node.name == "cond" else 0
+    skip = 1 if node.is_cond else 0
     carries = node.scan.carries if node.scan else 0
     consts = node.scan.consts if node.scan else 0
     for body in node.bodies:
@@ -46,8 +46,9 @@ def _follow_control(node: Node, found: set[Value]) -> None:
 
 
 def _follow_while(node: Node, found: set[Value]) -> None:
+    assert node.loop is not None
     test, body = node.bodies
-    tested, constants = node.params["cond_nconsts"], node.params["body_nconsts"]
+    tested, constants = node.loop
     operands = zip(node.ins[tested:], body.ins, strict=True)
     found.update(inner for atom, inner in operands if atom in found)
     _loop(body, constants, len(body.outs), found)

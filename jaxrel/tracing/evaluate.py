@@ -23,6 +23,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
+from jaxrel.tracing.opaque import cure, custom_derivative
 
 
 class Step(NamedTuple):
@@ -152,7 +153,7 @@ def tap_shapes(graph: Graph, taps: Mapping[Value, str]) -> dict[str, jax.ShapeDt
             shapes[taps[value]] = jax.ShapeDtypeStruct(value.shape, value.aval.dtype)
     for node in graph.nodes:
         leads: list[tuple[tuple[int, ...], Graph]] = [((), body) for body in node.bodies]
-        if node.name == "scan":
+        if node.scan:
             leads = [((stop - start,), body) for start, stop, body in node.segments()]
         for lead, body in leads:
             for name, inner in tap_shapes(body, taps).items():
@@ -164,25 +165,17 @@ def tap_shapes(graph: Graph, taps: Mapping[Value, str]) -> dict[str, jax.ShapeDt
 
 
 def _enter(node: Node) -> Callable[..., Evaluated]:
-    enter = {"scan": _scan, "cond": _cond, "remat2": _remat, "checkpoint": _remat}.get(node.name)
-    if enter is None:
-        reason = _REASONS.get(node.name, "its program is not open to transformations")
-        raise NotImplementedError(
-            f"{node.name} at {node.where()} holds a value that is asked for, and cannot be "
-            f"entered: {reason}"
-        )
-    return enter
-
-
-_REASONS = {
-    "while": "a while_loop has no fixed number of steps and no reverse derivative; "
-    "use lax.scan, or fori_loop with static bounds",
-    "custom_vjp_call": "its derivative is written by hand for the function as a whole; "
-    "move the tag outside, or call the function without its custom_vjp",
-    "custom_jvp_call": "its derivative is written by hand for the function as a whole; "
-    "move the tag outside, or call the function without its custom_jvp",
-    "shard_map": "call jaxrel inside the shard_map, on the per-device function",
-}
+    if node.scan:
+        return _scan
+    if node.is_cond:
+        return _cond
+    if node.remat:
+        return _remat
+    why = cure(node) or custom_derivative(node) or "its program is not open to transformations"
+    raise NotImplementedError(
+        f"{node.name} at {node.where()} holds a value that is asked for, and cannot be "
+        f"entered: {why}"
+    )
 
 
 def _probes_of(node: Node, edits: Edits, probes: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +184,7 @@ def _probes_of(node: Node, edits: Edits, probes: Mapping[str, Any]) -> dict[str,
 
 
 def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
+    assert node.scan is not None
     consts, carries = node.scan.consts, node.scan.carries
     fixed, state, xs = args[:consts], args[consts : consts + carries], args[consts + carries :]
     whole = len(node.bodies) == 1
@@ -211,6 +205,7 @@ def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -
 def _segment(
     node: Node, body: Graph, length: int, args: tuple, edits: Edits, probes: Mapping, carrier: Any
 ) -> tuple[list, list, Any, dict]:
+    assert node.scan is not None
     fixed, state, xs = args
     carries = len(state)
     # A scan's state has one type throughout, so Python numbers take the body's.
@@ -243,13 +238,13 @@ def _strong(x: Any, value: Value) -> Any:
 
 
 def _remat(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
+    assert node.remat is not None
     (body,) = node.bodies
 
     def run(args, probes, carrier):
         return tuple(evaluate(body, args, edits, probes=probes, carrier=carrier))
 
-    policy, prevent_cse = node.params["policy"], node.params["prevent_cse"]
-    run = jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
+    run = jax.checkpoint(run, policy=node.remat.policy, prevent_cse=node.remat.prevent_cse)
     return Evaluated(*run(args, _probes_of(node, edits, probes), carrier))
 
 

@@ -10,36 +10,31 @@ from typing import Any
 import numpy as np
 from jax import numpy as jnp
 
+from jaxrel.tracing import primitives
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value, tag_name
-from jaxrel.tracing.patterns import MOVES
-
-# One output value per position, computed from the inputs at that position alone. Tags are not
-# among them, so that a tagged value is never in the middle of what counts as one function.
-ELEMENTWISE = frozenset(
-    """abs neg sign exp exp2 expm1 log log1p tanh tan sin cos sinh cosh asin acos atan asinh acosh
-    atanh logistic sqrt rsqrt cbrt square integer_pow pow erf erfc erf_inv lgamma digamma floor
-    ceil round max min add sub mul div rem select_n clamp convert_element_type copy
-    reduce_precision add_any nextafter atan2""".split()
+from jaxrel.tracing.primitives import (
+    AFFINE,
+    COMPARISONS,
+    CUSTOM_JVP,
+    DIV,
+    ELEMENTWISE,
+    LINEAR,
+    LOOKUPS,
+    MAX,
+    MOVES,
+    MUL,
+    NONNEG,
+    NONNEG_IF_ALL,
+    REDUCTIONS,
+    SCALES,
+    SELECT,
+    SHAPES,
+    SIDE_BY_SIDE,
+    SIGMOID,
+    SORT,
+    STOP_GRADIENT,
+    SUMS,
 )
-# Elementwise and affine in the one input that varies.
-AFFINE = frozenset(
-    "add sub neg mul div copy convert_element_type reduce_precision add_any select_n".split()
-)
-REDUCTIONS = frozenset(
-    """reduce_sum reduce_max reduce_min reduce_prod reduce_window_sum reduce_window_max cumsum
-    cummax cumprod cumlogsumexp""".split()
-)
-LINEAR = frozenset({"dot_general", "conv_general_dilated"})
-_COMPARISONS = frozenset("eq ne lt le gt ge and or not xor is_finite".split())
-_SUMS = frozenset({"add", "sub", "add_any"})
-# Each output is the input at its place, moved.
-_SIDE_BY_SIDE = frozenset("sort optimization_barrier device_put psum psum2 pmax pmin".split())
-_SHAPES = MOVES | frozenset(
-    """rev slice dynamic_slice split concatenate stack unstack tile pad gather sort
-    stop_gradient optimization_barrier device_put""".split()
-)
-_NONNEG = frozenset("exp exp2 logistic square abs sqrt rsqrt erfc".split())
-_NONNEG_IF_ALL = _SHAPES | REDUCTIONS | LINEAR | frozenset("add mul div add_any min".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +108,7 @@ def is_elementwise(node: Node) -> bool:
     if len(node.outs) != 1:
         return False
     shape = node.outs[0].shape
-    if node.name == "custom_jvp_call":
+    if node.name in CUSTOM_JVP:
         (body,) = node.bodies
         return all(
             is_elementwise(inner) and all(_spans(atom, shape) for atom in inner.ins)
@@ -124,10 +119,10 @@ def is_elementwise(node: Node) -> bool:
 
 def is_relu(node: Node) -> bool:
     """Whether the node is max(x, 0), written so or as `jax.nn.relu`."""
-    if node.name == "custom_jvp_call":
+    if node.name in CUSTOM_JVP:
         (body,) = node.bodies
         return len(body.nodes) == 1 and is_relu(body.nodes[0])
-    return node.name == "max" and any(
+    return node.name in MAX and any(
         isinstance(atom, Constant) and np.all(np.asarray(atom.value) == 0) for atom in node.ins
     )
 
@@ -169,11 +164,11 @@ class _Analysis:
         self.facts[value] = fact
 
     def _outs(self, node: Node, ins: list[Fact]) -> list[Fact]:
-        if node.name in _SIDE_BY_SIDE and len(ins) == len(node.outs) > 1:
+        if node.name in SIDE_BY_SIDE and len(ins) == len(node.outs) > 1:
             return [_outside(fact) for fact in ins]
         active = [fact for fact in ins if fact.active]
         nonneg = _nonneg(node, ins)
-        if not active or node.name == "stop_gradient":
+        if not active or node.name in STOP_GRADIENT:
             return [self._constant(node, ins, nonneg) for _ in node.outs]
         linear = node.name in LINEAR and not all(f.active or f.literal for f in ins)
         fact = Fact(
@@ -192,7 +187,7 @@ class _Analysis:
     def _constant(self, node: Node, ins: list[Fact], nonneg: bool) -> Fact:
         """The fact of what carries no relevance."""
         masks = {fact.root for fact in ins if fact.nonlinear and not fact.active}
-        elementwise = is_elementwise(node) or node.name in _COMPARISONS
+        elementwise = is_elementwise(node) or node.name in COMPARISONS
         masked = elementwise and bool(masks)
         return Fact(
             paths=frozenset().union(*(fact.paths for fact in ins if not fact.active)),
@@ -204,7 +199,7 @@ class _Analysis:
 
     def _root(self, node: Node, ins: list[Fact]) -> Value | None:
         """The one value of which the node's output is an elementwise function."""
-        known = is_elementwise(node) or node.name in _COMPARISONS
+        known = is_elementwise(node) or node.name in COMPARISONS
         active = active_ins(self.facts, node)
         if not known or any(v.shape != node.outs[0].shape for v in active):
             return None
@@ -220,21 +215,22 @@ class _Analysis:
         A bias or a scale with a value for each feature, or learned, after an activation is an
         operation of its own.
         """
-        if len(active) > 1 or not active[0].nonlinear or node.name not in (*_SUMS, "mul", "div"):
+        if len(active) > 1 or not active[0].nonlinear or node.name not in SUMS | SCALES:
             return False
         others = [(a, f) for a, f in zip(node.ins, ins, strict=True) if not f.active]
         return any((a.shape != () or f.paths) and not f.nonlinear for a, f in others)
 
     def _control(self, node: Node, ins: list[Fact]) -> list[Fact]:
-        if node.name == "scan":
+        if node.scan:
             return self._scan(node, ins)
-        if node.name == "while":
+        if node.loop:
             return self._while(node, ins)
-        operands = ins[1:] if node.name == "cond" else ins
+        operands = ins[1:] if node.is_cond else ins
         branches = [self.run(body, operands) for body in node.bodies]
         return [_outside(join(*facts)) for facts in zip(*branches, strict=True)]
 
     def _scan(self, node: Node, ins: list[Fact]) -> list[Fact]:
+        assert node.scan is not None
         consts, carries = node.scan.consts, node.scan.carries
         fixed, state, xs = ins[:consts], ins[consts : consts + carries], ins[consts + carries :]
         stacked: list[list[Fact]] = []
@@ -253,8 +249,9 @@ class _Analysis:
         return [*state, *(join(*facts) for facts in zip(*stacked, strict=True))]
 
     def _while(self, node: Node, ins: list[Fact]) -> list[Fact]:
+        assert node.loop is not None
         test, body = node.bodies
-        tested, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
+        tested, consts = node.loop
         fixed, state = ins[tested : tested + consts], ins[tested + consts :]
         while True:
             outs = [_outside(fact) for fact in self.run(body, [*fixed, *state])]
@@ -287,19 +284,19 @@ def _outside(fact: Fact) -> Fact:
 
 
 def _nonneg(node: Node, ins: list[Fact]) -> bool:
-    if node.name == "custom_jvp_call":
+    if node.name in CUSTOM_JVP:
         return is_relu(node)
-    if node.name in _NONNEG or (node.name == "integer_pow" and node.params["y"] % 2 == 0):
+    if node.name in NONNEG or primitives.is_even_power(node.equation):
         return True
-    if node.name == "max":
+    if node.name in MAX:
         return any(fact.nonneg for fact in ins)
-    if node.name in ("gather", "dynamic_slice", "sort") or tag_name(node):
+    if node.name in LOOKUPS | SORT or tag_name(node):
         return ins[0].nonneg
-    if node.name == "select_n":
+    if node.name in SELECT:
         return all(fact.nonneg for fact in ins[1:])
-    if node.name == "mul" and node.ins[0] is node.ins[1]:
+    if node.name in MUL and node.ins[0] is node.ins[1]:
         return True
-    return node.name in _NONNEG_IF_ALL and all(fact.nonneg for fact in ins)
+    return node.name in NONNEG_IF_ALL and all(fact.nonneg for fact in ins)
 
 
 def _stat(node: Node, active: list[Fact]) -> bool:
@@ -310,13 +307,13 @@ def _stat(node: Node, active: list[Fact]) -> bool:
 
 
 def _gate(node: Node, active: list[Fact]) -> str:
-    if node.name == "logistic":
+    if node.name in SIGMOID:
         return "sigmoid"
     if len(active) > 1:
         # x * sigmoid(x) is an activation of x; a product of two signals is no gate.
         same = len({fact.root for fact in active}) == 1
         return "activation" if same and is_elementwise(node) else ""
-    if node.name in _SHAPES or (is_elementwise(node) and node.name in AFFINE):
+    if node.name in SHAPES or (is_elementwise(node) and node.name in AFFINE):
         return active[0].gate
     return "activation" if is_elementwise(node) else ""
 
@@ -324,8 +321,8 @@ def _gate(node: Node, active: list[Fact]) -> str:
 def _affine(node: Node, ins: list[Fact]) -> bool:
     if node.name not in AFFINE or any(fact.nonlinear and not fact.active for fact in ins):
         return False
-    if node.name == "mul":
+    if node.name in MUL:
         return sum(fact.active for fact in ins) == 1
-    if node.name == "div":
+    if node.name in DIV:
         return not ins[1].active
     return True

@@ -7,6 +7,7 @@ of values says unambiguously which of them, in whichever body, is meant.
 """
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +15,17 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
-from jax.extend import core as jex
-from jax.extend import source_info_util
 
 from jaxrel.tracing import primitives
-from jaxrel.tracing.tags import tag_p
+from jaxrel.tracing.primitives import Program, Remat, Scan, While
 
-# Calls that group operations and mean nothing else.
-INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
 # Where a model's author did not write: the innermost line that is not there is the user's.
 _FRAMEWORKS = re.compile(
     r"(site|dist)-packages[/\\](jax|flax|equinox|haiku|penzai|optax|jaxtyping|beartype)[/\\]"
     r"|[/\\]jaxrel[/\\]tracing[/\\]|[/\\](contextlib|functools)\.py$|^<@beartype"
 )
-# Control flow whose bodies the evaluator can run again with changes inside.
-CONTROL = frozenset({"scan", "while", "cond", "remat2", "checkpoint"})
+# Where no user writes at all.
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]|[/\\]lib[/\\]python3|^<(frozen|@)")
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -68,7 +65,7 @@ class Node:
 
     A scan cut into segments (see `rewrite.cut_scan`) has one body per segment, and `cuts` are
     the segments' bounds along the scanned axis: (0, 1, length), say. `callers` are the equations
-    of the grouping calls that held the operation, innermost first.
+    of the calls and bodies that held the operation, innermost first.
     """
 
     equation: Any
@@ -78,47 +75,63 @@ class Node:
     cuts: tuple[int, ...] = ()
     callers: tuple[Any, ...] = ()
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The primitive's name, such as 'dot_general'."""
-        return self.equation.primitive.name
+        return primitives.name_of(self.equation)
 
-    @property
-    def params(self) -> dict[str, Any]:
-        """The primitive's parameters."""
-        return self.equation.params
-
-    @property
-    def scan(self) -> Any:
+    @functools.cached_property
+    def scan(self) -> Scan | None:
         """Counts and settings of a scan; None for another operation."""
         return primitives.scan_of(self.equation)
+
+    @functools.cached_property
+    def loop(self) -> While | None:
+        """Counts of a while loop; None for another operation."""
+        return primitives.while_of(self.equation)
+
+    @functools.cached_property
+    def remat(self) -> Remat | None:
+        """Settings of `jax.checkpoint`; None for another operation."""
+        return primitives.remat_of(self.equation)
+
+    @property
+    def is_cond(self) -> bool:
+        """Whether its bodies are branches, of which its first input chooses one."""
+        return self.name in primitives.COND
 
     @property
     def is_control(self) -> bool:
         """Whether the evaluator can change what is inside the bodies."""
-        return self.name in CONTROL
+        return self.name in primitives.CONTROL
 
     def segments(self) -> list[tuple[int, int, "Graph"]]:
         """The (start, stop, body) of a scan, in order of execution; usually one."""
+        assert self.scan is not None
         bounds = self.cuts or (0, self.scan.length)
         found = [*zip(bounds[:-1], bounds[1:], self.bodies, strict=True)]
         return found[::-1] if self.scan.reverse else found
 
     def where(self) -> str:
-        """The user's source line: 'file.py:12 (function)'; frameworks' own lines are passed."""
-        for equation in (self.equation, *self.callers):
-            traceback = equation.source_info.traceback
-            for frame in () if traceback is None else traceback.frames:
-                if not _FRAMEWORKS.search(frame.file_name):
+        """The user's source line: 'file.py:12 (function)'; frameworks' own lines are passed.
+
+        Of a kernel, which a library has written for its users, all installed code is passed.
+        """
+        passed = (_INSTALLED, _FRAMEWORKS) if self.name in primitives.KERNELS else (_FRAMEWORKS,)
+        for pattern in passed:
+            for frame in self.frames():
+                if not pattern.search(frame.file_name) and not _FRAMEWORKS.search(frame.file_name):
                     return f"{_short(frame.file_name)}:{frame.line_num} ({frame.function_name})"
-        return source_info_util.summarize(self.equation.source_info)
+        return primitives.summary(self.equation)
+
+    def frames(self) -> Iterator[Any]:
+        """The stack that wrote the operation, then those of the calls that held it."""
+        for equation in (self.equation, *self.callers):
+            yield from primitives.frames(equation)
 
     def bind(self, *values) -> list:
         """Apply the operation as the user wrote it, its own derivative included."""
-        primitive = self.equation.primitive
-        with self.equation.ctx.manager:
-            out = primitive.bind(*values, **primitive.get_bind_params(self.params))
-        return list(out) if primitive.multiple_results else [out]
+        return primitives.bind(self.equation, values)
 
 
 @dataclasses.dataclass(eq=False)
@@ -166,50 +179,47 @@ class Traced:
 
 def trace(fun: Callable, *args, **kwargs) -> Traced:
     """Trace `fun(*args, **kwargs)` once, for the shapes and dtypes of these arguments."""
-    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args, **kwargs)
+    program, shapes = primitives.make_program(fun, *args, **kwargs)
     # As the trace saw them: NumPy's float64 is float32 unless x64 is on.
     leaves = tuple(map(jnp.asarray, jax.tree.leaves((args, kwargs))))
-    return Traced(build(closed), leaves, jax.tree.structure(shapes))
+    return Traced(build(program), leaves, jax.tree.structure(shapes))
 
 
 def tag_name(node: Node) -> str | None:
     """The name a node gives its value (`jaxrel.tag` or `checkpoint_name`), else None."""
-    if node.equation.primitive is tag_p or node.name == "name":
-        return node.params["name"]
-    return None
+    return primitives.tag_of(node.equation)
 
 
-def build(closed: jex.ClosedJaxpr) -> Graph:
-    """The graph of a closed jaxpr, with grouping calls inlined."""
+def build(program: Program, callers: tuple[Any, ...] = ()) -> Graph:
+    """The graph of a program, with grouping calls inlined; `callers` hold the program."""
     nodes: list[Node] = []
     constants: dict[Value, Any] = {}
 
-    def inline(
-        jaxpr: jex.Jaxpr, consts: Sequence, atoms: Sequence[Atom], callers: tuple[Any, ...] = ()
-    ) -> list[Atom]:
-        env: dict[Any, Atom] = dict(zip(jaxpr.invars, atoms, strict=True))
-        for var, const in zip(jaxpr.constvars, consts, strict=True):
+    def inline(program: Program, atoms: Sequence[Atom], callers: tuple[Any, ...]) -> list[Atom]:
+        env: dict[Any, Atom] = dict(zip(program.jaxpr.invars, atoms, strict=True))
+        for var, const in zip(program.jaxpr.constvars, program.consts, strict=True):
             value = env[var] = Value(var.aval)
             constants[value] = const
 
         def read(atom) -> Atom:
-            return Constant(atom.val, atom.aval) if isinstance(atom, jex.Literal) else env[atom]
+            return Constant(atom.val, atom.aval) if primitives.literal(atom) else env[atom]
 
-        for equation in jaxpr.eqns:
+        for equation in program.jaxpr.eqns:
             ins = tuple(read(atom) for atom in equation.invars)
-            if equation.primitive.name in INLINED:
-                (inner,) = _jaxprs(equation.params)
-                inlined = inline(inner.jaxpr, inner.consts, ins, (equation, *callers))
+            if primitives.name_of(equation) in primitives.INLINED:
+                (inner,) = primitives.bodies(equation)
+                inlined = inline(inner, ins, (equation, *callers))
                 env.update(zip(equation.outvars, inlined, strict=True))
                 continue
             outs = tuple(Value(var.aval) for var in equation.outvars)
             env.update(zip(equation.outvars, outs, strict=True))
-            bodies = tuple(build(body) for body in _jaxprs(equation.params))
+            within = (equation, *callers)
+            bodies = tuple(build(body, within) for body in primitives.bodies(equation))
             nodes.append(Node(equation, ins, outs, bodies, callers=callers))
-        return [read(atom) for atom in jaxpr.outvars]
+        return [read(atom) for atom in program.jaxpr.outvars]
 
-    ins = tuple(Value(var.aval) for var in closed.jaxpr.invars)
-    outs = inline(closed.jaxpr, closed.consts, ins)
+    ins = tuple(Value(var.aval) for var in program.jaxpr.invars)
+    outs = inline(program, ins, callers)
     return Graph(ins, tuple(nodes), tuple(outs), constants)
 
 
@@ -219,13 +229,3 @@ def _short(file: str) -> str:
         return "cell"
     relative = os.path.relpath(file) if os.path.isabs(file) else file
     return file if relative.startswith("..") else relative
-
-
-def _jaxprs(params: dict[str, Any]) -> Iterator[jex.ClosedJaxpr]:
-    """The sub-programs among an equation's parameters, whatever their parameter is called."""
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, jex.ClosedJaxpr):
-                yield item
-            elif isinstance(item, jex.Jaxpr):
-                yield jex.ClosedJaxpr(item, ())

@@ -3,22 +3,7 @@
 from collections.abc import Iterator
 
 from jaxrel.tracing.graph import Atom, Graph, Node, Value, tag_name
-
-# Operations that move or retype values and change none of them.
-MOVES = frozenset(
-    {
-        "reshape",
-        "transpose",
-        "squeeze",
-        "expand_dims",
-        "broadcast_in_dim",
-        "copy",
-        "convert_element_type",
-        "reduce_precision",
-        "jaxrel_tag",
-        "name",
-    }
-)
+from jaxrel.tracing.primitives import ABS, ADD, DIV, EXP, LOG, MOVES, MUL, REDUCE_SUM, SELECT, SUB
 
 
 def softmaxes(graph: Graph) -> Iterator[tuple[Node, Value]]:
@@ -29,9 +14,9 @@ def softmaxes(graph: Graph) -> Iterator[tuple[Node, Value]]:
     producers = graph.producers()
     for node in graph.nodes:
         scores: Atom | None = None
-        if node.name == "div" and (exp := _quotient(node, producers)) is not None:
+        if node.name in DIV and (exp := _quotient(node, producers)) is not None:
             scores = exp.ins[0]
-        elif node.name == "exp":
+        elif node.name in EXP:
             scores = _minus_logsumexp(node, producers)
         if isinstance(scores, Value):
             yield node, scores
@@ -46,7 +31,7 @@ def trace_back(
         if node.name not in through and tag_name(node) is None:
             return node
         # A select's last case is the one kept where a mask holds.
-        atom = node.ins[-1] if node.name == "select_n" else node.ins[0]
+        atom = node.ins[-1] if node.name in SELECT else node.ins[0]
     return None
 
 
@@ -63,7 +48,7 @@ def origin(value: Value, producers: dict[Value, Node]) -> Value:
 def _quotient(div: Node, producers: dict[Value, Node]) -> Node | None:
     """The exponential of exp(.) / sum(exp(.)), masked or not."""
     total = trace_back(div.ins[1], producers)
-    if total is None or total.name != "reduce_sum":
+    if total is None or total.name not in REDUCE_SUM:
         return None
     below = _exponentials(total.ins[0], producers)
     above = _exponentials(div.ins[0], producers)
@@ -75,11 +60,11 @@ def _exponentials(atom: Atom, producers: dict[Value, Node]) -> list[Node]:
     node = trace_back(atom, producers)
     if node is None:
         return []
-    if node.name == "exp":
+    if node.name in EXP:
         return [node]
-    if node.name not in ("select_n", "mul"):
+    if node.name not in SELECT | MUL:
         return []
-    cases = node.ins[1:] if node.name == "select_n" else node.ins
+    cases = node.ins[1:] if node.name in SELECT else node.ins
     found = (exp for case in cases for exp in _exponentials(case, producers))
     return list(dict.fromkeys(found))
 
@@ -87,14 +72,14 @@ def _exponentials(atom: Atom, producers: dict[Value, Node]) -> list[Node]:
 def _minus_logsumexp(exp: Node, producers: dict[Value, Node]) -> Atom | None:
     """The scores s of exp(s - logsumexp(s))."""
     sub = trace_back(exp.ins[0], producers)
-    if sub is None or sub.name != "sub":
+    if sub is None or sub.name not in SUB:
         return None
     log = _find_log(sub.ins[1], producers)
     if log is None:
         return None
     # jax.nn.logsumexp takes the logarithm of an absolute value.
-    total = trace_back(log.ins[0], producers, MOVES | {"abs"})
-    if total is None or total.name != "reduce_sum":
+    total = trace_back(log.ins[0], producers, MOVES | ABS)
+    if total is None or total.name not in REDUCE_SUM:
         return None
     return sub.ins[0] if _exponentials(total.ins[0], producers) else None
 
@@ -102,7 +87,7 @@ def _minus_logsumexp(exp: Node, producers: dict[Value, Node]) -> Atom | None:
 def _find_log(atom: Atom, producers: dict[Value, Node]) -> Node | None:
     """The logarithm in log(sum(exp(s - max))) or in log(...) + max."""
     node = trace_back(atom, producers)
-    if node is not None and node.name == "add":
+    if node is not None and node.name in ADD:
         terms = (trace_back(term, producers) for term in node.ins)
-        node = next((term for term in terms if term is not None and term.name == "log"), None)
-    return node if node is not None and node.name == "log" else None
+        node = next((term for term in terms if term is not None and term.name in LOG), None)
+    return node if node is not None and node.name in LOG else None

@@ -1,6 +1,153 @@
-"""Everything that depends on the names, parameters and versions of JAX's primitives."""
+"""Everything that depends on the names, parameters and versions of JAX's primitives.
 
+No other module names a primitive, reads an equation's parameters, or imports from `jax.extend`
+and `jax.interpreters`; they ask here. A name is the primitive's own, but for the hijax
+primitives of JAX 0.12, whose applications all share one primitive: they have the name of what
+they replace, so `jax.checkpoint` has one name whichever way JAX traces it.
+
+Where JAX changed, `SINCE` and `UNTIL` say when: a name stands in one of them, or is known to
+every JAX that is supported.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# The first JAX that has a name, and the first that no longer has it.
+SINCE = dict.fromkeys(_names("eval_jaxpr log2 one_minus_square xla_metadata_call"), (0, 11))
+UNTIL = dict.fromkeys(_names("call closed_call"), (0, 11))
+
+# Calls that group operations and mean nothing else; the rule that `custom_vmap` adds is another
+# way of computing the same function.
+INLINED = _names("jit call closed_call eval_jaxpr custom_vmap_call xla_metadata_call")
+
+# Control flow whose bodies can be run again with changes inside.
+SCAN = _names("scan")
+WHILE = _names("while")
+COND = _names("cond")
+REMAT = _names("remat2")
+CONTROL = SCAN | WHILE | COND | REMAT
+
+# Functions with a derivative of their own.
+CUSTOM_JVP = _names("custom_jvp_call")
+CUSTOM_VJP = _names("custom_vjp_call")
+CUSTOM = CUSTOM_JVP | CUSTOM_VJP
+
+# Programs whose operations cannot be seen, or not be replaced.
+KERNELS = _names(
+    """pallas_call core_map mpmd_map ffi_call cudnn_fusion call_exported
+    dot_product_attention_fwd dot_product_attention_fwd_wrapper dot_product_attention_bwd
+    dot_product_attention_bwd_wrapper dot_product_attention_fp8_fwd
+    dot_product_attention_fp8_fwd_wrapper dot_product_attention_fp8_bwd
+    dot_product_attention_fp8_bwd_wrapper scaled_matmul scaled_matmul_wrapper"""
+)
+CALLBACKS = _names("pure_callback io_callback")
+SHARD_MAP = _names("shard_map")
+# Programs with bodies in which a product or a softmax would be seen as such.
+TRANSPARENT = CUSTOM | _names(
+    """custom_lin reduce reduce_window scatter scatter-add scatter-sub scatter-mul scatter-max
+    scatter-min"""
+)
+
+# Families of operations; each module combines those it needs.
+ADD = _names("add add_any")
+SUB = _names("sub")
+SUMS = ADD | SUB
+MUL = _names("mul")
+DIV = _names("div")
+SCALES = MUL | DIV
+EXP = _names("exp")
+LOG = _names("log")
+ABS = _names("abs")
+MAX = _names("max")
+SELECT = _names("select_n")
+SIGMOID = _names("logistic")
+ROOTS = _names("sqrt rsqrt pow")
+DOT = _names("dot_general")
+CONV = _names("conv_general_dilated")
+LINEAR = DOT | CONV
+REDUCE_SUM = _names("reduce_sum")
+MEANS = REDUCE_SUM | _names("reduce_window_sum")
+MAXIMA = _names("reduce_max reduce_window_max")
+REDUCE_PROD = _names("reduce_prod")
+TRANSPOSE = _names("transpose")
+BROADCAST = _names("broadcast_in_dim")
+LOOKUPS = _names("gather dynamic_slice")
+SORT = _names("sort")
+TAG = _names("jaxrel_tag name")
+STOP_GRADIENT = _names("stop_gradient")
+
+# Operations that move or retype values and change none of them.
+MOVES = (
+    TAG
+    | TRANSPOSE
+    | BROADCAST
+    | _names("reshape squeeze copy convert_element_type reduce_precision")
+)
+# One output value per position, computed from the inputs at that position alone. Tags are not
+# among them, so that a tagged value is never in the middle of what counts as one function.
+ELEMENTWISE = (
+    SUMS
+    | SCALES
+    | ROOTS
+    | _names(
+        """abs neg sign exp exp2 expm1 log log1p log2 tanh tan sin cos sinh cosh asin acos atan
+        asinh acosh atanh logistic cbrt square one_minus_square integer_pow erf erfc erf_inv
+        lgamma digamma floor ceil round max min rem select_n clamp convert_element_type copy
+        reduce_precision nextafter atan2"""
+    )
+)
+# Elementwise and affine in the one input that varies.
+AFFINE = SUMS | SCALES | _names("neg copy convert_element_type reduce_precision select_n")
+COMPARISONS = _names("eq ne lt le gt ge and or not xor is_finite")
+REDUCTIONS = MEANS | MAXIMA | REDUCE_PROD | _names("reduce_min cumsum cummax cumprod cumlogsumexp")
+# Each output is the input at its place, moved.
+SIDE_BY_SIDE = SORT | _names("optimization_barrier device_put psum pmax pmin")
+# What picks and places values, whole or in part.
+PLACES = _names(
+    """rev slice dynamic_slice split concatenate stack unstack tile pad gather
+    optimization_barrier device_put"""
+)
+SCATTERS = _names("scatter scatter-add dynamic_update_slice")
+# Values that are clipped or compared with a constant keep their place.
+CLIPS = MAX | _names("min clamp")
+# Relevance passes these by their derivative, exactly: they add, move or select.
+EXACT = (
+    MOVES
+    | SUMS
+    | CLIPS
+    | PLACES
+    | SCATTERS
+    | MEANS
+    | MAXIMA
+    | SORT
+    | STOP_GRADIENT
+    | _names(
+        """neg select_n scatter-sub scatter-max scatter-min reduce_min reduce_window_min cumsum
+        cummax cummin top_k sharding_constraint reshard select_and_scatter_add
+        select_and_gather_add psum psum_invariant pvary pmax pmin ppermute pbroadcast all_gather
+        all_to_all reduce_scatter"""
+    )
+)
+# What may bring in a constant beside the values that it moves or adds.
+BRINGS = SUMS | SELECT | MAX | SCATTERS | _names("concatenate min pad")
+# What is nowhere negative, and what is not if no input is.
+NONNEG = ABS | EXP | SIGMOID | _names("exp2 square sqrt rsqrt erfc")
+SHAPES = MOVES | PLACES | SORT | STOP_GRADIENT
+NONNEG_IF_ALL = SHAPES | REDUCTIONS | LINEAR | ADD | SCALES | _names("min")
+# Linear in the operand at this place, as long as the others are constants.
+LINEAR_IN = {"triangular_solve": 1, "scatter-mul": 0}
 
 
 class Scan(NamedTuple):
@@ -13,13 +160,201 @@ class Scan(NamedTuple):
     unroll: int | bool
 
 
+class While(NamedTuple):
+    """The inputs of a while loop: constants of its test, constants of its body, then its state."""
+
+    test_consts: int
+    consts: int
+
+
+class Remat(NamedTuple):
+    """What is kept for the backward pass, and whether the rest must be computed again."""
+
+    policy: Any
+    prevent_cse: bool
+
+
+# The hijax primitives that stand for others, by class; the rest are functions with a derivative
+# of their own.
+_HIJAX = {
+    "RematTraced": "remat2",
+    "CheckpointName": "name",
+    "CheckpointNameFwd": "name",
+    "CustomJVPTraced": "custom_jvp_call",
+}
+
+
+def _hijax(equation: Any) -> Any:
+    """The hijax primitive that an equation applies, or None."""
+    return equation.params.get("_prim")
+
+
+def _params(equation: Any) -> dict[str, Any]:
+    hijax = _hijax(equation)
+    return equation.params if hijax is None else hijax.params
+
+
+def name_of(equation: Any) -> str:
+    """The name of an equation's operation."""
+    hijax = _hijax(equation)
+    if hijax is None:
+        return equation.primitive.name
+    return _HIJAX.get(type(hijax).__name__, "custom_vjp_call")
+
+
 def scan_of(equation: Any) -> Scan | None:
     """What a scan's parameters say; None for another operation."""
-    if equation.primitive.name != "scan":
+    if name_of(equation) not in SCAN:
         return None
     params = equation.params
-    if "ft_in" in params:  # jax 0.11
+    if "ft_in" in params:  # since JAX 0.11
         consts, carries, _ = map(len, params["ft_in"].unpack())
     else:
         consts, carries = params["num_consts"], params["num_carry"]
     return Scan(consts, carries, params["length"], params["reverse"], params["unroll"])
+
+
+def while_of(equation: Any) -> While | None:
+    """What a while loop's parameters say; None for another operation."""
+    if name_of(equation) not in WHILE:
+        return None
+    return While(equation.params["cond_nconsts"], equation.params["body_nconsts"])
+
+
+def remat_of(equation: Any) -> Remat | None:
+    """What `jax.checkpoint` was told; None for another operation."""
+    if name_of(equation) not in REMAT:
+        return None
+    params = _params(equation)
+    cse = params.get("prevent_cse", True)
+    # A flag for each input is only a hint, so one for all of them is as right.
+    return Remat(params["policy"], any(cse) if isinstance(cse, Sequence) else cse)
+
+
+def tag_of(equation: Any) -> str | None:
+    """The name that `jaxrel.tag` or `checkpoint_name` gives; None for another operation."""
+    return _params(equation)["name"] if name_of(equation) in TAG else None
+
+
+def function_name(equation: Any) -> str:
+    """The name of a function with a derivative of its own, or of the operation."""
+    if name_of(equation) not in CUSTOM:
+        return name_of(equation)
+    hijax = _hijax(equation)
+    if hijax is not None:
+        return getattr(hijax.params.get("traced"), "fun_name", type(hijax).__name__)
+    info = program(equation.params["call_jaxpr"]).jaxpr.debug_info
+    return info.func_name or name_of(equation)
+
+
+def contraction(equation: Any) -> tuple[tuple, tuple]:
+    """The axes that a matrix product sums over, and its batch axes; each (left, right)."""
+    return equation.params["dimension_numbers"]
+
+
+def conv_features(equation: Any) -> tuple[int, int]:
+    """The feature axis of a convolution's output, and the axis of its kernel that makes it."""
+    numbers = equation.params["dimension_numbers"]
+    return numbers.out_spec[1], numbers.rhs_spec[0]
+
+
+def permutation(equation: Any) -> tuple[int, ...]:
+    """Where each axis of a transposed array comes from."""
+    return tuple(equation.params["permutation"])
+
+
+def reduced(equation: Any, shape: tuple[int, ...]) -> int:
+    """How many values of an array of this shape a reduction takes together."""
+    return math.prod(shape[axis] for axis in equation.params["axes"])
+
+
+def is_even_power(equation: Any) -> bool:
+    """Whether the operation is x ** n with an even integer n."""
+    return name_of(equation) == "integer_pow" and equation.params["y"] % 2 == 0
+
+
+def bind(equation: Any, values: Sequence) -> list:
+    """Apply an operation as the user wrote it, its own derivative included."""
+    primitive = equation.primitive
+    with equation.ctx.manager:
+        out = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+    return list(out) if primitive.multiple_results else [out]
+
+
+class Program(NamedTuple):
+    """A jaxpr and the arrays that it closes over."""
+
+    jaxpr: Any
+    consts: Sequence
+
+
+def program(closed: Any) -> Program:
+    """A closed jaxpr, or since JAX 0.11 one that has its constants, as both of its parts."""
+    return Program(closed if ClosedJaxpr is Jaxpr else closed.jaxpr, closed.consts)
+
+
+def make_program(fun: Callable, *args, **kwargs) -> tuple[Program, Any]:
+    """A function traced for these arguments, and the shapes that it returns."""
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args, **kwargs)
+    return program(closed), shapes
+
+
+def bodies(equation: Any) -> Iterator[Program]:
+    """The programs that an operation holds, whatever their parameter is called."""
+    hijax = _hijax(equation)
+    if hijax is not None:
+        if name_of(equation) not in TAG:
+            yield _expanded(hijax)
+        return
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield program(item)
+            elif isinstance(item, Jaxpr):
+                yield Program(item, ())
+
+
+def _expanded(hijax: Any) -> Program:
+    """What a hijax primitive computes, written with the operations that it stands for."""
+
+    def expand(*flat):
+        return jax.tree.leaves(hijax.expand(*jax.tree.unflatten(hijax.in_tree, flat)))
+
+    return make_program(expand, *hijax.in_avals_flat)[0]
+
+
+def literal(atom: Any) -> bool:
+    """Whether an equation's input is a number written into the program."""
+    return isinstance(atom, Literal)
+
+
+def frames(equation: Any) -> Iterator[Any]:
+    """The stack that wrote an equation, innermost frame first."""
+    traceback = equation.source_info.traceback
+    yield from () if traceback is None else traceback.frames
+
+
+def summary(equation: Any) -> str:
+    """JAX's own account of where an equation comes from."""
+    return source_info_util.summarize(equation.source_info)
+
+
+def hide(file: str) -> None:
+    """Keep a file's lines out of JAX's accounts."""
+    source_info_util.register_exclusion(file)
+
+
+# The primitive of `jaxrel.tag`: an identity that moves a mapped axis to the front.
+tag_p = Primitive("jaxrel_tag")
+tag_p.def_impl(lambda x, *, name: x)
+tag_p.def_abstract_eval(lambda x, *, name: x)
+mlir.register_lowering(tag_p, lambda ctx, x, *, name: [x])
+ad.deflinear2(tag_p, lambda cotangent, x, *, name: [cotangent])
+
+
+def _batch(args, dims, *, name):
+    (x,), (dim,) = args, dims
+    return tag_p.bind(jnp.moveaxis(x, dim, 0), name=name), 0
+
+
+batching.primitive_batchers[tag_p] = _batch

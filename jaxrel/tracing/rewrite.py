@@ -44,9 +44,9 @@ def cut_scans(graph: Graph, cuts: Callable[[Node], Collection[int]]) -> Graph:
     """
     nodes = []
     for node in graph.nodes:
-        inner = sorted(set(cuts(node))) if node.name == "scan" else []
+        inner = sorted(set(cuts(node))) if node.scan else []
         bodies = tuple(cut_scans(body, cuts) for body in node.bodies)
-        if inner:
+        if node.scan and inner:
             bounds = (0, *inner, node.scan.length)
             bodies = tuple(copy_graph(bodies[0]) for _ in bounds[1:])
             nodes.append(dataclasses.replace(node, bodies=bodies, cuts=bounds))

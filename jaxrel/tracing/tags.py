@@ -7,27 +7,12 @@ model was written. `jax.ad_checkpoint.checkpoint_name` is understood as well (se
 """
 
 from jax import numpy as jnp
-from jax.extend import source_info_util
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, ArrayLike
 
+from jaxrel.tracing import primitives
+
 # Errors point at the line that calls `tag`, not into this file.
-source_info_util.register_exclusion(__file__)
-
-tag_p = Primitive("jaxrel_tag")
-tag_p.def_impl(lambda x, *, name: x)
-tag_p.def_abstract_eval(lambda x, *, name: x)
-mlir.register_lowering(tag_p, lambda ctx, x, *, name: [x])
-ad.deflinear2(tag_p, lambda cotangent, x, *, name: [cotangent])
-
-
-def _batch(args, dims, *, name):
-    (x,), (dim,) = args, dims
-    return tag_p.bind(jnp.moveaxis(x, dim, 0), name=name), 0
-
-
-batching.primitive_batchers[tag_p] = _batch
+primitives.hide(__file__)
 
 
 def tag(x: ArrayLike, name: str) -> Array:
@@ -54,4 +39,4 @@ def tag(x: ArrayLike, name: str) -> Array:
         )
     if not name:
         raise ValueError("tag: name is empty; give the value a name, as in tag(x, 'attention')")
-    return tag_p.bind(jnp.asarray(x), name=name)
+    return primitives.tag_p.bind(jnp.asarray(x), name=name)

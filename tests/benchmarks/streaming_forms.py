@@ -119,7 +119,7 @@ def explain(method: str, form: Any) -> Callable:
     return attention.relevance(score, method=method, form=form, argnums=1)
 
 
-def explain_blockwise(method: str) -> Callable:
+def explain_blockwise(method: str, block: int = BLOCK) -> Callable:
     """Relevance of the model with the carrier threaded through blockwise attention."""
 
     def run(weights, x, carrier):
@@ -128,7 +128,7 @@ def explain_blockwise(method: str) -> Callable:
 
             def attend(query, key, value):
                 nonlocal carrier
-                out, carrier = attention.blockwise(query, key, value, carrier, block=BLOCK)
+                out, carrier = attention.blockwise(query, key, value, carrier, block=block)
                 return out
 
             added = attention_branch(weights, x, attend)

@@ -50,7 +50,7 @@ def targets(**met: bool) -> str:
 
 def hardware() -> str:
     """The machine and the versions, in one line."""
-    parts = [f"{_processor()}, {os.cpu_count()} cores"]
+    parts = [f"{processor()}, {os.cpu_count()} cores"]
     if jax.default_backend() != "cpu":
         parts.append(f"{len(jax.devices())} x {jax.devices()[0].device_kind}")
     parts += [f"Python {platform.python_version()}", f"jax {jax.__version__}"]
@@ -61,7 +61,8 @@ def hardware() -> str:
     return "; ".join(parts)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     # platform.processor() is empty on most Linux machines.
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []

@@ -1,0 +1,37 @@
+"""Floating-point operations of a function, as XLA counts them before it optimises."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxrel.tracing import evaluate, trace
+from jaxrel.tracing.graph import Graph
+
+
+def flops(fun: Callable, *args: Any) -> float:
+    """Operations of `fun(*args)`, the body of a scan counted once per step.
+
+    XLA's cost analysis counts the body of a loop once, whatever its length, and counts nothing
+    inside a library's matrix product. So the program is lowered for the CPU, where there is no
+    such call yet, and the steps of each scan are added. A `while` loop still counts once.
+    """
+    with jax.default_device(jax.devices("cpu")[0]):
+        return _count(trace(fun, *args).graph)
+
+
+def _count(graph: Graph) -> float:
+    total = _lowered(graph)
+    for node in graph.nodes:
+        times = node.scan.length if node.scan else 1
+        for body in node.bodies:
+            if times > 1 or any(inner.scan for inner in body.walk()):
+                total += times * _count(body) - _lowered(body)
+    return total
+
+
+def _lowered(graph: Graph) -> float:
+    shapes = [jax.ShapeDtypeStruct(value.shape, value.aval.dtype) for value in graph.ins]
+    lowered = jax.jit(lambda *ins: evaluate(graph, ins).outs).lower(*shapes)
+    analysis: Any = lowered.cost_analysis()
+    return analysis.get("flops", 0.0)
