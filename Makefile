@@ -4,14 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test notebooks bench lint clean
+.PHONY: demo test notebooks batch_tpu bench lint clean python
 .DELETE_ON_ERROR:
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jaxrel needs Python 3.11 or newer; name one with make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.installed: pyproject.toml | python
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
+
+# An unsupported Python, and an environment of another Python than the one that make was given.
+python:
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "jaxrel runs on Python 3.11 to 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.13" \
+	  % sys.version_info[:2])'
+ifneq ($(origin PYTHON),file)
+	@test ! -x $(BIN)/python || test "`$(PYTHON) -V`" = "`$(BIN)/python -V`" || { \
+	  echo "$(VENV) is of `$(BIN)/python -V`, and $(PYTHON) is `$(PYTHON) -V`:"; \
+	  echo "remove it with make clean, or name another with make VENV=.venv-new"; exit 1; }
+endif
 
 SAMPLES := blue-square cyan-triangle orange-cross red-circle red-star
 
@@ -24,9 +34,16 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Errors in a cell fail; the executed copies, with their pictures, go to $(OUT).
-notebooks: $(VENV)/.installed
+EXECUTE = $(BIN)/jupyter execute --timeout=600 --output='$(abspath $(OUT))/{notebook_name}'
+NOTEBOOKS := $(filter-out colab/batch_tpu.ipynb,$(wildcard colab/*.ipynb))
+
+notebooks: batch_tpu
+	$(EXECUTE) $(NOTEBOOKS)
+
+# The one that shares its work among devices has eight of them.
+batch_tpu: $(VENV)/.installed
 	mkdir -p $(OUT)
-	$(BIN)/jupyter execute colab/*.ipynb --timeout=600 --output='$(abspath $(OUT))/{notebook_name}'
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(EXECUTE) colab/batch_tpu.ipynb
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmarks

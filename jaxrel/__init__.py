@@ -1,5 +1,9 @@
 """jaxrel: relevance explanations for JAX. An explanation is a backward pass with other rules."""
 
+from jaxrel import versions
+
+versions.check(*versions.running())
+
 from jaxrel import attention, gradients
 from jaxrel.explainer import explain
 from jaxrel.explanation import Explanation

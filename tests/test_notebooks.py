@@ -1,6 +1,11 @@
 """What the repository holds of a notebook; `make notebooks` runs them."""
 
+import ast
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -38,10 +43,81 @@ def test_holds_no_outputs(notebook):
         assert not cell.metadata
 
 
+def code(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def first_cell():
+    return code(nbformat.read(NOTEBOOKS[0], as_version=4))[0]
+
+
 def test_installs_first_and_only_where_needed(notebook):
-    first, *others = (cell.source for cell in notebook.cells if cell.cell_type == "code")
-    assert 'find_spec("jaxrel") is None' in first
-    assert not any(re.search(r"^\s*[%!]", source, re.MULTILINE) for source in others)
+    first, *others = code(notebook)
+    assert first == first_cell()
+    assert 'find_spec("jaxrel")' in first
+    for source in others:
+        assert not re.search(r"^\s*[%!]|\bpip\b", source, re.MULTILINE)
+
+
+@pytest.fixture
+def functions():
+    """The functions that the first cell defines, without what it does."""
+    tree = ast.parse(first_cell())
+    tree.body = [n for n in tree.body if isinstance(n, ast.Import | ast.FunctionDef)]
+    defined: dict = {}
+    exec(compile(tree, "first cell", "exec"), defined)
+    return defined
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("jaxrel", "jaxrel[train,report]"),
+        ("jaxrel==0.1.0", "jaxrel[train,report]==0.1.0"),
+        ("git+https://host/jaxrel.git@v1", "jaxrel[train,report] @ git+https://host/jaxrel.git@v1"),
+        ("https://host/jaxrel-1.whl", "jaxrel[train,report] @ https://host/jaxrel-1.whl"),
+        ("jaxrel-1-py3-none-any.whl", "jaxrel-1-py3-none-any.whl[train,report]"),
+        ("/folder/jaxrel", "/folder/jaxrel[train,report]"),
+        ("./jaxrel", "./jaxrel[train,report]"),
+    ],
+)
+def test_what_is_installed(functions, source, wanted):
+    assert functions["requirement"](source) == wanted
+
+
+@pytest.mark.parametrize(
+    ("driver", "variables", "wanted"),
+    [
+        ("580.82.07", {}, "jax[cuda13]"),
+        ("550.54.15", {}, "jax[cuda12]"),
+        ("NVIDIA-SMI has failed", {}, "jax"),
+        ("NVIDIA-SMI has failed", {"TPU_NAME": "local"}, "jax[tpu]"),
+        ("", {"COLAB_TPU_ADDR": "10.0.0.2:8470"}, "jax[tpu]"),
+    ],
+)
+def test_jax_is_for_the_accelerator(functions, driver, variables, wanted, tmp_path, monkeypatch):
+    if Path("/dev/accel0").exists() or importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("what this machine has decides")
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{driver}'\n", encoding="utf-8")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("TPU_NAME", "COLAB_TPU_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert functions["jax_requirement"]() == wanted
+
+
+def test_a_jax_in_use_that_was_replaced_asks_for_a_restart():
+    loaded = "import sys, types; sys.modules['jax'] = types.SimpleNamespace(__version__='0.7.2')"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{loaded}\n{first_cell()}"], capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert run.stderr.strip() == (
+        "Another jax was installed than the one in use: restart the runtime "
+        "(Runtime > Restart session), then run this cell again."
+    )
 
 
 def test_names_no_folder_of_one_machine(notebook):
