@@ -77,22 +77,28 @@ class Stream(NamedTuple):
     other: Float[Array, "batch tokens others"]
 
 
-def start(attn: Array, tokens: int, others: int, dtype: Any = jnp.float32) -> Stream:
+def start(
+    batch: int, tokens: int, others: int, dtype: Any = jnp.float32, *, like: Any = None
+) -> Stream:
     """A stream before its first layer: every token relevant for itself alone.
 
     Args:
-      attn: maps of any layers, `[layers, batch, ...]`, for the batch.
+      batch: how many examples.
       tokens: how many tokens it has.
       others: how many tokens the other stream has.
       dtype: the dtype to accumulate in.
+      like: maps of any layers, `[layers, batch, ...]`: the stream is sharded as their batch is.
 
     Returns:
       The stream.
     """
 
     def nothing(*sizes: int) -> Array:
+        shape = (batch, *sizes)
+        if like is None:
+            return jnp.zeros(shape, dtype)
         axes = (1, *(None for _ in sizes))
-        return zeros(shaped_like(attn, axes, shape=(attn.shape[1], *sizes), dtype=dtype))
+        return zeros(shaped_like(like, axes, shape=shape, dtype=dtype))
 
     return Stream(
         kept=nothing(tokens) + 1, moved=nothing(tokens, tokens), other=nothing(tokens, others)
@@ -344,10 +350,10 @@ def two_streams(
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _accumulate(blocks, tokens, others, importance, normalise, residual=True):
     leaves = jax.tree.leaves(blocks)
-    dtype = relevance_dtype(*leaves)
+    batch, dtype = leaves[0].shape[1], relevance_dtype(*leaves)
     streams = {
-        "s": start(leaves[0], tokens, others, dtype),
-        "q": start(leaves[0], others, tokens, dtype),
+        "s": start(batch, tokens, others, dtype, like=leaves[0]),
+        "q": start(batch, others, tokens, dtype, like=leaves[0]),
     }
 
     def layer(streams, moments):
