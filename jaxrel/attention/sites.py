@@ -37,6 +37,7 @@ from jaxrel.tracing.primitives import (
     SCALES,
     SELECT,
     TRANSPARENT,
+    Scan,
 )
 from jaxrel.tracing.rewrite import open_calls
 
@@ -96,10 +97,10 @@ class Site:
         return 1 if axis is None else self.value.shape[axis]
 
     @property
-    def scans(self) -> tuple[Node, ...]:
+    def scans(self) -> tuple[Scan, ...]:
         """The scans around the site, outermost first."""
         nodes = (step.node for step in self.place)
-        return tuple(node for node in nodes if node is not None and node.scan)
+        return tuple(node.scan for node in nodes if node is not None and node.scan)
 
     @property
     def in_cond(self) -> bool:
@@ -111,7 +112,7 @@ class Site:
 
         One key per map, in the order in which scans stack them.
         """
-        lengths = [scan.scan.length for scan in self.scans]
+        lengths = [scan.length for scan in self.scans]
         for indices in itertools.product(*map(range, lengths)):
             turns = iter(zip(self.scans, indices, strict=True))
             key: list[int] = []
@@ -119,8 +120,8 @@ class Site:
                 key.append(step.number)
                 if step.node is not None and step.node.scan:
                     scan, index = next(turns)
-                    last = scan.scan.length - 1
-                    key.append(last - index if scan.scan.reverse else index)
+                    last = scan.length - 1
+                    key.append(last - index if scan.reverse else index)
             yield tuple(key)
 
     @property
@@ -140,7 +141,7 @@ class Stack:
     @property
     def layers(self) -> int:
         """How many maps the stack holds."""
-        return sum(math.prod(scan.scan.length for scan in s.scans) for s in self.sites)
+        return sum(math.prod(scan.length for scan in s.scans) for s in self.sites)
 
     @property
     def is_self(self) -> bool:
