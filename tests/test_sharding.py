@@ -445,7 +445,8 @@ def test_rows_are_shared_where_a_mesh_is_set():
     with jax.set_mesh(mesh):
         found = shard_rows(rows)
     assert found["even"].sharding == NamedSharding(mesh, P("data"))
-    assert found["odd"] is rows["odd"] and found["number"] is rows["number"]
+    assert found["odd"] is rows["odd"]
+    assert found["number"] is rows["number"]
 
 
 @functools.cache
@@ -465,6 +466,7 @@ EXPLAINED = {"clip-shapes": "weighted", "vqa-shapes": "weighted", "gridtd-shapes
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("name", EXPLAINED)
 def test_explain_shares_its_rows(name, kind, monkeypatch):
+    model, asked, want = bundled(name)
     rows = []
 
     def spy(tree):
@@ -473,7 +475,6 @@ def test_explain_shares_its_rows(name, kind, monkeypatch):
 
     monkeypatch.setattr("jaxrel.explainer.shard_rows", spy)
     monkeypatch.setattr("jaxrel.explain_captions.shard_rows", spy)
-    model, asked, want = bundled(name)
     by_row = NamedSharding(make_mesh(kind), P("data"))
     with jax.set_mesh(by_row.mesh):
         (found,) = jaxrel.explain(model, **asked)
@@ -494,7 +495,9 @@ def test_explain_shares_its_rows(name, kind, monkeypatch):
 def test_clip_says_how_it_is_sharded():
     model, asked, _ = bundled("clip-shapes")
     inputs = model.pairs(model.prepare(image=asked["image"], text=asked["text"]))
-    explain = attention.relevance(lambda model, inputs: model.score(inputs), readout=None)
+    explain = attention.relevance(
+        lambda model, inputs: model.score(inputs), readout=None, attention=("vision", "text")
+    )
     mesh = make_mesh("explicit")
     with jax.set_mesh(mesh):
         found = jax.eval_shape(explain, model, shard(inputs, mesh))
