@@ -2,11 +2,21 @@
 
 import gc
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Most of the tests' time went to compiling the same program again: JAX knows a program in memory
+# by its Python function, and tests make new functions of the same text. On disk it knows the
+# text. The folder starts empty in every run, so no run depends on another; each worker has its
+# own, as one would read what another is still writing. Processes that tests start share it.
+PROGRAMS = tempfile.TemporaryDirectory(prefix="jaxrel-test-programs-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"  # whatever the file system
 
 from jaxtyping import install_import_hook
 
@@ -14,6 +24,11 @@ install_import_hook("jaxrel", "beartype.beartype")
 
 import jax
 import pytest
+
+
+def pytest_unconfigure():
+    """Remove the compiled programs of this run."""
+    PROGRAMS.cleanup()
 
 
 @pytest.fixture
