@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -18,9 +19,15 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"  # whatever the file system
 
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
-install_import_hook("jaxrel", "beartype.beartype")
+# Every call is checked. In `tracing`, which is called thousands of times for a model and names no
+# shapes, beartype checks alone: jaxtyping's search for shapes took most of a trace's time.
+beartype_package("jaxrel.tracing", conf=BeartypeConf(claw_is_pep526=False))
+PARTS = {path.stem for path in (Path(__file__).parents[1] / "jaxrel").glob("[a-z]*")} - {"tracing"}
+install_import_hook([f"jaxrel.{part}" for part in (*PARTS, "models", "train")], "beartype.beartype")
 
 import jax
 import pytest
