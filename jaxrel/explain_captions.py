@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import numpy as jnp
 from jaxtyping import Int
 
 from jaxrel.attention.transformation import check_methods
 from jaxrel.explanation import Explanation
 from jaxrel.metrics.detector import Detector
 from jaxrel.pictures import seen_pictures
+from jaxrel.tracing.sharding import shard_rows
 from jaxrel.word_relevance import SIGNED_WORDS, WORD_METHODS, in_pixels, word_relevance
 
 # So many backward passes of one picture go together: more would need more memory, not less time.
@@ -58,8 +58,7 @@ def explain_captions(
     score, relevance = jax.device_get(
         word_relevance(
             model,
-            prepared | {"text": prepared["text"][:, :length]},
-            jnp.asarray(places),
+            *shard_rows((prepared | {"text": prepared["text"][:, :length]}, places)),
             method=methods,
             lrp=lrp,
             at_once=max(1, _TOGETHER // len(places)),

@@ -27,6 +27,7 @@ from jaxrel.lrp.composites import as_composite
 from jaxrel.lrp.conservation import value_and_measured_lrp
 from jaxrel.metrics.detector import Detector
 from jaxrel.pictures import seen_pictures
+from jaxrel.tracing.sharding import compiler_sharded, shard_rows
 
 # What is propagated to the embedded tokens, and there summed over features.
 BY_RULES = {
@@ -107,6 +108,10 @@ def explain(
     that need no LRP. For Captioner see `jaxrel.word_relevance`: its maps are of pixels, and the
     backward pass, not the forward pass, is one per word.
 
+    Inside `jax.set_mesh` the rows (pairs, questions, words; of a Captioner captions) are shared
+    among the devices of the mesh's first axis if their number is a multiple of its size, else
+    computed whole. The result is the same.
+
     Args:
       model: a model that speaks the protocol `Explainable`, such as `jaxrel.models.CLIP`, and
         where it also speaks `jaxrel.word_relevance.Captions`, is explained by that.
@@ -178,8 +183,7 @@ def explain(
     streams = {stream.name: stream for stream in layout.streams}
     score, relevance, reports = _explained(
         model,
-        inputs,
-        model.readout(inputs),
+        *shard_rows((inputs, model.readout(inputs))),
         methods=tuple(one for one in methods if one not in BY_RULES),
         propagated=tuple(propagated.items()),
         streams=tuple(streams.values()),
@@ -230,7 +234,8 @@ def token_relevance(
       importance: the measure of the weighted method.
 
     Returns:
-      {method: {stream: relevance [rows, tokens]}}, special tokens and padding included.
+      {method: {stream: relevance [rows, tokens]}}, special tokens and padding included; sharded
+      as the inputs' rows are.
 
     Raises:
       ValueError: unknown method or measure.
@@ -266,7 +271,12 @@ def token_relevance(
         "importance",
     ),
 )
-def _explained(
+def _explained(model: Any, inputs: Any, readout: Any, **options: Any) -> Any:
+    explained = functools.partial(_explained_rows, **options)
+    return compiler_sharded(explained, inputs, (0, 0, None))(model, inputs, readout)
+
+
+def _explained_rows(
     model: Any,
     inputs: Any,
     readout: Any,

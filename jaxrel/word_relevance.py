@@ -18,6 +18,7 @@ from jaxrel.lrp import Composite, composites, everything, rules
 from jaxrel.lrp.composites import as_composite
 from jaxrel.lrp.transformation import lrp_vjp
 from jaxrel.tracing.capture import capture
+from jaxrel.tracing.sharding import compiler_sharded
 
 WORD_METHODS = (
     "lrp",
@@ -94,7 +95,8 @@ def word_relevance(
     Returns:
       The words' logits, and {method: (of the picture, of the words)}, float32: [batch, words,
       height, width], in pixels and summed over colours, or for "grad_cam" and "attention" in the
-      features' grid; and [batch, words, tokens], summed over the embedding.
+      features' grid; and [batch, words, tokens], summed over the embedding. Sharded as the rows
+      of `inputs` are.
 
     Raises:
       ValueError: an unknown method; positions of a wrong shape; at_once below 1; what `lrp_vjp`
@@ -139,6 +141,13 @@ def in_pixels(
 
 @functools.partial(jax.jit, static_argnames=("methods", "composite", "at_once"))
 def _word_relevance(
+    model: Any, inputs: Mapping[str, Array], positions: Array, **options: Any
+) -> Any:
+    explained = functools.partial(_word_relevance_rows, **options)
+    return compiler_sharded(explained, inputs)(model, inputs, positions)
+
+
+def _word_relevance_rows(
     model: Any,
     inputs: Mapping[str, Array],
     positions: Array,

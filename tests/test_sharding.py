@@ -6,23 +6,25 @@ loop carries, what a branch returns and what goes backward must have it too.
 
 import contextlib
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from PIL import Image
 
 import jaxrel
 from jaxrel import attention, composites, gradients, rules
 from jaxrel.attention import carrier
 from jaxrel.explainer import token_relevance
 from jaxrel.lrp.conservation import value_and_measured_lrp
-from jaxrel.models import CLIP
-from tests.test_clipmapper import STAGE1, processor, random_pictures, random_values
+from jaxrel.models.auto import from_pretrained
+from jaxrel.tracing.sharding import shard_rows
+from jaxrel.word_relevance import word_relevance
 
 BATCH, TOKENS, WIDTH, HEADS, LAYERS, CLASSES = 8, 4, 6, 2, 2, 3
 RNG = np.random.default_rng(0)
@@ -436,14 +438,67 @@ def test_balances_of_a_sharded_batch(x64):
         np.testing.assert_allclose(a.received, b.received, rtol=2e-6)
 
 
-def test_clip_on_an_explicit_mesh():
-    model = random_values(lambda: CLIP(STAGE1, rngs=nnx.Rngs(0), processor=processor()))
-    texts = ["a red circle", "what is a blue square"] * 4
-    inputs = model.pairs(model.prepare(image=random_pictures(BATCH), text=texts))
-    mesh = make_mesh("explicit")
-    explain = functools.partial(token_relevance, method=("weighted",))
+def test_rows_are_shared_where_a_mesh_is_set():
+    rows = {"even": X, "odd": X[1:], "number": np.float32(1)}
+    assert shard_rows(rows) is rows
+    mesh = make_mesh("auto")
     with jax.set_mesh(mesh):
-        everywhere = jax.device_put(model, NamedSharding(mesh, P()))
-        found = explain(everywhere, shard(inputs, mesh))
-    # float32: two layers of sums over 16 features, and gradients of a normalised product.
-    assert_same(found, explain(model, inputs), 1e-5)
+        found = shard_rows(rows)
+    assert found["even"].sharding == NamedSharding(mesh, P("data"))
+    assert found["odd"] is rows["odd"]
+    assert found["number"] is rows["number"]
+
+
+@functools.cache
+def bundled(name):
+    """A bundled model, how `explain` is asked, and what it says without a mesh."""
+    model = from_pretrained(name)
+    images = [Image.open(path) for path in sorted(SAMPLES.glob("*.png"))]
+    text = "what colour is the circle ?" if name.startswith("vqa") else "a red circle"
+    asked = {"image": (2 * images)[:BATCH], "text": [text] * BATCH, "method": [EXPLAINED[name]]}
+    return model, asked, jaxrel.explain(model, **asked)[0]
+
+
+SAMPLES = Path(__file__).parents[1] / "train" / "data" / "samples"
+EXPLAINED = {"clip-shapes": "weighted", "vqa-shapes": "weighted", "gridtd-shapes": "lrp"}
+
+
+@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explain_shares_its_rows(name, kind, monkeypatch):
+    model, asked, want = bundled(name)
+    rows = []
+
+    def spy(tree):
+        rows.append(shard_rows(tree))
+        return rows[-1]
+
+    monkeypatch.setattr("jaxrel.explainer.shard_rows", spy)
+    monkeypatch.setattr("jaxrel.explain_captions.shard_rows", spy)
+    by_row = NamedSharding(make_mesh(kind), P("data"))
+    with jax.set_mesh(by_row.mesh):
+        (found,) = jaxrel.explain(model, **asked)
+        # The same arrays again, which are sharded, in the function for arrays.
+        ((inputs, of_row),) = rows
+        if name == "gridtd-shapes":
+            options = {"method": asked["method"], "at_once": 32 // BATCH}
+            relevance = word_relevance(model, inputs, of_row, **options)
+        else:
+            relevance = token_relevance(model, inputs, method=asked["method"])
+    for x in jax.tree.leaves((inputs, of_row, relevance)):
+        assert x.sharding.is_equivalent_to(by_row, x.ndim)
+    # float32: sums over at most a few hundred features, in another order on each device.
+    for field in ("score", "image", "text"):
+        assert_same(getattr(found, field), getattr(want, field), 1e-5)
+
+
+def test_clip_says_how_it_is_sharded():
+    model, asked, _ = bundled("clip-shapes")
+    inputs = model.pairs(model.prepare(image=asked["image"], text=asked["text"]))
+    explain = attention.relevance(
+        lambda model, inputs: model.score(inputs), readout=None, attention=("vision", "text")
+    )
+    mesh = make_mesh("explicit")
+    with jax.set_mesh(mesh):
+        found = jax.eval_shape(explain, model, shard(inputs, mesh))
+    assert all(x.sharding.spec[0] == "data" for x in jax.tree.leaves(found))

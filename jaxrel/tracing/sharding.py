@@ -1,11 +1,11 @@
-"""Arrays made of a shape alone, sharded as the values that they meet.
+"""Sharding: of arrays made of a shape alone, and of whole batches.
 
 In an explicit mesh (`jax.make_mesh`'s default) how an array is sharded is part of its type. What
 a loop starts from, a branch not taken returns or a probe adds must have the type of what it
 stands for, and zeros of a mere shape are not sharded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,3 +59,52 @@ def zeros(like: Any) -> Array:
     # Inside jit no mesh need be set, and then JAX 0.12 would not heed the sharding.
     with jax.sharding.use_abstract_mesh(like.sharding.mesh):
         return jnp.zeros(like.shape, like.dtype, out_sharding=like.sharding)
+
+
+def shard_rows(tree: Any) -> Any:
+    """Arrays with one row per example, shared among the devices of the mesh that is set.
+
+    Args:
+      tree: of arrays; the first axis is the rows.
+
+    Returns:
+      The tree. Where `jax.set_mesh` has set a mesh, rows lie over its first axis; arrays whose
+      number of rows is no multiple of its size stay as they are.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return tree
+    axis, *_ = mesh.axis_names
+    by_row = NamedSharding(mesh, PartitionSpec(axis))
+
+    def place(x: Any) -> Any:
+        return x if np.ndim(x) == 0 or len(x) % mesh.shape[axis] else jax.device_put(x, by_row)
+
+    return jax.tree.map(place, tree)
+
+
+def compiler_sharded(fun: Callable, rows: Any, out_axes: Any = 0) -> Callable:
+    """A function inside of which an explicit mesh is an automatic one.
+
+    So models run whose operations do not say how their results are sharded. To be called while
+    tracing: `jax.sharding.auto_axes` for what is not known to be in an explicit mesh.
+
+    Args:
+      fun: the function.
+      rows: a tree of arrays; the first axis of the first is how rows are sharded.
+      out_axes: by output (a prefix of their tree), 0 where the first axis is the rows, and None
+        where all of it is whole on every device.
+    """
+    for x in jax.tree.leaves(rows):
+        sharding = jax.typeof(x).sharding
+        if sharding.mesh.explicit_axes:
+            break
+    else:
+        return fun
+    specs = {0: PartitionSpec(sharding.spec[0]), None: PartitionSpec()}
+    out = jax.tree.map(
+        lambda axis: NamedSharding(sharding.mesh, specs[axis]),
+        out_axes,
+        is_leaf=lambda x: x is None,
+    )
+    return jax.sharding.auto_axes(fun, axes=sharding.mesh.explicit_axes, out_sharding=out)
