@@ -3,18 +3,37 @@
 import gc
 import importlib.util
 import os
+import tempfile
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Most of the tests' time went to compiling the same program again: JAX knows a program in memory
+# by its Python function, and tests make new functions of the same text. On disk it knows the
+# text. The folder starts empty in every run, so no run depends on another; each worker has its
+# own, as one would read what another is still writing. Processes that tests start share it.
+PROGRAMS = tempfile.TemporaryDirectory(prefix="jaxrel-test-programs-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"  # whatever the file system
+
 from jaxtyping import install_import_hook
 
 # A borrowed machine may lack beartype; the tests then run with types unchecked, and say so.
 TYPES_CHECKED = importlib.util.find_spec("beartype") is not None
+PARTS = {path.stem for path in (Path(__file__).parents[1] / "jaxrel").glob("[a-z]*")} - {"tracing"}
 if TYPES_CHECKED:
-    install_import_hook("jaxrel", "beartype.beartype")
+    from beartype import BeartypeConf
+    from beartype.claw import beartype_package
+
+    # Every call is checked. In `tracing`, which is called thousands of times for a model and names
+    # no shapes, beartype checks alone: jaxtyping's search for shapes took most of a trace's time.
+    beartype_package("jaxrel.tracing", conf=BeartypeConf(claw_is_pep526=False))
+    parts = [f"jaxrel.{part}" for part in (*PARTS, "models", "train")]
+    install_import_hook(parts, "beartype.beartype")
 
 import jax
 import pytest
@@ -31,6 +50,11 @@ def pytest_runtest_setup(item):
     needed = max((mark.args[0] for mark in item.iter_markers("devices")), default=1)
     if jax.device_count() < needed:
         pytest.skip(f"needs {needed} devices, there are {jax.device_count()}")
+
+
+def pytest_unconfigure():
+    """Remove the compiled programs of this run."""
+    PROGRAMS.cleanup()
 
 
 @pytest.fixture

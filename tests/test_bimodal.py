@@ -17,6 +17,8 @@ from jaxrel.attention.bimodal import (
     start,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FIXTURES = Path(__file__).parent / "fixtures"
 
 

@@ -14,6 +14,8 @@ from jaxrel.attention import carrier as carriers
 from jaxrel.attention.blockwise import blockwise
 from jaxrel.attention.carrier import Carrier
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LAYERS, BATCH, HEADS, TOKENS, WIDTH = 3, 2, 2, 7, 4
 CLASS = 1
 

@@ -163,13 +163,27 @@ def test_explain_equals_the_matrix_form_on_the_models_own_maps(model, picture):
     assert not result.text[0, 4:].any()
 
 
+IMAGES = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8) for i in range(3)]
+TEXTS = ["a red circle", "a square", "a circle above a square"]
+
+
+@pytest.fixture(scope="module")
+def explained(model):
+    """A batch by all methods, in one program; and its examples one by one, in another."""
+    batch = jaxrel.explain(model, image=IMAGES, text=TEXTS, method=METHODS)
+    apart = [
+        jaxrel.explain(model, image=image, text=text, method=METHODS)
+        for image, text in zip(IMAGES, TEXTS, strict=True)
+    ]
+    return batch, apart
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_is_explained_as_one_by_one(model, method):
-    images = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8) for i in range(3)]
-    texts = ["a red circle", "a square", "a circle above a square"]
-    batch = jaxrel.explain(model, image=images, text=texts, method=method)
-    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
-        one = jaxrel.explain(model, image=image, text=text, method=method)
+def test_a_batch_is_explained_as_one_by_one(explained, method):
+    which = METHODS.index(method)
+    batch, apart = explained[0][which], [found[which] for found in explained[1]]
+    assert {one.method for one in (batch, *apart)} == {method}
+    for i, (one, text) in enumerate(zip(apart, TEXTS, strict=True)):
         # XLA sums batches of another size in another order.
         np.testing.assert_allclose(batch.image[i], one.image[0], rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(batch.text[i], one.text[0], rtol=1e-3, atol=1e-6)

@@ -28,6 +28,8 @@ from jaxrel.models import (
 from jaxrel.models.clip import end_of_text, interpolate_positions
 from jaxrel.models.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 GOLDEN = Path(__file__).parent / "fixtures" / "attention_clip.npz"
 # The reference values are float64 results rounded to float32; ours run in float32 through three
 # layers, which costs a few float32 roundings of values of order 1 to 10.

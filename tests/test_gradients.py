@@ -10,6 +10,8 @@ from jax import numpy as jnp
 import jaxrel
 from jaxrel import gradients
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 BATCH, SIDE, CLASSES, WIDTH = 3, 6, 4, 5
 RNG = np.random.default_rng(0)
 

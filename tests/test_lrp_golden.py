@@ -16,6 +16,8 @@ import jaxrel
 from jaxrel import composites
 from jaxrel.lrp.rules import Epsilon, Gamma, Gradient, ZPlus
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FIXTURES = Path(__file__).parent / "fixtures"
 EPS = 1e-6
 

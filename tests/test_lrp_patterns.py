@@ -22,6 +22,8 @@ from jaxrel.lrp.rules import (
 )
 from tests.test_lrp import normal, stack_params
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(autouse=True)
 def _x64(x64):

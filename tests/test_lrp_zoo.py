@@ -200,10 +200,16 @@ def test_gradient_of_relevance(x64, name):
 @pytest.mark.parametrize("name", sorted(set(ZOO) - {"clip_text", "lstm_rnn"}))
 def test_all_presets_are_finite(name):
     a = case(name, "float32")
-    for preset, composite in PRESETS.items():
-        if name in HEAVY | {"resnet18"} and preset not in CONVOLUTIONAL:
-            continue
-        relevance = jit(lrp(a, composite))(a.params, a.x)
+    presets = {
+        preset: composite
+        for preset, composite in PRESETS.items()
+        if name not in HEAVY | {"resnet18"} or preset in CONVOLUTIONAL
+    }
+    # One program, in which the presets share the forward pass: half the time of one for each.
+    explain = lambda *args: {
+        preset: lrp(a, preset_rules)(*args) for preset, preset_rules in presets.items()
+    }
+    for preset, relevance in jit(explain)(a.params, a.x).items():
         assert relevance.shape == a.x.shape, preset
         assert np.all(np.isfinite(relevance)), preset
         assert np.any(relevance != 0), preset

@@ -12,6 +12,8 @@ from jax import numpy as jnp
 import jaxrel
 from jaxrel import attention
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LAYERS, BATCH, TOKENS, WIDTH, HEADS = 2, 2, 5, 8, 2
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(BATCH, TOKENS, WIDTH)).astype(np.float32)

@@ -12,6 +12,8 @@ import jaxrel
 from jaxrel.tracing import Edits, Step, Touch, evaluate, tag_name, tap_shapes, trace
 from jaxrel.tracing.analysis import dependents
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LAYERS, BATCH, WIDTH = 3, 2, 4
 WEIGHTS = np.random.default_rng(0).normal(size=(LAYERS, WIDTH, WIDTH)).astype(np.float32)
 X = np.random.default_rng(1).normal(size=(BATCH, WIDTH)).astype(np.float32)
