@@ -9,6 +9,7 @@ Where JAX changed, `SINCE` and `UNTIL` say when: a name stands in one of them, o
 every JAX that is supported.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -276,9 +277,19 @@ def is_even_power(equation: Any) -> bool:
 def bind(equation: Any, values: Sequence) -> list:
     """Apply an operation as the user wrote it, its own derivative included."""
     primitive = equation.primitive
+    apply = functools.partial(primitive.bind, **primitive.get_bind_params(equation.params))
+    if any(_explicit(atom.aval) for atom in equation.invars):
+        # Op by op, JAX cannot differentiate all operations of an explicit mesh (a maximum).
+        apply = jax.jit(apply)
     with equation.ctx.manager:
-        out = primitive.bind(*values, **primitive.get_bind_params(equation.params))
+        out = apply(*values)
     return list(out) if primitive.multiple_results else [out]
+
+
+def _explicit(aval: Any) -> bool:
+    """Whether an array's type says how it is sharded over a mesh."""
+    sharding = getattr(aval, "sharding", None)
+    return sharding is not None and bool(sharding.mesh.explicit_axes)
 
 
 class Program(NamedTuple):
