@@ -688,6 +688,54 @@ def test_rules_by_layer_in_a_scan(x64, name, reverse):
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
 
 
+def shared_by_hand(rule, w, b, h, r):
+    """The relevance of a layer's inputs, in NumPy: that of its outputs in shares of a total."""
+    if isinstance(rule, Flat):
+        parts, total = np.ones((1, *w.shape)), len(w) + 1e-6
+    elif isinstance(rule, WSquare):
+        parts, total = w[None] ** 2, (w**2).sum(0) + b**2 + 1e-6
+    else:
+        z = h @ w + b
+        parts, total = h[..., None] * w, z + np.where(z >= 0, rule.epsilon, -rule.epsilon)
+    return (parts @ (r / total)[..., None])[..., 0]
+
+
+def relevance_by_hand(rules, layers, x):
+    """The relevance of x in `unrolled`, by a loop in NumPy."""
+    states = [x]
+    for w, b in layers:
+        states.append(states[-1] + np.maximum(states[-1] @ w + b, 0))
+    r = states[-1]
+    for n, (w, b) in reversed([*enumerate(layers)]):
+        h, y = states[n], states[n + 1] - states[n]
+        c = r / np.where(h + y == 0, 1, h + y)
+        share = shared_by_hand(rules[n], w, b, h, c * y)
+        # Behind the first layer relevance is a factor of the value: zeros take none.
+        r = c * h + (share if n == 0 else np.where(h == 0, 0, share))
+    return r
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("one", "others"), [(Flat(), Flat()), (WSquare(), WSquare()), (Flat(), Epsilon(0.01))], ids=str
+)
+def test_direct_rules_in_a_scan_as_by_hand(x64, one, others, reverse):
+    p, x = stack_params(), normal(3, 5).at[:, :2].set(0.0)
+
+    def fun(p, x):
+        step = lambda x, q: (x + jax.nn.relu(x @ q["w"] + q["b"]), None)
+        return lax.scan(step, x, p, reverse=reverse)[0]
+
+    rules = [(jaxrel.first(), one), (jaxrel.everything(), others)]
+    found = jax.jit(jaxrel.lrp(fun, rules, argnums=1))(p, x)
+    layers = [*zip(np.asarray(p["w"]), np.asarray(p["b"]), strict=True)]
+    layers = layers[::-1] if reverse else layers
+    expected = relevance_by_hand([one, others, others, others], layers, np.asarray(x))
+    assert np.abs(expected[:, :2]).min() > 0
+    # Where relevance is made a factor of the value, that is moved away from 0 by 1e-9.
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_negative_layers_count_from_the_end_of_a_stack(x64):
     p, x = stack_params(), normal(3, 5)
     rules = lambda where: [(where, Gamma(1.0)), (jaxrel.everything(), Epsilon(0.01))]
