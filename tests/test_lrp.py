@@ -536,6 +536,25 @@ def test_black_pixels_can_be_relevant(x64, rule):
     assert "not at an input" not in note.note
 
 
+def black_pixels_by_hand(wrap, w, b, x):
+    """What `test_black_pixels_in_bodies` expects, in NumPy: Flat at the input, all weights alike."""
+    if wrap == "carry":
+        rules = [Flat(), *3 * [Epsilon(0.01)]]
+        return relevance_by_hand(rules, [*zip(w, b, strict=True)], x)
+    if wrap != "scan":
+        out = np.maximum((x - 0.5) @ w[0] + b[0], 0)
+        return np.broadcast_to(out.sum(-1, keepdims=True) / (5 + 1e-6), x.shape)
+    states = [np.zeros(5)]
+    for row in x:
+        states.append(np.tanh(states[-1] + row @ w[0]))
+    r, found = states[-1], np.zeros_like(x)
+    for n in reversed(range(len(x))):
+        c = r / (states[n] + x[n] @ w[0])
+        found[n] = (c * (x[n] @ w[0])).sum() / (5 + 1e-6)
+        r = c * states[n]
+    return found
+
+
 @pytest.mark.parametrize("wrap", ["remat", "scan", "carry", "cond"])
 def test_black_pixels_in_bodies(x64, wrap):
     p, x = stack_params(), normal(3, 5).at[:, :2].set(0.0)
@@ -566,6 +585,8 @@ def test_black_pixels_in_bodies(x64, wrap):
     expected = jaxrel.lrp(first, rules, argnums=1)(*args)
     assert jnp.abs(expected[:, :2]).min() > 0
     np.testing.assert_allclose(jaxrel.lrp(fun, rules, argnums=1)(*args), expected, rtol=1e-10)
+    by_hand = black_pixels_by_hand(wrap, *map(np.asarray, (p["w"], p["b"], x)))
+    np.testing.assert_allclose(expected, by_hand, rtol=1e-10)
 
 
 def test_direct_rules_in_the_middle_say_what_they_cannot_do(x64):
