@@ -537,7 +537,7 @@ def test_black_pixels_can_be_relevant(x64, rule):
 
 
 def black_pixels_by_hand(wrap, w, b, x):
-    """What `test_black_pixels_in_bodies` expects, in NumPy: Flat at the input, all weights alike."""
+    """What `test_black_pixels_in_bodies` expects, in NumPy."""
     if wrap == "carry":
         rules = [Flat(), *3 * [Epsilon(0.01)]]
         return relevance_by_hand(rules, [*zip(w, b, strict=True)], x)

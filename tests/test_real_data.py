@@ -202,7 +202,7 @@ def test_coco_karpathy_captions(coco_folder):
     assert len(coco.karpathy_captions(coco_folder, "val")) == 2
 
 
-def test_restval_is_among_the_pictures_of_val2014(coco_folder):
+def test_restval_is_among_the_images_of_val2014(coco_folder):
     shutil.rmtree(coco_folder / "train2014")
     assert coco.karpathy_captions(coco_folder, "restval")[0]["image"].shape == (8, 12, 3)
     shutil.rmtree(coco_folder / "val2014")
