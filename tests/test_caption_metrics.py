@@ -79,6 +79,13 @@ def test_bleu_example_of_the_paper():
     np.testing.assert_allclose(bleu(["the cat is".split()], references).corpus[:3], math.exp(-1))
 
 
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)], ids=["long", "short"])
+def test_bleu_takes_the_shorter_of_equally_close_references(order):
+    """Four words against five or three: no brevity penalty."""
+    references = ["a red big ring above".split(), "a red ring".split()][order]
+    assert bleu(["a red big ring".split()], [references]).corpus[0] == pytest.approx(1)
+
+
 def test_rouge_l_example_of_the_paper():
     """Lin 2004, section 3.1: subsequences of 3 and of 2 of 4 words."""
     reference = [["police killed the gunman".split()]]

@@ -159,6 +159,19 @@ def test_scheduled_sampling_as_the_reference(name):
     close(mixed[1], FORWARD(model, inputs)[0][1])
 
 
+def test_scheduled_sampling_begins_at_the_step_given():
+    model = captioner("adaptive")
+    inputs = model.prepare(image=random_pictures(), text=TEXTS)
+    given = FORWARD(model, inputs)[0]
+    text = np.asarray(inputs["text"]).copy()
+    assert (text[:, 2] != given[:, 1].argmax(-1)).all()
+    text[:, 2] = given[:, 1].argmax(-1)
+    expected = FORWARD(model, inputs | {"text": text})[0][:, :3]
+    scheduled = jax.jit(Captioner.scheduled_logits, static_argnames="from_step")
+    found = scheduled(model, inputs, jnp.array([True, True]), from_step=2)
+    close(found[:, :3], expected)
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 def test_decoding_as_the_reference(name):
     """It forbids no token, and these captions hold none that is forbidden here."""

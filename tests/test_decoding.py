@@ -219,6 +219,25 @@ def test_beam_search(beams, exponent):
             jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def test_the_size_of_the_length_penalty_decides():
+    """Two captions: the end at once, log-probability -log 2, or one word, `ratio` times that.
+
+    Wu et al. 2016, eq. 14, with exponent 1: the longer wins below a ratio of (5 + 2) / (5 + 1).
+    """
+
+    def step(state, ids):
+        count, ratio = state
+        end = jnp.where(count == 0, 0.5, 0.5 ** (ratio - 1))[:, None]
+        words = jnp.arange(VOCABULARY)
+        likely = jnp.where(words == END, end, jnp.where(words == 4, 1 - end, 1e-9))
+        return (count + 1, ratio), jnp.log(likely)
+
+    ratio = jnp.array([1.15, 1.18])
+    found = decoding.beam_search(step, (0 * ratio, ratio), FORM, beams=2, length_penalty=1.0)
+    assert found.ids.tolist() == [padded([START, 4, END], FORM), padded([START, END], FORM)]
+    np.testing.assert_allclose(found.log_probability, np.log(0.5) * np.array([1.15, 1]), **ROUNDING)
+
+
 def test_enough_beams_find_the_most_probable_caption():
     """Two words and up to three places for them: 15 captions."""
     form, vocabulary = Format(START, END, PAD, 5), 5

@@ -536,6 +536,25 @@ def test_black_pixels_can_be_relevant(x64, rule):
     assert "not at an input" not in note.note
 
 
+def black_pixels_by_hand(wrap, w, b, x):
+    """What `test_black_pixels_in_bodies` expects, in NumPy."""
+    if wrap == "carry":
+        rules = [Flat(), *3 * [Epsilon(0.01)]]
+        return relevance_by_hand(rules, [*zip(w, b, strict=True)], x)
+    if wrap != "scan":
+        out = np.maximum((x - 0.5) @ w[0] + b[0], 0)
+        return np.broadcast_to(out.sum(-1, keepdims=True) / (5 + 1e-6), x.shape)
+    states = [np.zeros(5)]
+    for row in x:
+        states.append(np.tanh(states[-1] + row @ w[0]))
+    r, found = states[-1], np.zeros_like(x)
+    for n in reversed(range(len(x))):
+        c = r / (states[n] + x[n] @ w[0])
+        found[n] = (c * (x[n] @ w[0])).sum() / (5 + 1e-6)
+        r = c * states[n]
+    return found
+
+
 @pytest.mark.parametrize("wrap", ["remat", "scan", "carry", "cond"])
 def test_black_pixels_in_bodies(x64, wrap):
     p, x = stack_params(), normal(3, 5).at[:, :2].set(0.0)
@@ -566,6 +585,8 @@ def test_black_pixels_in_bodies(x64, wrap):
     expected = jaxrel.lrp(first, rules, argnums=1)(*args)
     assert jnp.abs(expected[:, :2]).min() > 0
     np.testing.assert_allclose(jaxrel.lrp(fun, rules, argnums=1)(*args), expected, rtol=1e-10)
+    by_hand = black_pixels_by_hand(wrap, *map(np.asarray, (p["w"], p["b"], x)))
+    np.testing.assert_allclose(expected, by_hand, rtol=1e-10)
 
 
 def test_direct_rules_in_the_middle_say_what_they_cannot_do(x64):
@@ -686,6 +707,54 @@ def test_rules_by_layer_in_a_scan(x64, name, reverse):
     expected = jaxrel.lrp(flat, rules, argnums=1)(layers, x)
     found = jax.jit(jaxrel.lrp(fun, rules, argnums=1))(p, x)
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def shared_by_hand(rule, w, b, h, r):
+    """The relevance of a layer's inputs, in NumPy: that of its outputs in shares of a total."""
+    if isinstance(rule, Flat):
+        parts, total = np.ones((1, *w.shape)), len(w) + 1e-6
+    elif isinstance(rule, WSquare):
+        parts, total = w[None] ** 2, (w**2).sum(0) + b**2 + 1e-6
+    else:
+        z = h @ w + b
+        parts, total = h[..., None] * w, z + np.where(z >= 0, rule.epsilon, -rule.epsilon)
+    return (parts @ (r / total)[..., None])[..., 0]
+
+
+def relevance_by_hand(rules, layers, x):
+    """The relevance of x in `unrolled`, by a loop in NumPy."""
+    states = [x]
+    for w, b in layers:
+        states.append(states[-1] + np.maximum(states[-1] @ w + b, 0))
+    r = states[-1]
+    for n, (w, b) in reversed([*enumerate(layers)]):
+        h, y = states[n], states[n + 1] - states[n]
+        c = r / np.where(h + y == 0, 1, h + y)
+        share = shared_by_hand(rules[n], w, b, h, c * y)
+        # Behind the first layer relevance is a factor of the value: zeros take none.
+        r = c * h + (share if n == 0 else np.where(h == 0, 0, share))
+    return r
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("one", "others"), [(Flat(), Flat()), (WSquare(), WSquare()), (Flat(), Epsilon(0.01))], ids=str
+)
+def test_direct_rules_in_a_scan_as_by_hand(x64, one, others, reverse):
+    p, x = stack_params(), normal(3, 5).at[:, :2].set(0.0)
+
+    def fun(p, x):
+        step = lambda x, q: (x + jax.nn.relu(x @ q["w"] + q["b"]), None)
+        return lax.scan(step, x, p, reverse=reverse)[0]
+
+    rules = [(jaxrel.first(), one), (jaxrel.everything(), others)]
+    found = jax.jit(jaxrel.lrp(fun, rules, argnums=1))(p, x)
+    layers = [*zip(np.asarray(p["w"]), np.asarray(p["b"]), strict=True)]
+    layers = layers[::-1] if reverse else layers
+    expected = relevance_by_hand([one, others, others, others], layers, np.asarray(x))
+    assert np.abs(expected[:, :2]).min() > 0
+    # Where relevance is made a factor of the value, that is moved away from 0 by 1e-9.
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_negative_layers_count_from_the_end_of_a_stack(x64):

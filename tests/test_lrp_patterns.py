@@ -90,6 +90,16 @@ def test_every_form_of_a_softmax(p, name, composite):
     assert ("u" in [path for row in table for path in row.paths]) == (composite == "attn_lrp")
 
 
+def test_a_quotient_of_two_exponentials_is_no_softmax(p):
+    def fun(p, x):
+        above, below = jnp.exp(x @ p["u"]), jnp.exp(x @ p["w"])
+        return above / below.sum(-1, keepdims=True)
+
+    found = kinds(fun, composites.attn_lrp(), p, normal(3, 4))
+    assert "softmax" not in found
+    assert found.count("activation") == 2
+
+
 @pytest.mark.parametrize("rule", [ZPlus(), Gamma(), AlphaBeta(), Epsilon(0.1)], ids=str)
 def test_several_biases_are_one(p, rule):
     x = normal(2, 4)

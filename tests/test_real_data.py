@@ -202,6 +202,14 @@ def test_coco_karpathy_captions(coco_folder):
     assert len(coco.karpathy_captions(coco_folder, "val")) == 2
 
 
+def test_restval_is_among_the_images_of_val2014(coco_folder):
+    shutil.rmtree(coco_folder / "train2014")
+    assert coco.karpathy_captions(coco_folder, "restval")[0]["image"].shape == (8, 12, 3)
+    shutil.rmtree(coco_folder / "val2014")
+    with pytest.raises(FileNotFoundError, match=r"COCO: \S*val2014 is missing"):
+        coco.karpathy_captions(coco_folder, "restval")
+
+
 def test_coco_instances(coco_folder):
     source = coco.instances(coco_folder, "val2017")
     assert [len(record["categories"]) for record in source.records] == [2, 1, 0]
@@ -262,6 +270,8 @@ def test_vqa_test_split_has_no_answers(tmp_path):
         ("None", "0"),
         ("1,000,978", "1000978"),
         ("black,white", "black white"),
+        ("red,2", "red 2"),
+        ("2,red", "2 red"),
         ("3.5", "3.5"),
         ("U.S.A.", "usa"),
         ("2:50 p.m.", "2:50 pm"),

@@ -701,7 +701,7 @@ def test_jit_and_vmap(x64, name, op):
     close(jax.vmap(bwd)(*several), jnp.stack([alone, bwd(*(s[1] for s in several))]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", RULES)
 def test_lower_precision(x64, name, dtype):
     # Inputs and weights >= 0.1: sums without cancellation, so errors are a few roundings.
@@ -713,6 +713,17 @@ def test_lower_precision(x64, name, dtype):
     expected = relevance(rule, e)
     found = relevance(rule, Example("dense", *(jnp.asarray(array, dtype) for array in e[1:])))
     assert found.dtype == dtype
+    close(found.astype(float), expected, 10 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_small_sum_beside_a_large_one_in_half_precision(x64, dtype):
+    # Contributions of 5000, where the numbers of float16 are 4 apart, and of -3.
+    x, w = np.array([[1.0, 2.0, -0.5, 0.01]]), np.array([[3000.0], [750.0], [-1000.0], [-300.0]])
+    e = Example("dense", x, w, np.zeros(()), x @ w, np.array([[100.0]]))
+    expected = by_hand("alpha 2 beta 1", e, w.T)
+    half = Example("dense", *(jnp.asarray(array, dtype) for array in e[1:]))
+    found = relevance(ready("alpha 2 beta 1", e), half)
     close(found.astype(float), expected, 10 * float(jnp.finfo(dtype).eps))
 
 

@@ -214,6 +214,18 @@ def test_devices_and_micro_batches_change_nothing(tmp_path):
             np.testing.assert_allclose(one["error"], other["error"], rtol=1e-5)
 
 
+def test_each_micro_batch_has_a_key_of_its_own(tmp_path):
+    def drawn(params, batch, key):
+        return params["w"] @ jax.random.normal(key, (3,)), {}
+
+    params = {"w": np.zeros(3, np.float32)}
+    got = run(tmp_path, loss=drawn, params=params, steps=2, accumulate=2)
+    steps = [jax.random.fold_in(jax.random.key(0), n) for n in (1, 2)]
+    noise = [jax.random.normal(jax.random.fold_in(key, i), (3,)) for key in steps for i in (0, 1)]
+    # SGD at a rate of 0.1; rounding of float32.
+    np.testing.assert_allclose(got["w"], -0.1 * np.sum(noise, 0) / 2, rtol=1e-5)
+
+
 def test_another_run_is_refused(whole):
     folder, _ = whole
     with pytest.raises(
