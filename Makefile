@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml | python
 # An unsupported Python, and an environment of another Python than the one that make was given.
 python:
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
-	  "jaxrel runs on Python 3.11 to 3.13; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.13" \
+	  "jaxrel needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.13" \
 	  % sys.version_info[:2])'
 ifneq ($(origin PYTHON),file)
 	@test ! -x $(BIN)/python || test "`$(PYTHON) -V`" = "`$(BIN)/python -V`" || { \

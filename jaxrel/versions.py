@@ -28,9 +28,9 @@ def problem(python: str, jax: str, flax: str) -> str:
     """What makes these versions unusable, and the cure; empty where they can be used."""
     if release(python) < release(OLDEST_PYTHON):
         return (
-            f"jaxrel runs on Python {OLDEST_PYTHON} to {NEWEST_PYTHON}; found: {python}. "
-            "Make an environment of one of these and install jaxrel there: "
-            f"python{NEWEST_PYTHON} -m venv .venv"
+            f"jaxrel needs Python {OLDEST_PYTHON} or newer and is tested up to {NEWEST_PYTHON}; "
+            f"found: {python}. Make an environment of such a Python and install jaxrel there: "
+            f"python{NEWEST_PYTHON} -m venv .venv && .venv/bin/python -m pip install jaxrel"
         )
     if release(jax) < release(OLDEST_JAX):
         found = f"jaxrel runs on jax {OLDEST_JAX} to {NEWEST_JAX}; found: {jax}. "

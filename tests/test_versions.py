@@ -32,8 +32,9 @@ def test_these_run(python, jax, flax):
     [
         (
             ("3.10.13", "0.6.2", "0.10.0"),
-            "jaxrel runs on Python 3.11 to 3.13; found: 3.10.13. Make an environment of one of "
-            "these and install jaxrel there: python3.13 -m venv .venv",
+            "jaxrel needs Python 3.11 or newer and is tested up to 3.13; found: 3.10.13. Make an "
+            "environment of such a Python and install jaxrel there: python3.13 -m venv .venv && "
+            ".venv/bin/python -m pip install jaxrel",
         ),
         (
             ("3.12.1", "0.7.2", "0.12.12"),

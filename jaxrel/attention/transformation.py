@@ -239,8 +239,9 @@ def _choose(
                 f"attention.relevance: method 'weighted' needs the residual stream around "
                 f"{name!r}, and none was found near {stack.sites[0].where}; tag the stream "
                 f"before the attention {name + '/before'!r} and the attention's output "
-                f"{name + '/after'!r} where they are added (all in one scan or remat body), say "
-                "with argnums which arguments are data, or use method 'equal'"
+                f"{name + '/after'!r} where they are added (all in one scan or remat body: put the "
+                "sum inside the jax.checkpoint), say with argnums which arguments are data, or use "
+                "method 'equal'"
             )
         stacks.append(stack)
     if weighted:

@@ -247,7 +247,8 @@ def _missing(operations: Sequence[Operation]) -> str:
                 f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Gradient()) to the composite "
                 "for its plain derivative"
             )
-        lines.append(f"  {operation.kind} ({operation.where()}{paths}): {advice}")
+        place = f" ({operation.where()}{paths})" if operation.where() else paths
+        lines.append(f"  {operation.kind}{place}: {advice}")
     if len(operations) > 8:
         lines.append(f"  and {len(operations) - 8} more; jaxrel.plan lists all")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ import re
 from jaxrel.tracing.graph import Node
 from jaxrel.tracing.primitives import CALLBACKS, CUSTOM, CUSTOM_JVP, KERNELS, SHARD_MAP
 
-# How the libraries that choose a kernel for their users are told to do without, by their files.
+# Libraries that choose a kernel for their users, by their files, and how to switch that off.
 _SWITCHES = {
     r"[/\\]tokamax[/\\]": "call tokamax with implementation='xla'",
     r"[/\\]keras[/\\]": "build the layer with flash_attention=False, or call "
@@ -47,7 +47,7 @@ def custom_derivative(node: Node) -> str | None:
 
 
 def _switch(node: Node) -> str | None:
-    """What the outermost library that is known to have a switch is to be told."""
+    """How to switch off the kernel in the outermost library that is known to have a switch."""
     found = None
     for frame in node.frames():
         for pattern, advice in _SWITCHES.items():

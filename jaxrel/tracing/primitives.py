@@ -1,12 +1,11 @@
 """Everything that depends on the names, parameters and versions of JAX's primitives.
 
 No other module names a primitive, reads an equation's parameters, or imports from `jax.extend`
-and `jax.interpreters`; they ask here. A name is the primitive's own, but for the hijax
-primitives of JAX 0.12, whose applications all share one primitive: they have the name of what
-they replace, so `jax.checkpoint` has one name whichever way JAX traces it.
+and `jax.interpreters`; they ask here. With `JAX_REMAT3` and `JAX_CUSTOM_VJP3`, JAX traces
+`jax.checkpoint` and `jax.custom_vjp` as one primitive, `call_hi_primitive`, that holds an object (a
+"hijax primitive"). Such an equation has the name that the operation has without these flags.
 
-Where JAX changed, `SINCE` and `UNTIL` say when: a name stands in one of them, or is known to
-every JAX that is supported.
+`SINCE` and `UNTIL` list the names that not all supported versions of JAX have.
 """
 
 import functools
@@ -55,7 +54,7 @@ KERNELS = _names(
 )
 CALLBACKS = _names("pure_callback io_callback")
 SHARD_MAP = _names("shard_map")
-# Programs with bodies in which a product or a softmax would be seen as such.
+# Programs that hold others and may stand beside attention without hiding any.
 TRANSPARENT = CUSTOM | _names(
     """custom_lin reduce reduce_window scatter scatter-add scatter-sub scatter-mul scatter-max
     scatter-min"""
@@ -143,7 +142,7 @@ EXACT = (
 )
 # What may bring in a constant beside the values that it moves or adds.
 BRINGS = SUMS | SELECT | MAX | SCATTERS | _names("concatenate min pad")
-# What is nowhere negative, and what is not if no input is.
+# Results that are never negative; and results that are not if no input is.
 NONNEG = ABS | EXP | SIGMOID | _names("exp2 square sqrt rsqrt erfc")
 SHAPES = MOVES | PLACES | SORT | STOP_GRADIENT
 NONNEG_IF_ALL = SHAPES | REDUCTIONS | LINEAR | ADD | SCALES | _names("min")
@@ -228,7 +227,7 @@ def remat_of(equation: Any) -> Remat | None:
         return None
     params = _params(equation)
     cse = params.get("prevent_cse", True)
-    # A flag for each input is only a hint, so one for all of them is as right.
+    # Flags by input only guide the compiler; one flag for all computes the same.
     return Remat(params["policy"], any(cse) if isinstance(cse, Sequence) else cse)
 
 

@@ -74,14 +74,15 @@ and is held against the gradient by both towers' position embeddings; LRP explai
 pixels, and is held against the gradient by the image ("over" names it). FLOPs are XLA's before it
 optimises, each step of a scan counted; utilisation is FLOPs over time over the device's dense
 bfloat16 peak. Gamma stands on the MLPs, over CP-LRP; epsilon also splits sums, over CP-LRP. Memory
-is XLA's: temporary, arguments and results. Products of float32 have XLA's default precision, which
-is TF32 on these GPUs."""
+is XLA's: temporary, arguments and results."""
 FORMS_NOTE = f"""\
 A pre-norm transformer of {streaming_forms.LAYERS} layers, width {streaming_forms.WIDTH} and \
 {streaming_forms.HEADS} heads, each layer rematerialised in one scan; one class is explained by the
 row of token 0. `jax.grad` is of the same model by its input. Blockwise has {BLOCK} queries to a
-block and the carrier written into the model. Memory is XLA's: temporary, arguments and results.
-Products of float32 have XLA's default precision, which is TF32 on these GPUs."""
+block and the carrier written into the model. Memory is XLA's: temporary, arguments and results."""
+PRECISION = {
+    "float32": " Products of float32 have XLA's default precision, which is TF32 on these GPUs."
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,17 @@ def clip_piece(name: str, dtype: str) -> Piece:
     title = f"CLIP {name}, {dtype}"
     # They are the same in both dtypes, and utilisation is of the bfloat16 peak.
     counted = dtype == "bfloat16"
-    return Piece(title, CLIP_NOTE, sizes, dtype, batch, programs, arguments, "images", counted)
+    return Piece(
+        title,
+        CLIP_NOTE + PRECISION.get(dtype, ""),
+        sizes,
+        dtype,
+        batch,
+        programs,
+        arguments,
+        "images",
+        counted,
+    )
 
 
 def _image_score(model: CLIP, inputs: Mapping) -> Callable:
@@ -186,7 +197,8 @@ def forms_piece(tokens: int, dtype: str) -> Piece:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), (weights, x))
 
     sizes = f"{tokens} tokens, batch 1"
-    return Piece(f"{tokens} tokens, {dtype}", FORMS_NOTE, sizes, dtype, 1, programs, arguments)
+    note = FORMS_NOTE + PRECISION.get(dtype, "")
+    return Piece(f"{tokens} tokens, {dtype}", note, sizes, dtype, 1, programs, arguments)
 
 
 def pieces(rehearse: bool) -> Iterator[Piece]:

@@ -54,8 +54,16 @@ def markdown(figures: Figures) -> str:
     """The figures as Markdown, headings from the third level on."""
     said = "; ".join(f"{name} {value}" for name, value in figures["environment"].items())
     parts = [f"Measured on {said}.\n"]
-    parts += [_shown(table).markdown() for table in figures["tables"] if table["rows"]]
+    tables = [table for table in figures["tables"] if table["rows"]]
+    skipped = [table["title"] for table in tables if all(map(_skipped, table["rows"]))]
+    parts += [_shown(table).markdown() for table in tables if table["title"] not in skipped]
+    if skipped:
+        parts.append(f"Not measured, for want of time: {'; '.join(skipped)}.\n")
     return "\n".join(parts)
+
+
+def _skipped(row: Mapping[str, Any]) -> bool:
+    return str(row.get("state", "")).startswith("skipped")
 
 
 def record(folder: Path, readme: Path) -> None:
@@ -95,7 +103,7 @@ def suites_table(file: Path) -> Table | None:
             failed.append(f"`{name}::{case.get('name')}`")
     note = "Seconds are of all workers together."
     if failed:
-        note += f" Failed: {', '.join(failed)}."
+        note += "\n\nFailed:\n\n" + "\n".join(f"- {one}" for one in failed)
     return Table("Test suites", note, [{"suite": name} | row for name, row in counts.items()])
 
 
