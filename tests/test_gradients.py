@@ -495,6 +495,13 @@ def test_errors(call, text):
         call()
 
 
+def test_grad_cam_of_a_tag_in_a_function_with_a_derivative_of_its_own_says_so():
+    inner = jax.custom_vjp(lambda x: jaxrel.tag(jnp.tanh(x), "tokens"))
+    inner.defvjp(lambda x: (inner(x), x), lambda x, c: (c * (1 - jnp.tanh(x) ** 2),))
+    with pytest.raises(NotImplementedError, match="call the function without its custom_vjp"):
+        cam(lambda x: inner(x).sum((1, 2)))()
+
+
 TYPE_ERRORS = {
     "key forgotten": (smooth(read, TOKENS), r"must be a PRNG key, .* got float32\[3,7,5\]"),
     "number for a key": (smooth(read, 0, TOKENS), "must be a PRNG key, .* got int"),

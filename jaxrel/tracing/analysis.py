@@ -20,12 +20,14 @@ def _follow(graph: Graph, found: set[Value]) -> None:
     for node in graph.nodes:
         if node.is_control:
             _follow_control(node, found)
-        elif any(atom in found for atom in node.ins):
+            continue
+        reached = any(atom in found for atom in node.ins)
+        for body in node.bodies:
             # What goes where inside an opaque program is not ours to know.
-            for body in node.bodies:
-                found.update(body.ins)
-                _follow(body, found)
-            found.update(node.outs)
+            found.update(body.ins if reached else ())
+            _follow(body, found)
+            reached = reached or any(out in found for out in body.outs)
+        found.update(node.outs if reached else ())
 
 
 def _follow_control(node: Node, found: set[Value]) -> None:
