@@ -148,11 +148,11 @@ def own_scores(model, count):
 @pytest.mark.parametrize("made", ["vqa", "captioner"])
 def test_perturbation(made, request, tmp_path):
     model, _ = request.getfixturevalue(made)
-    result = perturbation.evaluate(model, methods=METHODS, examples=7, regenerated=3, batch=4)
+    result = perturbation.evaluate(model, methods=METHODS, examples=5, regenerated=2, batch=4)
     anew = ["image-cider"] if made == "captioner" else []
     assert list(result) == ["image", "text", *anew]
     for name, summary in result.items():
-        assert summary["examples"] == (3 if name in anew else 7)
+        assert summary["examples"] == (2 if name in anew else 5)
         assert summary["modality"] == name.removesuffix("-cider")
         assert set(summary["methods"]) == set(METHODS)
         for one in summary["methods"].values():
@@ -162,7 +162,7 @@ def test_perturbation(made, request, tmp_path):
             assert means[0][-1] == pytest.approx(means[1][-1], rel=1e-5)
     if anew:
         curve = result[perturbation.ANEW]["methods"]["random"]["positive"]["curve"]["mean"]
-        assert curve[0] == pytest.approx(own_scores(model, 7)[:3].mean())
+        assert curve[0] == pytest.approx(own_scores(model, 5)[:2].mean())
     files = perturbation.save(result, tmp_path)
     assert sorted(files) == sorted(tmp_path.iterdir())
     assert {file.name for file in files} == {
