@@ -276,7 +276,8 @@ def is_even_power(equation: Any) -> bool:
 def bind(equation: Any, values: Sequence) -> list:
     """Apply an operation as the user wrote it, its own derivative included."""
     primitive = equation.primitive
-    apply = functools.partial(primitive.bind, **primitive.get_bind_params(equation.params))
+    params = primitive.get_bind_params(equation.params)
+    apply: Callable = functools.partial(primitive.bind, **params)
     if any(_explicit(atom.aval) for atom in equation.invars):
         # Op by op, JAX cannot differentiate all operations of an explicit mesh (a maximum).
         apply = jax.jit(apply)
