@@ -9,6 +9,8 @@ from jaxrel import attention
 from jaxrel.models import CLIP
 from tests.test_clip import GOLDEN, write_golden_folder
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LAST = slice(-1, None)
 # The stored values are float64 results rounded to float32; ours run the model in float32.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

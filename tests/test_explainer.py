@@ -9,6 +9,8 @@ import jaxrel
 from jaxrel import composites
 from jaxrel.models import CLIP
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TAGS = ("vision/tokens", "text/tokens")
 
 
