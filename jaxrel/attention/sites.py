@@ -208,7 +208,7 @@ def _attends(node: Node) -> bool:
     try:
         return any(True for _ in _find_sites(body, dependents(body, body.ins), None, ()))
     except NotImplementedError:
-        # A kernel inside; the call is refused where it stands.
+        # A kernel, or a map in several forms: `_refuse_hidden` raises where the call stands.
         return False
 
 
