@@ -19,8 +19,8 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from jaxrel.lrp import composites
-from jaxrel.lrp.transformation import as_seed, explained_arguments, modified_gradient
+from jaxrel.propagation import composites
+from jaxrel.propagation.lrp import as_seed, explained_arguments, modified_gradient
 from jaxrel.tracing.analysis import dependents
 from jaxrel.tracing.capture import check_scalar_outputs, find_tags, taps_with_grad
 from jaxrel.tracing.evaluate import evaluate, tap_shapes

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from jaxrel.models import captioner, clip, clipmapper
-from jaxrel.models.weights import CONFIG, find_folder, read_any_config
+from jaxrel.models.checkpoint import CONFIG, find_folder, read_any_config
 
 _CLASSES: dict[str, Any] = {
     captioner.MODEL_TYPE: captioner.Captioner,

@@ -11,7 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.paths import ROOT
+
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 

@@ -6,7 +6,6 @@ loop carries, what a branch returns and what goes backward must have it too.
 
 import contextlib
 import functools
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,12 +18,13 @@ from PIL import Image
 
 import jaxrel
 from jaxrel import attention, composites, gradients, rules
-from jaxrel.attention import carrier
-from jaxrel.explainer import token_relevance
-from jaxrel.lrp.conservation import value_and_measured_lrp
+from jaxrel.attention import streaming
+from jaxrel.explanations.explain import token_relevance
+from jaxrel.explanations.words import word_relevance
 from jaxrel.models.auto import from_pretrained
+from jaxrel.propagation.conservation import value_and_measured_lrp
 from jaxrel.tracing.sharding import shard_rows
-from jaxrel.word_relevance import word_relevance
+from tests.paths import SAMPLES
 
 BATCH, TOKENS, WIDTH, HEADS, LAYERS, CLASSES = 8, 4, 6, 2, 2, 3
 RNG = np.random.default_rng(0)
@@ -182,15 +182,15 @@ def threaded(block=None, *, readout=0, **options):
                     out, carried = attention.blockwise(q, k, v, carried, block=block, **options)
                 else:
                     attn = jax.nn.softmax(jnp.einsum("bhqe,bhke->bhqk", q, k))
-                    carried, attn = carrier.accumulate(carried, attn)
+                    carried, attn = streaming.accumulate(carried, attn)
                     out = jnp.einsum("bhqk,bhke->bhqe", attn, v)
                 after = jnp.einsum("bhqe,hed->bqd", out, w["out"])
-                carried, after = carrier.weigh(carried, x, after)
+                carried, after = streaming.weigh(carried, x, after)
                 x = x + after
             return x[:, 0].sum(-1), carried
 
-        start = carrier.zeros(len(x), TOKENS, x.dtype, like=x)
-        end = carrier.seed(readout, batch=len(x), tokens=TOKENS, dtype=x.dtype, like=x)
+        start = streaming.zeros(len(x), TOKENS, x.dtype, like=x)
+        end = streaming.seed(readout, batch=len(x), tokens=TOKENS, dtype=x.dtype, like=x)
         (out, _), pullback = jax.vjp(model, x, start)
         return pullback((jnp.ones_like(out), end))
 
@@ -466,7 +466,6 @@ def bundled(name):
     return model, asked, jaxrel.explain(model, **asked)[0]
 
 
-SAMPLES = Path(__file__).parents[1] / "train" / "data" / "samples"
 EXPLAINED = {"clip-shapes": "weighted", "vqa-shapes": "weighted", "gridtd-shapes": "lrp"}
 
 
@@ -482,8 +481,8 @@ def test_explain_shares_its_rows(name, kind, monkeypatch):
         rows.append(shard_rows(tree))
         return rows[-1]
 
-    monkeypatch.setattr("jaxrel.explainer.shard_rows", spy)
-    monkeypatch.setattr("jaxrel.explain_captions.shard_rows", spy)
+    monkeypatch.setattr("jaxrel.explanations.explain.shard_rows", spy)
+    monkeypatch.setattr("jaxrel.explanations.captions.shard_rows", spy)
     by_row = NamedSharding(make_mesh(kind), P("data"))
     with jax.set_mesh(by_row.mesh):
         (found,) = jaxrel.explain(model, **asked)

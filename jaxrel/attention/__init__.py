@@ -6,7 +6,16 @@ their gradients.
 
 from jaxrel.attention.accumulate import equal, head_mean, row, weighted
 from jaxrel.attention.baselines import cross_rollout, grad_cam, no_aggregation, raw, rollout
-from jaxrel.attention.bimodal import (
+from jaxrel.attention.bimodal_methods import (
+    TWO_STREAM_METHODS,
+    value_and_layers,
+    value_and_two_stream_relevance,
+)
+from jaxrel.attention.blocks import blockwise
+from jaxrel.attention.discovery import Site, Stack, sites
+from jaxrel.attention.importance import layer_weights, measure, weights
+from jaxrel.attention.maps import check_finite
+from jaxrel.attention.schedules import (
     CoAttention,
     Layers,
     Maps,
@@ -14,17 +23,8 @@ from jaxrel.attention.bimodal import (
     encoder_decoder,
     two_streams,
 )
-from jaxrel.attention.blockwise import blockwise
-from jaxrel.attention.carrier import Carrier
-from jaxrel.attention.importance import layer_weights, measure, weights
-from jaxrel.attention.maps import check_finite
-from jaxrel.attention.sites import Site, Stack, sites
+from jaxrel.attention.streaming import Carrier
 from jaxrel.attention.transformation import METHODS, relevance, value_and_relevance
-from jaxrel.attention.two_stream_methods import (
-    TWO_STREAM_METHODS,
-    value_and_layers,
-    value_and_two_stream_relevance,
-)
 
 __all__ = [
     "METHODS",

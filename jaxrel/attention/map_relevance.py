@@ -6,8 +6,8 @@ from typing import Any
 
 from jax import numpy as jnp
 
-from jaxrel.lrp.composites import as_composite
-from jaxrel.lrp.prepare import prepare
+from jaxrel.propagation.assignment import prepare
+from jaxrel.propagation.composites import as_composite
 from jaxrel.tracing.analysis import dependents
 from jaxrel.tracing.capture import taps_with_grad
 from jaxrel.tracing.facts import Fact

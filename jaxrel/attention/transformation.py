@@ -10,11 +10,7 @@ from jax import numpy as jnp
 
 from jaxrel.attention.accumulate import equal, row, weighted
 from jaxrel.attention.baselines import grad_cam, no_aggregation, raw, rollout
-from jaxrel.attention.carrier import accumulate, seed, weigh_sum
-from jaxrel.attention.importance import measure
-from jaxrel.attention.map_relevance import map_relevance
-from jaxrel.attention.maps import readout_index, relevance_dtype
-from jaxrel.attention.sites import (
+from jaxrel.attention.discovery import (
     Site,
     Stack,
     data_values,
@@ -22,8 +18,12 @@ from jaxrel.attention.sites import (
     tagged_stack,
     trace_attention,
 )
-from jaxrel.lrp.composites import as_composite, attn_lrp
-from jaxrel.lrp.transformation import labelled
+from jaxrel.attention.importance import measure
+from jaxrel.attention.map_relevance import map_relevance
+from jaxrel.attention.maps import readout_index, relevance_dtype
+from jaxrel.attention.streaming import accumulate, seed, weigh_sum
+from jaxrel.propagation.composites import as_composite, attn_lrp
+from jaxrel.propagation.lrp import labelled
 from jaxrel.tracing.capture import check_scalar_outputs, taps_with_grad
 from jaxrel.tracing.evaluate import Edits, Touch, evaluate
 from jaxrel.tracing.graph import Traced

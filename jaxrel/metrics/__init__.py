@@ -1,17 +1,17 @@
 """How good an explanation or a caption is, and how sure we are of it."""
 
-from jaxrel.metrics import captions, perturbation, randomisation
-from jaxrel.metrics.captions import CiderD, bleu, cider_d, rouge_l, tokenise
+from jaxrel.metrics import caption_scores, perturbation, randomisation
+from jaxrel.metrics.caption_scores import CiderD, bleu, cider_d, rouge_l, tokenise
 from jaxrel.metrics.detector import Detector
 from jaxrel.metrics.hallucination import Chair, chair
-from jaxrel.metrics.localisation import chance, hits, share_inside
-from jaxrel.metrics.statistics import (
+from jaxrel.metrics.intervals import (
     Interval,
     Intervals,
     bootstrap,
     bootstrap_many,
     bootstrap_ratio,
 )
+from jaxrel.metrics.localisation import chance, hits, share_inside
 
 __all__ = [
     "Chair",
@@ -23,7 +23,7 @@ __all__ = [
     "bootstrap",
     "bootstrap_many",
     "bootstrap_ratio",
-    "captions",
+    "caption_scores",
     "chair",
     "chance",
     "cider_d",

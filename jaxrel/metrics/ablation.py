@@ -18,8 +18,8 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from jaxrel.metrics.correctness import check_maps
+from jaxrel.metrics.intervals import Interval, _times_drawn
 from jaxrel.metrics.perturbation import random_relevance
-from jaxrel.metrics.statistics import Interval, _times_drawn
 
 # The paper's settings, for pictures of 224 x 224: 20 of 28 x 28 patches go, and 3 of the words
 # that come before a word; words that have fewer than 6 before them are not asked about.

@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxrel.explanation import write_atomically
-from jaxrel.metrics.statistics import Interval
+from jaxrel.explanations.flags import Verdict
+from jaxrel.explanations.result import write_atomically
+from jaxrel.metrics.intervals import Interval
 from jaxrel.metrics.word_statistics import check_statistic, map_statistic
-from jaxrel.verdict import Verdict
 
 PROTOCOL = "hallucination/1"
 FILE = "hallucination.json"
@@ -102,7 +102,7 @@ class Detector:
         Args:
           method: whose maps they are.
           words: of captions, as they are written.
-          maps: a map per word, in the picture's pixels (`jaxrel.word_relevance.in_pixels`).
+          maps: a map per word, in the picture's pixels (`jaxrel.explanations.words.in_pixels`).
 
         Returns:
           A verdict per word, None for a word that this detector is not made for; empty if it is

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxrel.metrics.captions import References, Tokens, _check
-from jaxrel.metrics.statistics import Interval, _times_drawn
+from jaxrel.metrics.caption_scores import References, Tokens, _check
+from jaxrel.metrics.intervals import Interval, _times_drawn
 
 
 class FrequentWords(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from jaxrel.metrics.statistics import Interval, Intervals, bootstrap_many
+from jaxrel.metrics.intervals import Interval, Intervals, bootstrap_many
 
 PROTOCOL = "perturbation/1"
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from jaxrel.metrics.statistics import Interval, bootstrap
+from jaxrel.metrics.intervals import Interval, bootstrap
 
 # A leaf of the parameters: its number in the tree, and an entry of its leading axis or all.
 Part = tuple[int, int | None]

@@ -20,9 +20,9 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxrel.metrics.captions import References, Tokens, _check
+from jaxrel.metrics.caption_scores import References, Tokens, _check
 from jaxrel.metrics.correctness import check_maps
-from jaxrel.metrics.statistics import Interval, _times_drawn
+from jaxrel.metrics.intervals import Interval, _times_drawn
 
 QUANTILES: tuple[float, ...] = tuple(i / 100 for i in range(100))
 _PLAIN = ("mean", "mean_abs", "mean_positive", "max")

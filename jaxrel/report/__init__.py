@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from jaxrel.explanation import write_atomically
+from jaxrel.explanations.result import write_atomically
 from jaxrel.report.content import Explanations
+from jaxrel.report.heat import overlay
 from jaxrel.report.html import fragment, page
-from jaxrel.report.overlay import overlay
-from jaxrel.report.sheet import picture, png
+from jaxrel.report.png import picture, png
 
 __all__ = ["fragment", "overlay", "page", "picture", "save"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrel.explanation import write_atomically
+from jaxrel.explanations.result import write_atomically
 from jaxrel.report.curves import _INK, _LINE, _MUTED, _line
 
 _BAR = "#a8cbe4"

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxrel.explanation import Explanation
-from jaxrel.verdict import Verdict
+from jaxrel.explanations.flags import Verdict
+from jaxrel.explanations.result import Explanation
 
 Explanations = Sequence[Explanation] | Explanation
 

@@ -7,10 +7,10 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from jaxrel.explanation import Explanation
+from jaxrel.explanations.result import Explanation
 from jaxrel.report import colours, content
 from jaxrel.report.content import Explanations
-from jaxrel.report.sheet import fit, heat, png
+from jaxrel.report.png import fit, heat, png
 
 _CELL = 320
 

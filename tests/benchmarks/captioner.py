@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
+from jaxrel.explanations.words import word_relevance
 from jaxrel.models import Captioner, CaptionerConfig, Processor, VGGConfig, word_tokenizer
-from jaxrel.word_relevance import word_relevance
 from tests.benchmarks.table import Table, targets
 from tests.benchmarks.timing import MIB, Candidate, compiled, measure
 from tests.zoo.plain_captioner import plain_word_relevance

@@ -22,7 +22,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from jaxrel.lrp import Composite, composites, lrp, op, path, rules
+from jaxrel import Composite, composites, lrp, op, path, rules
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from tests.benchmarks import clip_attention, device_report, streaming_forms
 from tests.benchmarks.flops import flops

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from jaxrel.tracing import evaluate, trace
+from jaxrel.tracing import trace
+from jaxrel.tracing.evaluate import evaluate
 from jaxrel.tracing.graph import Graph
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxrel.lrp import Composite, composites, lrp, op, path, rules
+from jaxrel import Composite, composites, lrp, op, path, rules
 from tests.benchmarks import lrp_models
 from tests.benchmarks.lrp_models import HIGH, LOW, Network
 from tests.benchmarks.table import Table, targets

@@ -7,7 +7,7 @@ import jax
 from jax import numpy as jnp
 
 from jaxrel import attention
-from jaxrel.attention import carrier as carriers
+from jaxrel.attention import streaming as carriers
 from tests.benchmarks.table import Table, targets
 from tests.benchmarks.timing import MIB, Measured, compiled, measure
 

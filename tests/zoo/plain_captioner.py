@@ -1,8 +1,8 @@
 """LRP of captioners in plain Python loops, rule by rule as Sun et al. 2022 write it.
 
-`jaxrel.word_relevance` is compared with it, in values and in time. Of `jaxrel` it takes a model's
-weights and nothing else. Each operation runs by itself; loops go over the words, back over the
-decoder's steps and back over the encoder's layers. There is one picture and no batch. The values
+`jaxrel.explanations.words` is compared with it, in values and in time. Of `jaxrel` it takes a
+model's weights and nothing else. Each operation runs by itself; loops go over the words, back over
+the decoder's steps and back over the encoder's layers. There is one picture and no batch. The values
 of the forward pass are computed once, and all else is computed word by word.
 
 Gates, attention maps and the sentinel's weight are constants, and relevance passes ReLU and tanh

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm.auto import tqdm
 
-from jaxrel.pictures import read_picture
+from jaxrel.images import read_picture
 
 Record = dict[str, Any]
 Choice = Literal["error", "skip"]
@@ -295,7 +295,7 @@ class PictureSource:
 
     `source[i]` is the record i (a dict) with its picture as `"image"`, uint8
     [height, width, 3], RGB, read when it is asked for: grey, CMYK, palette, transparent and
-    16-bit pictures become RGB as `jaxrel.pictures.read_picture` says, and pictures that the
+    16-bit pictures become RGB as `jaxrel.images.read_picture` says, and pictures that the
     camera marked as turned (EXIF orientation) are upright. What index i gives never changes,
     so `grain.MapDataset.source(source)` can be shuffled, sliced by process and resumed.
 

@@ -1,0 +1,450 @@
+"""`Explanation`: the result. What was explained, by which method, and the relevance it found."""
+
+import dataclasses
+import importlib
+import io
+import json
+import operator
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, SupportsIndex, overload
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from numpy.typing import ArrayLike
+from PIL import Image
+
+from jaxrel.explanations.flags import Verdict
+
+# Written into every .npz file, so that a later layout can be told from this one.
+FORMAT = 1
+_HEADER = "jaxrel_explanation"
+
+
+@dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
+class Explanation:
+    """Relevance maps for a batch of examples, with what is needed to read them.
+
+    Anything array-like is accepted (JAX arrays of any float type, lists, PIL pictures); it is
+    copied to NumPy, and the copy is read-only. `explanation[i]` is the explanation of one
+    example, `explanation[2:5]` of several, `len(explanation)` the number of examples.
+
+    Attributes:
+      target: per example, what was explained, in words.
+      score: per example, the scalar whose relevance this is.
+      method: the name of the method.
+      signed: whether relevance may be negative (drawn with zero-centred colours).
+      image: relevance of the picture at the method's own resolution (patches or pixels).
+      text: relevance of each token, 0 where there is padding.
+      tokens: per example, one display string per token: `""` is a special or padding token
+        (never shown), `"##ing"` continues the word before it.
+      pictures: per example, the picture as shown; sizes may differ.
+      model: the model's name.
+      settings: the method's settings, in words.
+      report: a summary that JSON can hold: losses of relevance, timings, versions.
+      verdicts: per example, what the map says of the word explained, None for a word that is not
+        judged; empty where no word is.
+
+    Raises:
+      TypeError: a field is of a kind that cannot be used (one string for a list of strings,
+        a report that JSON cannot hold).
+      ValueError: shapes disagree, a map holds NaN or infinity, or an unsigned map is negative
+        somewhere; the message names the example.
+    """
+
+    target: tuple[str, ...]
+    score: Float32[np.ndarray, " batch"]
+    method: str
+    signed: bool
+    image: Float32[np.ndarray, "batch rows columns"] | None
+    text: Float32[np.ndarray, "batch tokens"] | None
+    tokens: tuple[tuple[str, ...], ...]
+    pictures: tuple[UInt8[np.ndarray, "_ _ 3"], ...] | None
+    model: str
+    settings: str
+    report: dict[str, Any]
+    verdicts: tuple[Verdict | None, ...]
+
+    # Written out, since what may be given is wider than what is kept.
+    def __init__(
+        self,
+        *,
+        target: Sequence[str],
+        score: ArrayLike,
+        method: str,
+        signed: bool,
+        image: ArrayLike | None = None,
+        text: ArrayLike | None = None,
+        tokens: Sequence[Sequence[str]] = (),
+        pictures: Sequence[Any] | np.ndarray | None = None,
+        model: str = "",
+        settings: str = "",
+        report: dict[str, Any] | None = None,
+        verdicts: Sequence[Verdict | None] = (),
+    ) -> None:
+        target = _strings("target", target)
+        batch = len(target)
+        if batch == 0:
+            raise ValueError("Explanation: target is empty; give one description per example")
+        if image is None and text is None:
+            raise ValueError("Explanation: neither image nor text is given; give at least one map")
+        image = None if image is None else _float32("image", image, (batch, "rows", "columns"))
+        text = None if text is None else _float32("text", text, (batch, "tokens"))
+        if not signed:
+            _refuse_negative("image", image)
+            _refuse_negative("text", text)
+        fields = {
+            "target": target,
+            "score": _float32("score", score, (batch,)),
+            "method": method,
+            "signed": signed,
+            "image": image,
+            "text": text,
+            "tokens": _tokens(tokens, text),
+            "pictures": None if pictures is None else _pictures(pictures, batch),
+            "model": model,
+            "settings": settings,
+            "report": _plain({} if report is None else report),
+            "verdicts": _verdicts(verdicts, batch),
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __repr__(self) -> str:
+        parts = [f"method={self.method!r}", f"examples={len(self)}"]
+        if self.image is not None:
+            parts.append("image={}x{}".format(*self.image.shape[1:]))
+        if self.text is not None:
+            parts.append(f"text={self.text.shape[1]} tokens")
+        return f"Explanation({', '.join(parts)}, signed={self.signed})"
+
+    def __getitem__(self, index: SupportsIndex | slice) -> "Explanation":
+        if isinstance(index, slice):
+            part = index
+        else:
+            i = self._index(index)
+            part = slice(i, i + 1)
+        return dataclasses.replace(
+            self,
+            target=self.target[part],
+            score=self.score[part],
+            image=None if self.image is None else self.image[part],
+            text=None if self.text is None else self.text[part],
+            tokens=self.tokens[part],
+            pictures=None if self.pictures is None else self.pictures[part],
+            verdicts=self.verdicts[part],
+        )
+
+    def _index(self, index: SupportsIndex) -> int:
+        i = operator.index(index)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"Explanation: there is no example {i}; there are {len(self)}")
+        return i % len(self)
+
+    @overload
+    def words(self) -> list[list[tuple[str, float]]]: ...
+    @overload
+    def words(self, index: SupportsIndex) -> list[tuple[str, float]]: ...
+    def words(self, index=None):
+        """Words and their relevance: sub-word tokens added up, special tokens left out.
+
+        Args:
+          index: one example; all of them when left out.
+
+        Returns:
+          A list of (word, relevance) for one example, or the list of these lists. An
+          explanation without text has no words.
+
+        Raises:
+          IndexError: there is no such example.
+        """
+        if index is None:
+            return [self._words(i) for i in range(len(self))]
+        return self._words(self._index(index))
+
+    def _words(self, index: int) -> list[tuple[str, float]]:
+        if self.text is None:
+            return []
+        words: list[tuple[str, float]] = []
+        after_word = False
+        for token, relevance in zip(self.tokens[index], self.text[index].tolist(), strict=True):
+            # A lone "##" is a word the user typed: it has nothing to continue a word with.
+            piece = token[2:] if token.startswith("##") and token != "##" else None
+            if piece is not None and after_word:
+                word, sum_so_far = words[-1]
+                words[-1] = (word + piece, sum_so_far + relevance)
+            elif token:
+                words.append((token if piece is None else piece, relevance))
+            after_word = bool(token)
+        return words
+
+    def show(self) -> Image.Image | None:
+        """Show the explanation as a picture; never opens a window.
+
+        Returns:
+          The picture, an `PIL.Image.Image`. In a notebook the picture is displayed instead and
+          nothing is returned, since a notebook would show a returned picture a second time.
+        """
+        from jaxrel import report
+
+        drawn = report.picture([self])
+        if not _in_notebook():
+            return drawn
+        importlib.import_module("IPython.display").display(drawn)
+        return None
+
+    def _repr_html_(self) -> str:
+        from jaxrel import report
+
+        return report.fragment([self])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture (.png), a single-file page (.html) or the numbers (.npz).
+
+        The file appears complete or not at all. A missing folder is made.
+
+        Args:
+          path: where to; the suffix says what.
+
+        Raises:
+          ValueError: another suffix.
+          OSError: the file cannot be written there.
+        """
+        from jaxrel import report
+
+        match suffix := Path(path).suffix.lower():
+            case ".npz":
+                write_atomically(path, self._to_npz())
+            case ".png" | ".html":
+                report.save([self], path)
+            case _:
+                raise ValueError(
+                    f"cannot save an explanation as {str(path)!r}: the suffix is {suffix!r}; "
+                    "use .png (picture), .html (page) or .npz (numbers)"
+                )
+
+    def _to_npz(self) -> bytes:
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "pictures": None if self.pictures is None else len(self.pictures),
+        }
+        for name in ("target", "method", "signed", "tokens", "model", "settings", "report"):
+            header[name] = getattr(self, name)
+        if self.verdicts:
+            header["verdicts"] = [one and dataclasses.asdict(one) for one in self.verdicts]
+        arrays = {_HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8)}
+        arrays["score"] = self.score
+        for name in ("image", "text"):
+            if getattr(self, name) is not None:
+                arrays[name] = getattr(self, name)
+        for i, shown in enumerate(self.pictures or ()):
+            arrays[f"picture_{i}"] = shown
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        return buffer.getvalue()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Explanation":
+        """Read what `save("....npz")` wrote; every number and string comes back as it was.
+
+        Args:
+          path: the .npz file.
+
+        Returns:
+          The explanation.
+
+        Raises:
+          OSError: there is no such file, or it cannot be read.
+          ValueError: the file is damaged, cut short, or is no explanation.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".npz":
+            raise ValueError(f"{path}: an explanation is loaded from the .npz file it was saved to")
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; give the .npz file of an explanation")
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: there is no such file; give a saved explanation")
+        arrays = _read_npz(path)
+        if _HEADER not in arrays:
+            held = ", ".join(sorted(arrays)[:5]) or "nothing"
+            raise ValueError(f"{path} is an .npz file but no saved explanation; it holds: {held}")
+        try:
+            header = json.loads(arrays[_HEADER].tobytes())
+            version = header.pop("format")
+            if version != FORMAT:
+                raise ValueError(f"format {version} is not known here; this is format {FORMAT}")
+            count = header.pop("pictures")
+            pictures = (
+                None if count is None else tuple(arrays[f"picture_{i}"] for i in range(count))
+            )
+            verdicts = [
+                None if one is None else Verdict(**one) for one in header.pop("verdicts", ())
+            ]
+            return cls(
+                **header,
+                verdicts=verdicts,
+                score=arrays["score"],
+                image=arrays.get("image"),
+                text=arrays.get("text"),
+                pictures=pictures,
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a usable explanation: {error}") from error
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that it appears complete or not at all; a missing folder is made.
+
+    Args:
+      path: the file; replaced if it exists.
+      data: its content.
+
+    Raises:
+      OSError: the file cannot be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(
+            f"cannot write {path}: {path.parent} is not a folder; give another place"
+        ) from None
+    # In the same folder, since a file can be moved in one step only within a file system.
+    # Not tempfile: its files are readable by their owner alone, whatever the umask.
+    temporary = path.with_name(f".jaxrel-{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _strings(name: str, values: Sequence[str]) -> tuple[str, ...]:
+    # A string is itself a sequence of strings: "cat" would become ("c", "a", "t").
+    if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"Explanation: {name} must be a sequence of strings, got {values!r}")
+    return tuple(values)
+
+
+def _float32(name: str, value: ArrayLike, shape: tuple[int | str, ...]) -> np.ndarray:
+    """A read-only float32 copy; in `shape`, a number is demanded and a word names an axis."""
+    # A float64 beyond float32 becomes infinite here, and is refused below with the example.
+    with np.errstate(over="ignore"):
+        array = np.array(value, np.float32)
+    fits = array.ndim == len(shape) and all(
+        size == wanted if isinstance(wanted, int) else size > 0
+        for size, wanted in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(
+            f"Explanation: {name} must have the shape [{wanted}] "
+            f"({shape[0]} examples, as many as target), got {list(array.shape)}"
+        )
+    bad = np.asarray((~np.isfinite(array)).any(axis=tuple(range(1, array.ndim))))
+    if bad.any():
+        raise ValueError(
+            f"Explanation: {name} holds NaN or infinity in example {_indices(bad)}; "
+            "look for them in the picture and in the model's weights"
+        )
+    array.setflags(write=False)
+    return array
+
+
+def _refuse_negative(name: str, array: np.ndarray | None) -> None:
+    if array is None:
+        return
+    negative = np.asarray((array < 0).any(axis=tuple(range(1, array.ndim))))
+    if negative.any():
+        raise ValueError(
+            f"Explanation: signed is False, but {name} is negative in example "
+            f"{_indices(negative)} (down to {array.min():.3g}); pass signed=True"
+        )
+
+
+def _indices(mask: np.ndarray) -> str:
+    return ", ".join(map(str, np.flatnonzero(mask)[:8]))
+
+
+def _tokens(tokens: Sequence[Sequence[str]], text: np.ndarray | None) -> tuple:
+    rows = tuple(_strings("tokens of an example", row) for row in tokens)
+    if text is None:
+        if rows:
+            raise ValueError("Explanation: tokens are given, but no text relevance for them")
+        return ()
+    batch, length = text.shape
+    if len(rows) != batch:
+        raise ValueError(f"Explanation: text has {batch} examples, tokens have {len(rows)}")
+    for i, row in enumerate(rows):
+        if len(row) != length:
+            raise ValueError(
+                f"Explanation: text has {length} tokens per example, "
+                f'example {i} names {len(row)}; fill up with ""'
+            )
+    return rows
+
+
+def _pictures(pictures: Sequence[Any] | np.ndarray, batch: int) -> tuple[np.ndarray, ...]:
+    if len(pictures) != batch:
+        raise ValueError(f"Explanation: {batch} examples, but {len(pictures)} pictures")
+    copies = tuple(np.array(shown) for shown in pictures)
+    for i, copy in enumerate(copies):
+        if copy.dtype != np.uint8 or copy.ndim != 3 or copy.shape[2] != 3 or copy.size == 0:
+            raise ValueError(
+                "Explanation: a picture must be uint8 [height, width, 3] (RGB, 0 to 255), "
+                f"got {copy.dtype} {list(copy.shape)} for example {i}"
+            )
+        copy.setflags(write=False)
+    return copies
+
+
+def _verdicts(verdicts: Sequence[Verdict | None], batch: int) -> tuple[Verdict | None, ...]:
+    if len(verdicts) not in (0, batch):
+        raise ValueError(f"Explanation: {batch} examples, but {len(verdicts)} verdicts")
+    return tuple(verdicts) if any(verdicts) else ()
+
+
+def _plain(report: dict[str, Any]) -> dict[str, Any]:
+    """The report as JSON gives it back, so that a saved one equals the one in memory."""
+
+    def number(value: Any) -> Any:
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+    try:
+        return json.loads(json.dumps(report, default=number, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"Explanation: report must hold what JSON can (strings, finite numbers, lists, "
+            f"dicts, None): {error}"
+        ) from error
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    data = path.read_bytes()
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return {name: np.asarray(arrays[name]) for name in arrays.files}
+    # Damage shows as an error of zipfile, zlib, struct or NumPy, depending on the byte it hits.
+    except Exception as error:
+        raise ValueError(
+            f"{path} is damaged, cut short, or not an .npz file; save the explanation again "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    # The terminal's IPython has a shell too, but can display only text.
+    return hasattr(shell, "kernel")

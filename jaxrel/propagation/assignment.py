@@ -1,0 +1,292 @@
+"""Prepare a graph: which operations it has, the rule each of them gets, and their steps."""
+
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from jaxrel.propagation.composites import Composite, kinds_named, specific
+from jaxrel.propagation.operations import (
+    Linear,
+    Operation,
+    Product,
+    carriers,
+    operations,
+    stacked,
+)
+from jaxrel.propagation.rules import (
+    KINDS,
+    Epsilon,
+    Gradient,
+    Guided,
+    Pass,
+    ProductRule,
+    Rule,
+    Stop,
+)
+from jaxrel.propagation.steps import share_sum, step_for
+from jaxrel.propagation.zero_inputs import add_probes
+from jaxrel.tracing.evaluate import Step
+from jaxrel.tracing.facts import Fact, Facts, active_ins, analyse, is_elementwise
+from jaxrel.tracing.graph import Graph, Node, Value
+from jaxrel.tracing.opaque import cure
+from jaxrel.tracing.primitives import CUSTOM, CUSTOM_JVP, LINEAR
+from jaxrel.tracing.rewrite import cut_scans, open_calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An operation and its rule.
+
+    Attributes:
+      operation: from `operations`.
+      rule: None if there is none (only where a plan shows that).
+      entry: the composite's entry that decided, None for a default.
+      probe: the value that takes relevance which the rule gives directly, if one reaches it.
+    """
+
+    operation: Operation
+    rule: Rule | None
+    entry: int | None = None
+    probe: Value | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A graph ready to be evaluated with rules.
+
+    `carrying` are the values whose relevance reaches what is explained; `explained` the inputs
+    that carry relevance; the graph's last inputs are their probes, in the same order.
+    """
+
+    graph: Graph
+    facts: Facts
+    carrying: set[Value]
+    choices: tuple[Choice, ...]
+    steps: dict[Node, Step]
+    explained: tuple[Value, ...]
+
+
+def prepare(
+    graph: Graph,
+    composite: Composite,
+    ins: Sequence[Fact],
+    *,
+    tags: Callable[[Graph], Iterable[Value]] = lambda graph: (),
+    names: Callable[[Any], str | None] = lambda constant: None,
+    weights: bool = False,
+    unknown: Literal["error", "warn", "show"] = "error",
+) -> Prepared:
+    """Choose a rule for every operation and make the steps that carry them out.
+
+    Args:
+      graph: from `trace`.
+      composite: the rules.
+      ins: the fact of every input: explained (active and fresh) or made of parameters.
+      tags: finds more explained values in the graph (tagged ones).
+      names: the parameter path of an array the function closed over.
+      weights: relevance of weights is wanted too.
+      unknown: whether an operation without a rule is an error, a warning and its derivative, or
+        is only shown.
+    """
+    graph = open_calls(graph, lambda node: _opens(node, composite))
+
+    def known(graph: Graph, barriers: Iterable[Node] = ()) -> Facts:
+        return analyse(graph, ins, sources=tags(graph), barriers=barriers, names=names)
+
+    facts = known(graph)
+    cut = cut_scans(graph, lambda node: _cuts(node, facts, composite))
+    if any(node.cuts for node in cut.walk()):
+        graph, facts = cut, known(cut)
+
+    def choose(cut: Mapping[Node, frozenset[Value]] | None = None) -> tuple[set[Value], list]:
+        carrying = carriers(graph, facts, cut)
+        found = operations(graph, facts, carrying, composite.names)
+        return carrying, [(one, *composite.choose(one)) for one in found]
+
+    carrying, found = choose()
+    stopped = [
+        Choice(one, rule, entry)
+        for one, entry, rule in found
+        if one.kind in ("softmax", "norm") and isinstance(rule, Stop)
+    ]
+    if stopped:
+        facts = known(graph, [choice.operation.node for choice in stopped])
+        _check_reaches(graph, facts, stopped)
+        carrying, found = choose()
+    gates = _gates(found, facts)
+    if gates:
+        carrying, found = choose(gates)
+    chosen = [*_covered(found, unknown), *stopped]
+    order = {node: i for i, node in enumerate(graph.walk())}
+    choices = tuple(sorted(chosen, key=lambda choice: order[choice.operation.node]))
+    _check_matches(composite, choices)
+    explained = tuple(
+        value for value, fact in zip(graph.ins, ins, strict=True) if facts[value].active
+    )
+    direct = [c.operation.x for c in choices if isinstance(c.operation, Linear) and _direct(c)]
+    probed = add_probes(graph, facts, explained, direct)
+    choices = tuple(_with_probe(choice, probed.probes) for choice in _clean(choices))
+    steps = probed.steps | _steps(choices, weights)
+    return Prepared(probed.graph, facts, carrying, choices, steps, explained)
+
+
+def _gates(found: Iterable[tuple], facts: Facts) -> dict[Node, frozenset[Value]]:
+    """By product, the factors that take nothing of its relevance."""
+    gates: dict[Node, frozenset[Value]] = {}
+    for one, _, rule in found:
+        if isinstance(one, Product) and len(one.gates) == 2 and isinstance(rule, ProductRule):
+            factors = zip(active_ins(facts, one.node), rule.shares(one.gates), strict=True)
+            none = frozenset(value for value, part in factors if part == 0)
+            gates |= {one.node: none} if none else {}
+    return gates
+
+
+def _check_reaches(graph: Graph, facts: Facts, stopped: Sequence[Choice]) -> None:
+    """An output that is itself stopped would leave every input without relevance."""
+    out = graph.outs[0]
+    if isinstance(out, Value) and not facts[out].active:
+        last = stopped[-1].operation
+        raise ValueError(
+            f"lrp: the rules stop everything: the output depends on its input only through the "
+            f"{last.kind} at {last.where()}, which {stopped[-1].rule} makes a constant. Explain "
+            "what goes into it (the logits), or use another rule there"
+        )
+
+
+def _clean(choices: Sequence[Choice]) -> Iterator[Choice]:
+    """Where a ReLU's rule passes relevance to z < 0, nothing may rely on the ReLU."""
+    activations = (choice.rule for choice in choices if choice.operation.kind == "activation")
+    tight = all(isinstance(rule, Pass | Gradient | Guided | Stop) for rule in activations)
+    for choice in choices:
+        operation = choice.operation
+        if not tight and isinstance(operation, Linear) and operation.relu_after:
+            operation = dataclasses.replace(operation, relu_after=False)
+            choice = dataclasses.replace(choice, operation=operation)
+        yield choice
+
+
+def _direct(choice: Choice) -> bool:
+    return choice.rule is not None and choice.rule.direct
+
+
+def _with_probe(choice: Choice, probes: dict[Value, Value]) -> Choice:
+    if isinstance(choice.operation, Linear) and _direct(choice):
+        return dataclasses.replace(choice, probe=probes.get(choice.operation.x))
+    return choice
+
+
+def _opens(node: Node, composite: Composite) -> bool:
+    """Whether the body of a function with a derivative of its own is what gets rules."""
+    if node.name not in CUSTOM or (node.name in CUSTOM_JVP and is_elementwise(node)):
+        return False
+    _, rule = composite.choose(Operation(kind=node.name, node=node))
+    return len(node.bodies) == 1 and rule is None
+
+
+def _cuts(node: Node, facts: Facts, composite: Composite) -> set[int]:
+    if node.scan is None:
+        return set()
+    length = node.scan.length
+    cuts = composite.cuts(length) if stacked(node, facts) else set()
+    if composite.mentions_first and length > 1 and _begins(node, facts):
+        cuts.add(length - 1 if node.scan.reverse else 1)
+    return cuts
+
+
+def _begins(node: Node, facts: Facts) -> bool:
+    """Whether a scan's first iteration holds a first linear operation, and only that one."""
+    assert node.scan is not None
+    consts, carries = node.scan.consts, node.scan.carries
+    state = [a for a in node.ins[consts : consts + carries] if isinstance(a, Value)]
+    fresh = any(facts[value].active and facts[value].fresh for value in state)
+    return fresh and any(one.name in LINEAR for body in node.bodies for one in body.walk())
+
+
+def _steps(choices: Iterable[Choice], weights: bool) -> dict[Node, Step]:
+    steps: dict[Node, Step] = {}
+    for choice in choices:
+        operation, rule = choice.operation, choice.rule
+        if rule is None:
+            continue
+        if operation.kind == "add" and operation.node in steps and isinstance(rule, Epsilon):
+            # A sum that a linear operation has taken in shares by its own rule.
+            steps[operation.node] = _then_shared(steps[operation.node], rule)
+            continue
+        step = step_for(operation, rule, probe=choice.probe, weights=weights)
+        if step is not None:
+            steps[step[0]] = step[1]
+    return steps
+
+
+def _then_shared(step: Step, rule: Epsilon) -> Step:
+    return Step(step.ins, lambda *ins: [share_sum(step.function(*ins)[0], rule.epsilon)])
+
+
+# Coverage.
+
+
+def _covered(
+    found: Sequence[tuple[Operation, int | None, Rule | None]], unknown: str
+) -> Iterator[Choice]:
+    missing = [operation for operation, _, rule in found if rule is None]
+    if missing and unknown != "show":
+        message = _missing(missing)
+        impossible = [one for one in missing if cure(one.node)]
+        if unknown != "warn" or impossible:
+            raise NotImplementedError(message)
+        warnings.warn(f"{message}\nTheir plain derivative is used.", stacklevel=5)
+    for operation, entry, rule in found:
+        default = None if unknown == "show" else Gradient()
+        yield Choice(operation, default if rule is None else rule, entry)
+
+
+def _missing(operations: Sequence[Operation]) -> str:
+    lines = [f"lrp: {len(operations)} operation(s) carry relevance and have no rule:"]
+    for operation in operations[:8]:
+        paths = f", parameters {', '.join(operation.paths)}" if operation.paths else ""
+        advice = cure(operation.node)
+        if advice is None and operation.kind in KINDS:
+            advice = f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Epsilon()) to the composite"
+        elif advice is None:
+            advice = (
+                f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Gradient()) to the composite "
+                "for its plain derivative"
+            )
+        place = f" ({operation.where()}{paths})" if operation.where() else paths
+        lines.append(f"  {operation.kind}{place}: {advice}")
+    if len(operations) > 8:
+        lines.append(f"  and {len(operations) - 8} more; jaxrel.plan lists all")
+    return "\n".join(lines)
+
+
+def _check_matches(composite: Composite, choices: Sequence[Choice]) -> None:
+    """A path or a layer that nothing has is a mistake; so is one that another entry hides."""
+    used = {choice.entry for choice in choices}
+    for index, (where, rule) in enumerate(composite.entries):
+        if index in used or not specific(where):
+            continue
+        hidden = [
+            choice
+            for choice in choices
+            if rule.covers(choice.operation.kind, choice.operation.kind in kinds_named(where))
+            and where(choice.operation)
+            and choice.entry is not None
+        ]
+        if hidden:
+            first = composite.entries[hidden[0].entry or 0]
+            raise ValueError(
+                f"lrp: entry {index} of the composite, ({where!r}, {rule}), never decides: entry "
+                f"{hidden[0].entry}, ({first[0]!r}, {first[1]}), comes first; put it before that"
+            )
+        paths = sorted({path for choice in choices for path in choice.operation.paths})
+        near = difflib.get_close_matches(repr(where)[6:-2], paths, n=3, cutoff=0.6)
+        hint = f"; did you mean {', '.join(near)}?" if near else "."
+        shown = ", ".join(paths[:12]) + (", ..." if len(paths) > 12 else "")
+        kinds = sorted({choice.operation.kind for choice in choices})
+        raise ValueError(
+            f"lrp: entry {index} of the composite, ({where!r}, {rule}), matches no operation. "
+            f"Parameters: {shown or 'none with a path'}{hint} Kinds: {', '.join(kinds)}; "
+            "jaxrel.plan lists everything"
+        )

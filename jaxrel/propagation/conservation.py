@@ -1,0 +1,382 @@
+"""`conservation`: how much relevance each operation receives, passes on and loses, and to what."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxrel.propagation.assignment import Choice, Prepared
+from jaxrel.propagation.composites import as_composite
+from jaxrel.propagation.lrp import (
+    Call,
+    as_places,
+    as_relevance,
+    cotangent,
+    pull_back,
+    quotient,
+)
+from jaxrel.propagation.operations import Block, Linear
+from jaxrel.propagation.plan import Row, row_of, table
+from jaxrel.propagation.rules import Gradient, Rule
+from jaxrel.propagation.steps import step_for
+from jaxrel.tracing.evaluate import Step, Touch
+from jaxrel.tracing.facts import active_ins
+from jaxrel.tracing.graph import Node, Value, tag_name
+from jaxrel.tracing.primitives import BRINGS, EXACT
+
+_STABILISERS = ("epsilon", "stabiliser")
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """What becomes of the relevance of one operation, summed over the batch and its layers.
+
+    received = passed + bias + stabiliser + rule.
+
+    Attributes:
+      kind: the operation's kind, 'constant' where one is added, or the primitive's name.
+      row: the operation and its rule, as in the plan; None where no rule was chosen.
+      where: the user's source line.
+      received: the relevance of the operation's output.
+      passed: what its inputs get.
+      bias: what its bias, or another constant that it adds or puts in, absorbs.
+      stabiliser: what the stabiliser absorbs.
+      rule: what the rule itself does not pass on (or makes up, if negative).
+    """
+
+    kind: str
+    row: Row | None
+    where: str
+    received: float
+    passed: float
+    bias: float
+    stabiliser: float
+    rule: float
+
+    @property
+    def lost(self) -> float:
+        """received - passed."""
+        return self.received - self.passed
+
+
+@dataclasses.dataclass(frozen=True)
+class Conservation:
+    """The balance of every operation; `str(conservation)` is a table.
+
+    Attributes:
+      balances: one per operation, in order of execution.
+      output: the relevance that started at the output.
+      input: the relevance that arrived at what is explained.
+    """
+
+    balances: tuple[Balance, ...]
+    output: float
+    input: float
+
+    def __iter__(self) -> Iterator[Balance]:
+        return iter(self.balances)
+
+    def summary(self) -> dict[str, float]:
+        """Totals: output, input, and what was lost to bias, stabiliser, rule, and elsewhere.
+
+        Elsewhere is what constants take that enter through control flow: the first state of a
+        scan, a branch of a cond; and the rounding of the sums, which are kept in float32.
+        """
+        totals = {
+            name: float(sum(getattr(one, name) for one in self.balances))
+            for name in ("bias", "stabiliser", "rule")
+        }
+        elsewhere = self.output - self.input - sum(totals.values())
+        return {"output": self.output, "input": self.input, **totals, "elsewhere": elsewhere}
+
+    def __str__(self) -> str:
+        heads = ["operation", "parameters", "rule", "received", "passed", "to bias"]
+        heads += ["to stabiliser", "to rule", "where"]
+        scale = max((abs(one.received) for one in self.balances), default=0.0)
+        lines = [
+            (
+                one.kind,
+                "" if one.row is None else ", ".join(one.row.paths),
+                "" if one.row is None else str(one.row.rule),
+                *(
+                    _number(x, scale)
+                    for x in (one.received, one.passed, one.bias, one.stabiliser, one.rule)
+                ),
+                one.where,
+            )
+            for one in self.balances
+        ]
+        total = self.summary()
+        names = ("output", "input", "bias", "stabiliser", "rule")
+        ends = ("total", "", "", *(_number(total[name], scale) for name in names), "")
+        return table(heads, [*lines, ends])
+
+
+def _number(x: float, scale: float) -> str:
+    """A sum, with what float32 cannot tell from zero shown as zero."""
+    return "0" if abs(x) < 1e-6 * scale else f"{x:.4g}"
+
+
+def conservation(
+    fun: Callable,
+    rules: Any,
+    *,
+    argnums: int | Sequence[int] | None = 0,
+    at: Any = (),
+    unknown: Any = "error",
+) -> Callable:
+    """Make a function return where relevance is lost on its way from output to input.
+
+    Measures, never alters: the same rules run as in `jaxrel.lrp`, once more per linear operation
+    without its stabiliser and without its bias. A diagnosis of known inputs, not for use in jit.
+
+    Args:
+      fun: see `jaxrel.lrp`.
+      rules: a composite, a rule, or a list of (where, rule).
+      argnums: what is explained.
+      at: names of tagged values; relevance that arrives there counts as arrived, so they should
+        not lie on each other's way.
+      unknown: see `jaxrel.lrp`.
+
+    Returns:
+      A function `(*args, seed=None) -> Conservation`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as for `jaxrel.lrp`.
+    """
+    composite = as_composite(rules)
+    at = as_places(at)
+
+    def conserved(*args, seed: Any = None) -> Conservation:
+        call = Call.of(fun, args, argnums, False, "conservation")
+        prepared = call.prepare(composite, at, unknown)
+        places = _places(prepared)
+
+        @jax.jit
+        def measure(leaves):
+            traced = dataclasses.replace(call.traced, args=tuple(leaves))
+            known = dataclasses.replace(call, traced=traced)
+            return _measure(known, prepared, places, at, seed)[2:]
+
+        output, arrived, measures = measure(call.traced.args)
+        balances = tuple(
+            _balance(choice, node, np.asarray(measure))
+            for (node, choice, _), measure in zip(places, measures, strict=True)
+        )
+        return Conservation(balances, float(output), float(arrived))
+
+    return conserved
+
+
+def value_and_measured_lrp(
+    fun: Callable, rules: Any, *, argnums: int | Sequence[int] | None = 0, at: Any = ()
+) -> Callable:
+    """Like `value_and_lrp`, but the function returns `(value, relevance, report)`; fit for jit.
+
+    The report counts the operations of each kind and rule, and sums what `conservation` shows,
+    as arrays: `{"rules": {"dense: Epsilon()": 14, ...}, "relevance": {"output": ..., "input": ...,
+    "bias": ..., "stabiliser": ..., "rule": ...}}`. It costs about one more backward pass.
+    """
+    composite = as_composite(rules)
+    at = as_places(at)
+
+    def measured(*args, seed: Any = None):
+        call = Call.of(fun, args, argnums, False, "lrp")
+        prepared = call.prepare(composite, at, "error")
+        places = _places(prepared)
+        outs, found, output, arrived, measures = _measure(call, prepared, places, at, seed)
+        balances = [
+            _sorted_out(node, choice, m)
+            for (node, choice, _), m in zip(places, measures, strict=True)
+        ]
+        names = ("bias", "stabiliser", "rule")
+        zero: Any = jnp.zeros(3, jnp.float32)
+        totals = dict(zip(names, sum(balances, zero), strict=True))
+        kinds = (f"{one.operation.kind}: {one.rule}" for one in prepared.choices)
+        report = {
+            "rules": dict(collections.Counter(kinds)),
+            "relevance": {"output": output, "input": arrived, **totals},
+        }
+        return call.value(outs), call.gather(found, as_relevance), report
+
+    return measured
+
+
+Place = tuple[Node, Choice | None, Step]
+
+
+def _places(prepared: Prepared) -> list[Place]:
+    """Every node to measure: those of operations, and those that bring in constants."""
+    graph, carrying = prepared.graph, prepared.carrying
+    owned: dict[Node, Choice] = {}
+    inner: set[Node] = set()
+    for choice in prepared.choices:
+        operation = choice.operation
+        made = choice.rule and step_for(operation, choice.rule, probe=choice.probe)
+        owned.setdefault(made[0] if made else operation.node, choice)
+        if isinstance(operation, Block):
+            inner |= {*operation.nodes}
+        elif isinstance(operation, Linear):
+            inner.add(operation.core)
+            if made and made[0] is operation.node:
+                inner |= {node for node, _ in operation.bias}
+    places: list[Place] = []
+    for node in graph.walk():
+        if node.is_control or len(node.outs) != 1 or node.outs[0] not in carrying:
+            continue
+        step = prepared.steps.get(node, Step(node.ins, node.bind))
+        if node in owned:
+            places.append((node, owned[node], _whole(owned[node], step)))
+        elif node not in inner and _may_lose(prepared, node):
+            places.append((node, None, step))
+    return places
+
+
+def _whole(choice: Choice, step: Step) -> Step:
+    """A block that keeps its derivative is measured as one function too."""
+    block = choice.operation
+    if not isinstance(block, Block) or not isinstance(choice.rule, Gradient):
+        return step
+    f = block.function()
+    return Step((block.start, *block.consts), lambda x, *consts: [f(x, consts)])
+
+
+def _may_lose(prepared: Prepared, node: Node) -> bool:
+    """Whether a node without a rule of its own brings in constants or is not linear."""
+    if node.name not in BRINGS:
+        return node.name not in EXACT and not tag_name(node)
+    active = active_ins(prepared.facts, node)
+    floats = [atom for atom in node.ins if jnp.issubdtype(atom.aval.dtype, jnp.inexact)]
+    return 0 < len(active) < len(floats)
+
+
+def _measure(
+    call: Call, prepared: Prepared, places: Sequence[Place], at: tuple, seed: Any
+) -> tuple[list, Any, Any, Any, list]:
+    """Outputs, cotangents, the output's and the input's relevance, and the measures."""
+    touches = {
+        node.outs[0]: Touch(
+            _touch(i, step, _weighing(prepared, step), _variants(choice, step)), _values(step)
+        )
+        for i, (node, choice, step) in enumerate(places)
+    }
+    zeros = [jnp.zeros(5, jnp.float32) for _ in places]
+    outs, found, measures = pull_back(
+        call, prepared, at, lambda out: cotangent(out, seed), touches=touches, carrier=zeros
+    )
+    arrived = [as_relevance(*leaf).sum() for leaf in found.leaves.values()]
+    arrived += [as_relevance(*place, None).sum() for place in found.places.values()]
+    out = outs[0]
+    return outs, found, _total(out, cotangent(out, seed)), sum(arrived), measures
+
+
+def _values(step: Step) -> tuple[Value, ...]:
+    return tuple(atom for atom in step.ins if isinstance(atom, Value))
+
+
+def _weighing(prepared: Prepared, step: Step) -> tuple[str, ...]:
+    """How each of a step's values shows relevance: by value times c, directly, or not at all."""
+    probes = {choice.probe for choice in prepared.choices if choice.probe is not None}
+
+    def how(value: Value) -> str:
+        if value in probes:
+            return "direct"
+        return "value" if prepared.facts[value].active else ""
+
+    return tuple(how(value) for value in _values(step))
+
+
+def _variants(choice: Choice | None, step: Step) -> tuple[Callable, Callable] | None:
+    """A linear operation without its stabiliser, and also without its bias."""
+    if choice is None or not isinstance(choice.operation, Linear) or choice.rule is None:
+        return None
+    rule = _unstabilised(choice.rule)
+    made = step_for(choice.operation, rule, probe=choice.probe)
+    bare = step_for(choice.operation, rule, probe=choice.probe, biased=False)
+    if made is None or bare is None:
+        return None
+    return made[1].function, bare[1].function
+
+
+def _unstabilised(rule: Rule) -> Rule:
+    names = [field.name for field in dataclasses.fields(rule) if field.name in _STABILISERS]
+    return dataclasses.replace(rule, **dict.fromkeys(names, 0.0))
+
+
+def _touch(
+    index: int, step: Step, how: tuple[str, ...], variants: tuple[Callable, Callable] | None
+) -> Callable:
+    """Pass a value through, and add what became of its relevance to the carrier's cotangent."""
+
+    def call(function: Callable, values: Sequence) -> Any:
+        given = iter(values)
+        ins = [next(given) if isinstance(atom, Value) else atom.value for atom in step.ins]
+        return function(*ins)[0]
+
+    def passed(function: Callable, values: Sequence, c_of: Callable) -> Any:
+        out, pullback = jax.vjp(lambda *values: call(function, values), *values)
+        cs = pullback(c_of(out))
+        total = jnp.float32(0)
+        for value, c, way in zip(values, cs, how, strict=True):
+            if way == "value":
+                total += _total(value, c)
+            elif way == "direct":
+                total += jnp.sum(c.astype(jnp.float32))
+        return total
+
+    @jax.custom_vjp
+    def touched(carrier, value, *values):
+        return carrier, value
+
+    def fwd(carrier, value, *values):
+        return (carrier, value), (value, values)
+
+    def bwd(residuals, cotangents):
+        (value, values), (carrier, c) = residuals, cotangents
+        received = _total(value, c)
+        through = passed(step.function, values, lambda out: c)
+        stable, bare = through, through
+        if variants is not None:
+            stable = passed(variants[0], values, lambda out: c)
+            bare = passed(variants[1], values, lambda out: quotient(value * c, out))
+        measured = jnp.stack([received, through, bare - stable, stable - through, received - bare])
+        carrier = [*carrier]
+        carrier[index] = carrier[index] + measured
+        return (carrier, c, *(None for _ in values))
+
+    touched.defvjp(fwd, bwd)
+    return touched
+
+
+def _total(value: Any, c: Any) -> Any:
+    """The sum of a value's relevance; masked (infinite) values have none."""
+    relevance = value.astype(jnp.float32) * c.astype(jnp.float32)
+    return jnp.sum(jnp.where(jnp.isfinite(relevance), relevance, 0))
+
+
+def _sorted_out(node: Node, choice: Choice | None, measure: Any) -> Any:
+    """What went to bias, stabiliser and rule, of (received, passed, bias, stabiliser, rule)."""
+    if choice is None:
+        absorbs = node.name in BRINGS
+    else:
+        absorbs = isinstance(choice.operation, Linear) and isinstance(choice.rule, Gradient)
+    if not absorbs:
+        return measure[2:]
+    # A constant, or the bias of a plain product, takes all that is missing.
+    lost = measure[0] - measure[1]
+    return jnp.stack([lost, jnp.zeros_like(lost), jnp.zeros_like(lost)])
+
+
+def _balance(choice: Choice | None, node: Node, measure: np.ndarray) -> Balance:
+    row = None if choice is None else row_of(choice)
+    received, passed = map(float, measure[:2])
+    bias, stabiliser, rule = map(float, _sorted_out(node, choice, measure))
+    kind = row.kind if row else ("constant" if node.name in BRINGS else node.name)
+    return Balance(kind, row, node.where(), received, passed, bias, stabiliser, rule)
+
+
+__all__ = ["Balance", "Conservation", "conservation", "value_and_measured_lrp"]

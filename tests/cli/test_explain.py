@@ -1,0 +1,382 @@
+"""The command line end to end: what it writes, and one clear line for each kind of bad input."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import jaxrel
+from jaxrel import attention, cli
+from jaxrel.explanations.explain import METHODS
+from jaxrel.models import (
+    CLIP,
+    CLIPConfig,
+    Processor,
+    TextConfig,
+    VisionConfig,
+    image_processing,
+    word_tokenizer,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+WORDS = ("a", "above", "blue", "circle", "red", "square")
+CONFIG = CLIPConfig(
+    vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=16, patch_size=8),
+    text=TextConfig(
+        width=12, layers=2, heads=3, mlp_width=24, vocab_size=10, context=8, eos_token_id=3
+    ),
+    projection=10,
+)
+
+
+def build_model():
+    processor = Processor(word_tokenizer(WORDS, 8), image_processing(16))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype),
+        nnx.eval_shape(lambda: CLIP(CONFIG, rngs=nnx.Rngs(0), processor=processor)),
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model()
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of the model folder, to be broken."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def make_picture(path, size=(40, 30), seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def open_picture(path):
+    with Image.open(path) as picture:
+        return picture.copy()
+
+
+@pytest.fixture
+def picture(tmp_path):
+    return make_picture(tmp_path / "scene.png")
+
+
+@pytest.fixture
+def run(folder, tmp_path, capsys):
+    """Run `jaxrel explain`; returns (status, standard output, standard error)."""
+
+    def run(*arguments, out=tmp_path / "out", model=folder):
+        command = ["explain", *map(str, arguments), "--model", str(model), "--out", str(out)]
+        try:
+            status = cli.main(command)
+        except SystemExit as exit:  # argparse
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+# -- what it does ----------------------------------------------------------------------------
+
+
+def test_explain_writes_a_picture_and_a_page(run, picture, tmp_path):
+    status, printed, _ = run(picture, "--text", "a red circle")
+    assert status == 0
+    assert "a red circle: score" in printed
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["explanation.html", "explanation.png"]
+    assert open_picture(tmp_path / "out" / "explanation.png").size[0] > 320
+    assert "a red circle" in (tmp_path / "out" / "explanation.html").read_text()
+
+
+def test_all_methods_side_by_side_as_json(run, picture):
+    status, printed, _ = run(picture, "--text", "a red circle", "--method", "all", "--json")
+    assert status == 0
+    result = json.loads(printed)
+    assert [one["method"] for one in result["explanations"]] == list(METHODS)
+    (example,) = result["explanations"][0]["examples"]
+    assert np.shape(example["image"]) == (2, 2)
+    assert [word for word, _ in example["words"]] == ["a", "red", "circle"]
+
+
+def test_many_pictures_and_one_text_or_one_each(run, tmp_path):
+    pictures = [make_picture(tmp_path / f"{i}.jpg", seed=i) for i in range(3)]
+    status, printed, _ = run(*pictures, "--text", "a circle")
+    assert (status, printed.count("a circle: score")) == (0, 3)
+    texts = [part for word in ("red", "blue", "square") for part in ("--text", f"a {word}")]
+    status, printed, _ = run(*pictures, *texts)
+    assert status == 0
+    assert [line.split(": score")[0].split(", ")[1] for line in printed.splitlines()[:3]] == [
+        "a red",
+        "a blue",
+        "a square",
+    ]
+    status, printed, _ = run(pictures[0], *texts)
+    assert (status, printed.count("score")) == (0, 3)
+
+
+def test_layers_heads_and_importance(run, picture):
+    options = ("--layers", "-1", "--heads", "1", "--importance", "norm", "--json")
+    status, printed, _ = run(picture, "--text", "a circle", *options)
+    assert status == 0
+    assert json.loads(printed)["explanations"][0]["settings"] == (
+        "layers -1, heads 1, importance norm"
+    )
+
+
+def test_unknown_words_are_warned_about(run, picture):
+    status, _, errors = run(picture, "--text", "a purple circle")
+    assert status == 0
+    assert errors.startswith("jaxrel: warning: ")
+    assert "purple" in errors
+
+
+def test_explain_equals_the_matrix_form_on_the_models_own_maps(model, picture):
+    image = open_picture(picture)
+    result = jaxrel.explain(model, image=image, text="a red circle", method="equal")
+    inputs = model.prepare(image=image, text="a red circle")
+    _, maps, grads = jax.jit(CLIP.attention_gradients)(model, inputs)
+    vision = attention.equal(maps["vision"], grads["vision"])[:, 0, 1:]
+    # Another order of the same float32 sums.
+    np.testing.assert_allclose(result.image.reshape(1, -1), vision, rtol=1e-4, atol=1e-6)
+    text = attention.equal(maps["text"], grads["text"])[0, 4]
+    np.testing.assert_allclose(result.text[0, 1:4], text[1:4], rtol=1e-4, atol=1e-6)
+    assert not result.text[0, 0]
+    assert not result.text[0, 4:].any()
+
+
+IMAGES = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8) for i in range(3)]
+TEXTS = ["a red circle", "a square", "a circle above a square"]
+
+
+@pytest.fixture(scope="module")
+def explained(model):
+    """A batch by all methods, in one program; and its examples one by one, in another."""
+    batch = jaxrel.explain(model, image=IMAGES, text=TEXTS, method=METHODS)
+    apart = [
+        jaxrel.explain(model, image=image, text=text, method=METHODS)
+        for image, text in zip(IMAGES, TEXTS, strict=True)
+    ]
+    return batch, apart
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_is_explained_as_one_by_one(explained, method):
+    which = METHODS.index(method)
+    batch, apart = explained[0][which], [found[which] for found in explained[1]]
+    assert {one.method for one in (batch, *apart)} == {method}
+    for i, (one, text) in enumerate(zip(apart, TEXTS, strict=True)):
+        # XLA sums batches of another size in another order.
+        np.testing.assert_allclose(batch.image[i], one.image[0], rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(batch.text[i], one.text[0], rtol=1e-3, atol=1e-6)
+        assert batch.target[i] == one.target[0] == text
+
+
+def test_the_picture_shown_is_the_part_the_model_sees(model):
+    wide = Image.fromarray(np.zeros((20, 60, 3), np.uint8))
+    result = jaxrel.explain(model, image=wide, text="a circle")
+    assert result.pictures[0].shape == (20, 20, 3)
+
+
+def test_target_chooses_the_text(model, picture):
+    image = open_picture(picture)
+    result = jaxrel.explain(model, image=image, text=["a circle", "a square"], target=1)
+    assert result.target == ("a square",)
+
+
+def test_doctor_names_versions_devices_and_models(capsys):
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("jaxrel ", "python ", "jax ", "flax ", "devices: ", "bundled models: "):
+        assert word in printed
+
+
+def test_doctor_says_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(cli.EXTRAS, "no-such-package", "report")
+    assert cli.main(["doctor"]) == 0
+    assert "no-such-package is missing: pip install 'jaxrel[report]'" in capsys.readouterr().out
+
+
+def test_debug_shows_where(picture):
+    with pytest.raises(ValueError, match="unknown method"):
+        cli.main(["--debug", "explain", str(picture), "--text", "a", "--method", "x"])
+
+
+def test_train_refuses_a_folder_that_is_no_model_before_any_work(capsys, tmp_path):
+    make_picture(tmp_path / "scene.png")
+    for out, text in (
+        (tmp_path, "is no model folder"),
+        (tmp_path / "scene.png" / "x", "is a file"),
+    ):
+        assert cli.main(["train", "clip-shapes", "--out", str(out)]) == 2
+        assert text in capsys.readouterr().err
+
+
+def test_train_refuses_bad_settings_before_any_work(capsys, tmp_path):
+    out = tmp_path / "model"
+    assert cli.main(["train", "clip-shapes", "--out", str(out), "--steps", "0"]) == 2
+    assert "clip-shapes: steps must be at least 1, got 0" in capsys.readouterr().err
+    assert cli.main(["train", "clip-shapes", "--out", str(out), "--scenes", "8"]) == 2
+    assert "batch 128 is more than the 8 scenes" in capsys.readouterr().err
+    assert not out.exists()
+
+
+# -- bad input -------------------------------------------------------------------------------
+
+
+def broken_png(path):
+    make_picture(path)
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def bomb(path):
+    Image.new("1", (20_000, 20_000)).save(path)
+
+
+PICTURES = {
+    "missing": (lambda path: None, "scene.png"),
+    "folder": (lambda path: path.mkdir(), "folder"),
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "text file": (lambda path: path.write_text("hello"), "not a picture"),
+    "truncated": (broken_png, "truncated"),
+    "bomb": (bomb, "too large: 400,000,000 pixels"),
+}
+
+WEIGHTS = "model.safetensors"
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def spoil(tensors):
+    name = "visual_projection.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][0, 0] = np.nan
+
+
+def reshape(tensors):
+    tensors["visual_projection.weight"] = np.zeros((3, 3), np.float32)
+
+
+def other_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+
+
+def pickled(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def truncate(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+MODELS = {
+    "no folder": (shutil.rmtree, "no model"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "other architecture": (other_architecture, "bert"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "model.safetensors"),
+    "truncated weights": (truncate, "truncated"),
+    "pickled weights": (pickled, "pickle"),
+    "NaN in weights": (lambda f: rewrite(f, spoil), "visual_projection.weight"),
+    "wrong shape": (
+        lambda f: rewrite(f, reshape),
+        "has shape [3, 3], and config.json says [10, 16]",
+    ),
+    "missing tensor": (
+        lambda f: rewrite(f, lambda t: t.pop("visual_projection.weight")),
+        "visual_projection.weight",
+    ),
+    "foreign tensor": (
+        lambda f: rewrite(f, lambda t: t.update(extra=np.zeros(1, np.float32))),
+        "extra",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer"),
+    "no preprocessing": (
+        lambda f: (f / "preprocessor_config.json").unlink(),
+        "preprocessor_config.json",
+    ),
+}
+
+OPTIONS = {
+    "empty text": (("--text", ""), "the text is empty"),
+    "white text": (("--text", " \n"), "the text is empty"),
+    "long text": (("--text", "a red circle above a blue square"), "8"),
+    "unknown words only": (("--text", "xyzzy plugh"), "xyzzy"),
+    "method": (("--text", "a", "--method", "magic"), "unknown method 'magic'"),
+    "no method": (("--text", "a", "--method", ""), "no method given"),
+    "layer": (("--text", "a", "--layers", "7"), "7"),
+    "layers": (("--text", "a", "--layers", "last"), "expected whole numbers with commas"),
+    "head": (("--text", "a", "--heads", "5"), "5"),
+    "importance": (("--text", "a", "--importance", "size"), "grad_value"),
+    "no text": ((), "--text"),
+}
+
+
+def refuse(result, text, out):
+    status, printed, errors = result
+    assert status == 2
+    assert printed == ""
+    assert "Traceback" not in errors
+    assert text in errors
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("make", "text"), PICTURES.values(), ids=PICTURES.keys())
+def test_bad_pictures(run, tmp_path, make, text):
+    make(tmp_path / "scene.png")
+    refuse(run(tmp_path / "scene.png", "--text", "a circle"), text, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("spoil", "text"), MODELS.values(), ids=MODELS.keys())
+def test_bad_models(run, picture, folder, tmp_path, spoil, text):
+    spoil(folder)
+    refuse(run(picture, "--text", "a circle"), text, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("options", "text"), OPTIONS.values(), ids=OPTIONS.keys())
+def test_bad_options(run, picture, tmp_path, options, text):
+    refuse(run(picture, *options), text, tmp_path / "out")
+
+
+def test_numbers_of_pictures_and_texts_must_fit(run, picture, tmp_path):
+    result = run(picture, picture, picture, "--text", "a", "--text", "red")
+    refuse(result, "3 pictures and 2 texts", tmp_path / "out")
+
+
+def test_out_must_not_be_a_file(run, picture):
+    status, _, errors = run(picture, "--text", "a circle", out=picture)
+    assert (status, "is a file; name a folder" in errors) == (2, True)
+    assert open_picture(picture).size == (40, 30)
+
+
+def test_nothing_is_written_when_relevance_is_not_finite(model, picture):
+    broken = jax.tree.map(lambda x: x, model)
+    broken.logit_scale[...] = jnp.asarray(1e6)
+    with pytest.raises(ValueError, match=r"NaN|infin|finite"):
+        jaxrel.explain(broken, image=open_picture(picture), text="a circle")

@@ -1,0 +1,104 @@
+"""From the pixels to the relevance: CLIP explained by the transformation, against stored values."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from jaxrel import attention
+from jaxrel.models import CLIP
+from tests.models.test_clip import GOLDEN, write_golden_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+LAST = slice(-1, None)
+# The stored values are float64 results rounded to float32; ours run the model in float32.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN, allow_pickle=False) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def model(golden, tmp_path_factory):
+    return CLIP.from_pretrained(write_golden_folder(golden, tmp_path_factory.mktemp("golden")))
+
+
+@pytest.fixture(scope="module")
+def inputs(golden):
+    image = golden["pixel_values"].transpose(0, 2, 3, 1)
+    return {"image": jnp.asarray(image), "text": jnp.asarray(golden["input_ids"], jnp.int32)}
+
+
+def relevance(model, inputs, **options):
+    explain = attention.relevance(
+        lambda model, inputs: model.score(model.pairs(inputs)),
+        attention=("vision", "text"),
+        **options,
+    )
+    return jax.jit(explain)(model, inputs)
+
+
+@pytest.mark.parametrize(("layers", "name"), [(None, "start0"), (LAST, "last")])
+def test_whole_matrices(model, inputs, golden, layers, name):
+    found = relevance(
+        model,
+        inputs,
+        method=("equal", "rollout", "raw", "grad_cam"),
+        layers=layers,
+        readout=None,
+    )
+    want = golden[f"relevance/image_full_{name}"]
+    np.testing.assert_allclose(found["equal"]["vision"], want, **TOLERANCE)
+    np.testing.assert_allclose(
+        found["equal"]["text"], golden[f"relevance/text_{name}"], **TOLERANCE
+    )
+    np.testing.assert_allclose(
+        found["rollout"]["vision"], golden[f"rollout/image_{name}"], **TOLERANCE
+    )
+    np.testing.assert_allclose(
+        found["rollout"]["text"], golden[f"rollout/text_{name}"], **TOLERANCE
+    )
+    if layers is None:
+        for method, stored in (("raw", "raw"), ("grad_cam", "gradcam")):
+            for stream, modality in (("vision", "image"), ("text", "text")):
+                want = golden[f"{stored}/{modality}"]
+                np.testing.assert_allclose(found[method][stream], want, **TOLERANCE)
+
+
+def test_streamed_rows(model, inputs, golden):
+    readout = model.readout(inputs)
+    found = relevance(model, inputs, method="equal", readout=readout)
+    image = golden["relevance/image_start0"]
+    np.testing.assert_allclose(found["vision"][:, 1:], image, **TOLERANCE)
+    rows = golden["relevance/text_start0"][np.arange(3), golden["eot_index"]]
+    np.testing.assert_allclose(found["text"], rows, **TOLERANCE)
+
+
+def test_scores_of_the_text_as_displayed(model, inputs, golden):
+    found = relevance(model, inputs, method="equal", readout=model.readout(inputs))["text"]
+    content = np.where(model.content(inputs)["text"], found, 0)
+    shown = content / content.sum(-1, keepdims=True)
+    np.testing.assert_allclose(shown, golden["display/text_scores_start0"], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("layers", "name"), [(None, "start0"), (LAST, "last")])
+def test_one_picture_with_all_texts(model, inputs, golden, layers, name):
+    shared = {**inputs, "image": inputs["image"][:1]}
+    found = relevance(model, shared, method="equal", layers=layers, readout=None)
+    image = golden[f"shared/relevance_image_{name}"]
+    np.testing.assert_allclose(found["vision"][:, 0, 1:], image, **TOLERANCE)
+    text = golden[f"shared/relevance_text_{name}"]
+    np.testing.assert_allclose(found["text"], text, **TOLERANCE)
+
+
+def test_the_maps_are_found_without_their_tags(model, inputs):
+    """Structure alone finds both towers, and the residual stream around each attention."""
+    found = attention.sites(lambda model, inputs: model.score(inputs))(model, inputs)
+    assert [(s.name, s.layers, s.is_self, s.has_residual) for s in found] == [
+        ("vision", 3, True, True),
+        ("text", 2, True, True),
+    ]

@@ -1,0 +1,1 @@
+"""What is asked of models and of explanation methods: a file per question."""

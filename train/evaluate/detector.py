@@ -1,0 +1,71 @@
+"""From an evaluation of explanations of captions to what tells hallucinated words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrel.explanations.words import WORD_METHODS
+from jaxrel.metrics import Interval
+from jaxrel.metrics.detector import Criterion, Detector, WordGroup
+from jaxrel.train.evaluate.caption_explanation_tables import check_protocol
+
+
+def detector(result: Mapping[str, Any]) -> Detector:
+    """Keep what was "chosen" of each explanation that tells words well enough to mark them.
+
+    That is where, on the pictures that nothing was chosen on, the interval of the area under the
+    ROC curve lies above 0.5, and words below the threshold are hallucinated at least twice as
+    often as all. Others would mark words with hardly a reason.
+
+    Args:
+      result: of `captioner_evaluation.evaluate`, or read back from JSON.
+
+    Raises:
+      ValueError: a result of another protocol or of an older version, or no explanation tells
+        the words of any group.
+    """
+    check_protocol("detector", result)
+    if "weights" not in result or "vocabulary" not in result:
+        raise ValueError(
+            "detector: this result does not say which weights and words it is of; an older jaxrel "
+            "wrote it. Run jaxrel evaluate captioner again"
+        )
+    groups = {}
+    for group, found in result["hallucination"].items():
+        if found is not None:
+            usual = found["hallucinated"] / (found["true"] + found["hallucinated"])
+            if methods := _criteria(found["methods"], usual):
+                groups[group] = WordGroup(tuple(result["vocabulary"][group]), usual, methods)
+    if not groups:
+        raise ValueError(
+            "detector: no explanation tells hallucinated words from true ones well enough "
+            f"on the held-out half of {result['pictures']} pictures, so no word can be doubted "
+            "by one; try more pictures (--scenes) or other methods (--method)"
+        )
+    return Detector(
+        weights=result["weights"],
+        data=result["data"],
+        split=result.get("split", ""),
+        pictures=result["pictures"],
+        groups=groups,
+    )
+
+
+def _criteria(methods: Mapping[str, Any], usual: float) -> dict[str, Criterion]:
+    """By method, where it is an explanation and tells words well enough."""
+    found = {name: one["chosen"] for name, one in methods.items() if name in WORD_METHODS}
+    return {
+        name: Criterion(
+            statistic=chosen["statistic"],
+            threshold=chosen["threshold"],
+            auc=Interval(**chosen["auc"]),
+            sensitivity=Interval(**chosen["sensitivity"]),
+            specificity=Interval(**chosen["specificity"]),
+            precision=Interval(**chosen["precision"]),
+            pictures=chosen["pictures"],
+        )
+        for name, chosen in found.items()
+        if chosen is not None
+        and chosen["auc"]["low"] > 0.5
+        and chosen["precision"] is not None
+        and chosen["precision"]["mean"] >= 2 * usual
+    }

@@ -1,0 +1,413 @@
+"""Does going on with a captioner make it hallucinate less (`finetuning/1`)?
+
+Captioners of Shapes that went on in several modes (`jaxrel train finetune-shapes`) beside the
+captioners that they began as: what they hallucinate, what they leave out, and how like people's
+their captions are. Several trainings with other seeds are repetitions, and modes are compared
+with the control (`plain`: as many steps of the first training) on the same pictures and
+beginnings.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm, trange
+
+from jaxrel.explanations.result import write_atomically
+from jaxrel.metrics import Interval
+from jaxrel.metrics.caption_scores import CiderD, bleu_counts, bleu_of_counts, tokenise
+from jaxrel.metrics.frequent_words import mean_scores
+from jaxrel.metrics.intervals import Statistic, interval, resampled, share
+from jaxrel.models.captioner import Captioner
+from jaxrel.models.checkpoint import find_folder
+from jaxrel.train.data.shapes import Scene, Shapes
+from jaxrel.train.evaluate.captions import caption_counts, write_captions
+from jaxrel.train.evaluate.examples import ShapesPictures
+from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE
+from jaxrel.train.recipes.settings import FinetuneShapes
+
+PROTOCOL = "finetuning/1"
+BASELINE, CONTROL = "baseline", "plain"
+SPLITS = ("biased_test", "test")
+# What runs that are compared need not have in common: what sets them apart, and their pace.
+_OWN = ("model", "mode", "seed", "log_every", "checkpoint_every", "accumulate")
+# What means nothing in other modes; where it is not the usual, the mode is named by it too.
+_OF_MODE = ("mixing", "temperature", "weighed", "stop_words", "idf", "ends")
+
+
+class Measure(NamedTuple):
+    """What is measured: how it is called in a table, and what of it is better, if anything."""
+
+    title: str
+    better: str = "more"
+
+    def __str__(self) -> str:
+        return f"{self.title} ({self.better} is better)" if self.better else self.title
+
+
+MEASURES = {
+    "CHAIR_i": Measure("CHAIR_i", better="less"),
+    "CHAIR_s": Measure("CHAIR_s", better="less"),
+    "stated": Measure("stated objects that are true"),
+    "mentioned": Measure("objects that are mentioned"),
+    "mean_precision": Measure("mAP of frequent words"),
+    "mean_recall": Measure("their mean recall"),
+    "CIDEr-D": Measure("CIDEr-D"),
+    "BLEU-4": Measure("BLEU-4"),
+    "words": Measure("words per caption", better=""),
+}
+
+# What a plot has room for.
+_DRAWN = ("CHAIR_i", "stated", "mean_precision", "mentioned", "CIDEr-D")
+
+_DEFAULTS = dataclasses.asdict(FinetuneShapes())
+
+Begun = tuple[str, int]
+Runs = dict[str, dict[Begun, Path]]
+
+
+def find_runs(folder: Path) -> Runs:
+    """The models below a folder that `jaxrel train finetune-shapes` wrote, and their beginnings.
+
+    Args:
+      folder: with a folder per model.
+
+    Returns:
+      {mode: {(the captioner that it began as, seed): its folder}}, with the beginnings
+      themselves as the mode "baseline"; each mode has the same beginnings and seeds. Variants of
+      a mode are modes of their own, such as "lrp, mixing 0.0".
+
+    Raises:
+      FileNotFoundError: no such folder, no models in it, or a beginning is not there any more.
+      ValueError: a settings file cannot be read, two models have one mode, beginning and seed, a
+        mode lacks what another has, or runs differ in other settings.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    found: Runs = {}
+    settings: dict[Path, dict[str, Any]] = {}
+    for file in sorted(folder.glob(f"*/{SETTINGS_FILE}")):
+        read = _read(file)
+        if "mode" not in read:
+            # Such as a captioner that the others began as.
+            continue
+        mode, begun = _name(read), (read["model"], read["seed"])
+        if (other := found.setdefault(mode, {}).get(begun)) is not None:
+            raise ValueError(
+                f"{file.parent} and {other} both went on with {begun[0]!r} in mode {mode!r} and "
+                f"with seed {begun[1]}; keep one of them here"
+            )
+        found[mode][begun] = file.parent
+        # What an older version did not ask for was as it is by default now.
+        settings[file.parent] = {
+            name: x for name, x in {**_DEFAULTS, **read}.items() if name not in (*_OWN, *_OF_MODE)
+        }
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} has no models that went on; make some with jaxrel train finetune-shapes "
+            f"--model CAPTIONER --mode lrp --out {folder}/NAME"
+        )
+    _check_same(found, settings)
+    beginnings = next(iter(found.values()))
+    return {BASELINE: {begun: find_folder(begun[0]) for begun in beginnings}, **found}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a settings file holds; ValueError if that is no settings."""
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged: {error}; take its folder away or train anew"
+        ) from error
+    lacking = [n for n in ("model", "seed") if not isinstance(read, dict) or n not in read]
+    if lacking and (not isinstance(read, dict) or "mode" in read):
+        raise ValueError(
+            f"{file} lacks {' and '.join(lacking)}; expected what jaxrel train finetune-shapes "
+            "writes"
+        )
+    return read
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    """The mode, and what of its own settings is not the usual."""
+    changed = {n: settings[n] for n in _OF_MODE if settings.get(n, _DEFAULTS[n]) != _DEFAULTS[n]}
+    return ", ".join([settings["mode"], *(f"{name} {x}" for name, x in changed.items())])
+
+
+def _check_same(found: Runs, settings: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Raise ValueError unless all modes have the same beginnings, and runs the same settings."""
+    every = {begun for runs in found.values() for begun in runs}
+    for mode, runs in found.items():
+        if lacking := sorted(every - set(runs)):
+            model, seed = lacking[0]
+            raise ValueError(
+                f"mode {mode!r} has no model that began as {model!r} with seed {seed}, and other "
+                f"modes do ({len(lacking)} are lacking); train it, or take the others away"
+            )
+    (first, expected), *others = settings.items()
+    for folder, one in others:
+        different = [name for name in {**one, **expected} if one.get(name) != expected.get(name)]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"{folder} had {name} {one.get(name)!r} and {first} {expected.get(name)!r}: modes "
+                "are compared at equal settings"
+            )
+
+
+def evaluate(
+    folder: Path,
+    *,
+    splits: Sequence[str] = SPLITS,
+    scenes: int = 2048,
+    batch: int = 64,
+    data_seed: int = 0,
+    resamples: int = 2000,
+) -> dict[str, Any]:
+    """Judge the greedy captions of all models below a folder.
+
+    Args:
+      folder: see `find_runs`.
+      splits: of Shapes; on "biased_test" what goes together in training never does.
+      scenes: how many of each split.
+      batch: pictures at a time.
+      data_seed: of the Shapes data set.
+      resamples: of the bootstrap, over pictures and beginnings.
+
+    Returns:
+      What JSON can hold: `protocol`, the settings, and `splits`: by split and mode each of
+      `MEASURES` with its interval, its value by repetition, and its difference from the control
+      and from the baseline.
+
+    Raises:
+      FileNotFoundError, ValueError: see `find_runs`; also no scenes, or an unknown split.
+    """
+    if scenes < 1:
+        raise ValueError(f"finetuning: scenes must be at least 1, got {scenes}")
+    runs = find_runs(folder)
+    modes = sorted(runs, key=_order)
+    drawn = {split: _draw(data_seed, split, scenes) for split in dict.fromkeys(splits)}
+    judged: dict[str, dict[str, list[dict[str, Statistic]]]] = {
+        split: {mode: [] for mode in modes} for split in drawn
+    }
+    cider = {split: _cider(some) for split, some in drawn.items()}
+    examples: dict[str, dict[str, list[str]]] = {split: {} for split in drawn}
+    total = sum(map(len, runs.values()))
+    with tqdm(total=total, desc="models", unit="model") as bar:
+        for mode in modes:
+            for begun in sorted(runs[mode]):
+                model = Captioner.from_pretrained(runs[mode][begun])
+                for split, some in drawn.items():
+                    captions = write_captions(model, some, batch=batch)
+                    judged[split][mode].append(_measured(captions, some, cider[split]))
+                    examples[split].setdefault(mode, captions[:5])
+                bar.update()
+    return {
+        "protocol": PROTOCOL,
+        "data": "Shapes",
+        "data_seed": data_seed,
+        "scenes": scenes,
+        "modes": modes,
+        "beginnings": [
+            {"model": str(model), "seed": seed} for model, seed in sorted(runs[modes[0]])
+        ],
+        "settings": _settings(next(iter(runs[modes[-1]].values()))),
+        "versions": {"jaxrel": version("jaxrel"), "jax": jax.__version__},
+        "splits": {
+            split: _summary(by_mode, scenes, resamples) for split, by_mode in judged.items()
+        },
+        "examples": examples,
+    }
+
+
+def _order(mode: str) -> tuple[int, str]:
+    known = (BASELINE, CONTROL, "lrp", "scst", "lrp-scst")
+    plain = mode.split(",")[0]
+    return (known.index(plain) if plain in known else len(known), mode)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    read = _read(folder / SETTINGS_FILE)
+    return {name: x for name, x in read.items() if name not in (*_OWN, *_OF_MODE)}
+
+
+def _draw(data_seed: int, split: str, scenes: int) -> tuple[Scene, ...]:
+    data = Shapes(seed=data_seed)
+    return tuple(data.scene(split, i) for i in trange(scenes, desc="drawing", leave=False))
+
+
+def _references(scenes: Sequence[Scene]) -> list[list[list[str]]]:
+    return [[tokenise(caption.text) for caption in scene.captions] for scene in scenes]
+
+
+def _cider(scenes: Sequence[Scene]) -> tuple[CiderD, list[list[Any]]]:
+    """The scorer, and the weighed references: they are the same for all models."""
+    references = _references(scenes)
+    cider = CiderD.from_references(references)
+    return cider, [[cider.weigh(one) for one in some] for some in references]
+
+
+def _measured(
+    captions: Sequence[str], scenes: tuple[Scene, ...], cider: tuple[CiderD, list[list[Any]]]
+) -> dict[str, Statistic]:
+    """`MEASURES` of one model, each as a function of how often pictures count."""
+    pictures, counts = ShapesPictures(scenes), caption_counts(captions, scenes)
+    words = [tokenise(caption) for caption in captions]
+    references = _references(scenes)
+    every = np.ones(len(scenes))
+    scorer, weighed = cider
+    n_grams = bleu_counts(words, references)
+    by_word = functools.partial(
+        mean_scores,
+        [pictures.forms(one) for one in words],
+        [[pictures.forms(one) for one in some] for some in references],
+        pictures.frequent,
+    )
+    return {
+        "CHAIR_i": share(counts["no_such_shape"], counts["shapes"]),
+        "CHAIR_s": share(counts["hallucinates_shape"], every),
+        "stated": share(counts["true"], counts["stated"]),
+        "mentioned": share(counts["mentioned"], counts["objects"]),
+        "mean_precision": lambda weights: by_word(weights)[:, 0],
+        "mean_recall": lambda weights: by_word(weights)[:, 1],
+        "CIDEr-D": share(np.asarray(scorer.score(words, weighed)), every),
+        "BLEU-4": lambda weights: bleu_of_counts(weights.T @ n_grams)[:, -1],
+        "words": share(np.array([len(one) for one in words]), every),
+    }
+
+
+def _summary(
+    by_mode: Mapping[str, Sequence[Mapping[str, Statistic]]], scenes: int, resamples: int
+) -> dict[str, Any]:
+    """By mode and measure: the interval, the values by repetition, and the differences."""
+    once = np.ones((scenes, 1))
+    draws = {
+        mode: {
+            name: resampled([one[name] for one in runs], scenes, resamples=resamples)
+            for name in MEASURES
+        }
+        for mode, runs in by_mode.items()
+    }
+    return {
+        mode: {
+            name: {
+                **interval(draws[mode][name])._asdict(),
+                "by_repetition": [float(one[name](once)[0]) for one in by_mode[mode]],
+                "difference": {
+                    other: interval(draws[mode][name] - draws[other][name])._asdict()
+                    for other in (CONTROL, BASELINE)
+                    if other in draws and other != mode
+                },
+            }
+            for name in MEASURES
+        }
+        for mode in by_mode
+    }
+
+
+def markdown(result: Mapping[str, Any], split: str) -> str:
+    """Two tables of a split: the measures by mode, and the differences from the control.
+
+    Differences are bold where their interval excludes 0, for better or for worse.
+
+    Args:
+      result: of `evaluate`, or read back from JSON.
+      split: one of its splits.
+
+    Raises:
+      ValueError: it is of another protocol, or has no such split.
+    """
+    _check_protocol(result)
+    if split not in result["splits"]:
+        raise ValueError(
+            f"finetuning: no split {split!r}; the result has {', '.join(result['splits'])}"
+        )
+    found = result["splits"][split]
+    heads = [str(one) for one in MEASURES.values()]
+    lines = [
+        f"{split}, {result['scenes']} scenes, {len(result['beginnings'])} beginnings:",
+        "",
+        *_table(["mode", *heads], [[m, *map(_cell, one.values())] for m, one in found.items()]),
+    ]
+    if CONTROL in found:
+        rows = [
+            [mode, *(_difference(x["difference"][CONTROL]) for x in one.values())]
+            for mode, one in found.items()
+            if mode != CONTROL
+        ]
+        lines += ["", f"Less that of `{CONTROL}`:", "", *_table(["mode", *heads], rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _check_protocol(result: Mapping[str, Any]) -> None:
+    if (found := result.get("protocol")) != PROTOCOL:
+        raise ValueError(f"finetuning: expected a result of {PROTOCOL!r}, got protocol {found!r}")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _cell(one: Mapping[str, Any]) -> str:
+    return str(Interval(one["mean"], one["low"], one["high"]))
+
+
+def _difference(one: Mapping[str, float]) -> str:
+    mean, low, high = one["mean"], one["low"], one["high"]
+    text = f"{mean:+z.3f} [{low:+z.3f}, {high:+z.3f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a result: JSON, the Markdown tables, and a plot of each split.
+
+    Args:
+      result: of `evaluate`.
+      folder: made if it is not there.
+
+    Returns:
+      The files.
+
+    Raises:
+      ImportError: matplotlib is not installed (extra `report`); JSON and tables are written.
+      ValueError: a result of another protocol.
+      OSError: a file cannot be written there.
+    """
+    from jaxrel.report import bars
+
+    _check_protocol(result)
+    tables = "\n".join(markdown(result, split) for split in result["splits"])
+    data = json.dumps(result, indent=1, allow_nan=False)
+    files = [folder / "finetuning.json", folder / "finetuning.md"]
+    for file, text in zip(files, (data, tables), strict=True):
+        write_atomically(file, text.encode())
+    for split, found in result["splits"].items():
+        files.append(folder / f"finetuning-{split}.png")
+        note = (
+            f"{PROTOCOL}, Shapes {split}, {result['scenes']} scenes, "
+            f"{len(result['beginnings'])} beginnings; 95% intervals over both"
+        )
+        bars.bars(_panels(found), files[-1], note=note)
+    return files
+
+
+def _panels(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What to draw: differences from the control, since beginnings differ by more than modes do."""
+    compared = CONTROL in found
+    panels = {}
+    for name in _DRAWN:
+        title, better = MEASURES[name]
+        less = f", less {CONTROL}'s" if compared else ""
+        panels[f"{title}{less}\n({better} is better)"] = {
+            mode: one[name]["difference"][CONTROL] if compared else one[name]
+            for mode, one in found.items()
+            if not compared or mode != CONTROL
+        }
+    return panels

@@ -1,0 +1,430 @@
+"""The perturbation test of CLIPmapper on Shapes (`perturbation/1`, after Chefer et al. 2021).
+
+Tokens are removed in the order of their relevance: patches are left out, and words are hidden from
+attention everywhere. The model is watched: does its answer stay right, does its own caption stay
+probable, and how good is the caption that it writes anew? One program goes through methods, signs
+and steps, for each of these.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+from tqdm.auto import tqdm, trange
+
+from jaxrel.explanations.explain import token_relevance
+from jaxrel.explanations.result import write_atomically
+from jaxrel.metrics import perturbation
+from jaxrel.metrics.caption_scores import CiderD, References, tokenise
+from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQA
+from jaxrel.train.data.shapes import Shapes
+from jaxrel.train.evaluate.vqa import answer_indices, check_answers, model_inputs
+
+STREAMS = {"image": "vision", "text": "text"}
+# The methods of the table, and the passes through the model that each needs. LRP's backward
+# pass goes with rules of its own, beside the gradient's.
+COST = {
+    "random": "none",
+    "raw": "forward",
+    "rollout": "forward",
+    "grad_cam": "forward + gradient",
+    "partial_lrp": "forward + LRP",
+    "transformer_attribution": "forward + gradient + LRP",
+    "equal": "forward + gradient",
+    "equal_lrp": "forward + gradient + LRP",
+    "weighted, grad_value": "forward + gradient",
+    "weighted, norm": "forward + gradient",
+    "weighted, abs_grad_value": "forward + gradient",
+    "lrp": "forward + LRP",
+    "cp_lrp": "forward + LRP",
+    "input_x_gradient": "forward + gradient",
+}
+METHODS = tuple(COST)
+# The result in which captions are written anew from the patches that are left.
+ANEW = "image-cider"
+# Before the fifth word of a caption there are three that may be removed: fewer have no order.
+FIRST = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What is perturbed: inputs with one row per example, and which tokens may be removed.
+
+    Attributes:
+      inputs: as `model.pairs` returns them.
+      removable: by modality, bool [examples, tokens].
+      explained: what is explained, in words.
+      measure: what is measured, in words.
+      measured: `(model, words, inputs) -> [examples]`; `words` are the text's tokens in the end,
+        as `model.map` returns them where some tokens are hidden.
+      references: of captions, what people say of each example's scene, in words.
+    """
+
+    inputs: dict[str, Any]
+    removable: dict[str, np.ndarray]
+    explained: str
+    measure: str
+    measured: Callable[[Any, Array, Any], Array]
+    references: Sequence[References] = ()
+
+
+def evaluate(
+    model: CLIPMapper,
+    *,
+    modality: Sequence[str] = ("image", "text"),
+    methods: Sequence[str] = METHODS,
+    data_seed: int = 0,
+    split: str = "test",
+    examples: int = 2048,
+    regenerated: int = 512,
+    batch: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run the perturbation test of a model on held-out scenes.
+
+    A model that answers questions is asked one question per scene, drawn by `seed`, and its own
+    answer is explained; measured is whether its answer is right. A model that captions writes
+    its own captions. Where patches are removed, the caption as a whole is explained, and measured
+    is the mean log-probability of its words and end; of the first examples also the CIDEr-D of
+    the caption that the model writes anew from the patches that are left, against the scene's
+    captions, with the document frequencies of all scenes' captions. Where words are removed, one
+    word of each caption is explained, drawn by `seed` from the fifth on, and measured is its
+    log-probability.
+    The token that an output is read from is never removed, nor are class, start and end tokens.
+
+    Args:
+      model: either of both.
+      modality: "image", "text" or both: of which tokens are removed.
+      methods: of `METHODS`.
+      data_seed: of the Shapes data set.
+      split: of the data set.
+      examples: how many.
+      regenerated: for how many of them captions are written anew, which takes longer; 0 for none.
+      batch: examples at a time.
+      seed: of the choice of questions or words, and of the random method.
+
+    Returns:
+      {modality: as `jaxrel.metrics.perturbation.summary`, and the settings}; captions that are
+      written anew are under "image-cider".
+
+    Raises:
+      ValueError: an unknown method or modality, or a number out of range.
+    """
+    modality, methods = tuple(dict.fromkeys(modality)), tuple(dict.fromkeys(methods))
+    for name, known, given in (("method", METHODS, methods), ("modality", STREAMS, modality)):
+        unknown = [one for one in given if one not in known]
+        if unknown or not given:
+            wrong = f"unknown {name} {unknown[0]!r}" if unknown else f"no {name} given"
+            raise ValueError(f"perturbation: {wrong}; there are {', '.join(known)}")
+    if examples < 1 or batch < 1:
+        raise ValueError(
+            f"perturbation: examples and batch must be at least 1, got {examples} and {batch}"
+        )
+    if regenerated < 0:
+        raise ValueError(f"perturbation: regenerated must be at least 0, got {regenerated}")
+    batch = min(batch, examples)
+    sets = draw_examples(
+        model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=batch
+    )
+    drawn = {one: next(x for x in sets if one in x.removable) for one in modality}
+    values: dict[str, np.ndarray] = {}
+    for some in sets:
+        chosen = [one for one in modality if one in some.removable]
+        if chosen:
+            values |= _perturbed(
+                model, some, chosen, methods, regenerated=regenerated, batch=batch, seed=seed
+            )
+    settings = {
+        "task": model.task,
+        "data": "Shapes",
+        "split": split,
+        "data_seed": data_seed,
+        "seed": seed,
+        "lrp": "attn_lrp; cp_lrp for the method of this name",
+        "versions": {"jaxrel": version("jaxrel"), "jax": jax.__version__},
+    }
+
+    def summary(name: str, modality: str, measure: str) -> dict[str, Any]:
+        found = perturbation.summary(
+            dict(zip(methods, values[name], strict=True)),
+            measure=measure,
+            baseline="equal" if "equal" in methods else None,
+            cost={method: COST[method] for method in methods},
+        )
+        return found | settings | {"modality": modality, "explained": drawn[modality].explained}
+
+    result = {one: summary(one, one, drawn[one].measure) for one in modality}
+    if ANEW in values:
+        found = summary(ANEW, "image", "CIDEr-D of the caption written anew")
+        result[ANEW] = found | {"frequencies": f"captions of {examples} scenes"}
+    return result
+
+
+def _perturbed(
+    model: CLIPMapper,
+    drawn: Examples,
+    modality: Sequence[str],
+    methods: Sequence[str],
+    *,
+    regenerated: int,
+    batch: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """By modality (or `ANEW`), what is measured: [methods, signs, steps, examples]."""
+    graph, parameters = nnx.split(model)
+    examples = len(drawn.inputs["text"])
+    counts = dict.fromkeys(modality, examples)
+    if "image" in modality and drawn.references and regenerated:
+        counts[ANEW] = min(regenerated, examples)
+    sweeps = {name: sweep_program(graph, drawn, name) for name in counts}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in counts}
+    for start in trange(0, examples, batch, desc="perturbing", unit="batch"):
+        # One size compiles once: the last batch begins again with the first examples.
+        rows = np.arange(start, start + batch) % examples
+        inputs = jax.tree.map(lambda x: x[rows], drawn.inputs)  # noqa: B023
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        relevance = relevance_by_method(model, inputs, methods, key)
+        for name in (name for name, count in counts.items() if start < count):
+            one = "image" if name == ANEW else name
+            stacked = jnp.stack([relevance[method][STREAMS[one]] for method in methods])
+            removable = jnp.asarray(drawn.removable[one][rows])
+            found[name].append(np.asarray(sweeps[name](parameters, inputs, stacked, removable)))
+    values = {name: np.concatenate(x, axis=3)[:, :, :, : counts[name]] for name, x in found.items()}
+    if ANEW in values:
+        assert isinstance(model, CLIPMapperCaption)
+        values[ANEW] = caption_scores(model, values[ANEW], drawn.references)
+    return values
+
+
+def caption_scores(
+    model: CLIPMapperCaption,
+    ids: Float[np.ndarray, "methods signs steps examples tokens"],
+    references: Sequence[References],
+) -> Float[np.ndarray, "methods signs steps examples"]:
+    """CIDEr-D (0 to 10) of captions against their scenes' references.
+
+    Args:
+      model: that wrote them.
+      ids: the captions, as `jaxrel.metrics.perturbation.sweep_indices` returns them.
+      references: of each example, and of more scenes, whose words count in the frequencies.
+
+    Returns:
+      Scores, NaN where ids are.
+    """
+    cider = CiderD.from_references(references)
+    written = np.isfinite(ids).all(-1)
+    ids = np.where(written[..., None], ids, 0).astype(np.int32)
+    scores = np.full(written.shape, np.nan)
+    for i, picture in zip(range(ids.shape[3]), references, strict=False):
+        # Methods and steps have many captions in common.
+        different, which = np.unique(
+            ids[:, :, :, i].reshape(-1, ids.shape[-1]), axis=0, return_inverse=True
+        )
+        captions = [tokenise(caption) for caption in model.sentences(different)]
+        weighed = [cider.weigh(tokens) for tokens in picture]
+        found = cider.score(captions, [weighed] * len(captions))
+        scores[..., i] = found[which.reshape(written.shape[:-1])]
+    return np.where(written, scores, np.nan)
+
+
+def relevance_by_method(
+    model: CLIPMapper, inputs: Mapping[str, Any], methods: Sequence[str], key: Array
+) -> dict[str, dict[str, Array]]:
+    """{method: {stream: relevance [rows, tokens]}} for names as in `METHODS`."""
+    plain = tuple(one for one in methods if one != "random" and "," not in one)
+    found = token_relevance(model, inputs, method=plain) if plain else {}
+    for method in methods:
+        if method == "random":
+            rows, tokens = inputs["text"].shape
+            patches = model.config.clip.vision.tokens
+            found[method] = {
+                "vision": perturbation.random_relevance(key, (rows, patches)),
+                "text": perturbation.random_relevance(jax.random.fold_in(key, 1), (rows, tokens)),
+            }
+        elif "," in method:
+            name, measure = method.split(", ")
+            one = token_relevance(model, inputs, method=(name,), importance=measure)
+            found[method] = one[name]
+    return found
+
+
+def sweep_program(graph: Any, drawn: Examples, name: str) -> Callable:
+    """A program that measures one batch: patches are left out, and words are hidden.
+
+    What stays the same at every step is made once: the text's tokens in stage 1 where patches
+    go, the picture's where words do.
+    """
+
+    @jax.jit
+    def sweep_image(parameters, inputs, relevance, removable):
+        model = nnx.merge(graph, parameters)
+        image, text = jnp.asarray(inputs["image"]), jnp.asarray(inputs["text"])
+        encoded, _ = model.encode_text(text)
+
+        def measured(kept):
+            tokens, _ = model.encode_image(image, kept)
+            words, _ = model.map(tokens, text, encoded=encoded)
+            return drawn.measured(model, words, inputs)
+
+        return perturbation.sweep_indices(measured, relevance, patches)
+
+    @jax.jit
+    def sweep_anew(parameters, inputs, relevance, removable):
+        model, image = nnx.merge(graph, parameters), jnp.asarray(inputs["image"])
+        return perturbation.sweep_indices(
+            lambda kept: model.generate(image, kept), relevance, patches
+        )
+
+    @jax.jit
+    def sweep_text(parameters, inputs, relevance, removable):
+        model = nnx.merge(graph, parameters)
+        tokens, _ = model.encode_image(jnp.asarray(inputs["image"]))
+
+        def measured(keep):
+            words, _ = model.map(tokens, jnp.asarray(inputs["text"]), text_keep=keep)
+            return drawn.measured(model, words, inputs)
+
+        return perturbation.sweep(measured, relevance, removable)
+
+    if name == "text":
+        return sweep_text
+    # Pictures have the same patches.
+    patches = drawn.removable["image"][0]
+    return sweep_anew if name == ANEW else sweep_image
+
+
+def draw_examples(model: CLIPMapper, **options: Any) -> list[Examples]:
+    """Questions or captions, as the model has it; see `question_examples`, `caption_examples`."""
+    if isinstance(model, CLIPMapperVQA):
+        check_answers(model)
+        return [question_examples(model, **options)]
+    if isinstance(model, CLIPMapperCaption):
+        return caption_examples(model, **options)
+    raise TypeError(f"expected a CLIPMapperVQA or CLIPMapperCaption, got {type(model).__name__}")
+
+
+def question_examples(
+    model: CLIPMapperVQA, *, data_seed: int, split: str, count: int, seed: int, batch: int
+) -> Examples:
+    """One question for each scene."""
+    data, rng = Shapes(seed=data_seed), np.random.default_rng(seed)
+    asked = []
+    for i in trange(count, desc="drawing", leave=False):
+        scene = data.scene(split, i)
+        asked.append((scene, scene.questions[int(rng.integers(len(scene.questions)))]))
+    parts = [
+        model.pairs(model_inputs(model, asked[start : start + batch]))
+        for start in range(0, count, batch)
+    ]
+    inputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    inputs["truth"] = answer_indices(model, asked)
+    content = jax.device_get(model.content(inputs))
+
+    def right(model: CLIPMapperVQA, words: Array, inputs: Any) -> Array:
+        answer = model.answer_logits(words, jnp.asarray(inputs["text"])).argmax(-1)
+        return (answer == inputs["truth"]).astype(jnp.float32)
+
+    return Examples(
+        inputs,
+        {"image": content["vision"], "text": content["text"]},
+        "the model's own answer",
+        "share of right answers",
+        right,
+    )
+
+
+def caption_examples(
+    model: CLIPMapperCaption, *, data_seed: int, split: str, count: int, seed: int, batch: int
+) -> list[Examples]:
+    """The model's own caption of each scene, and one word of it, from the fifth on."""
+    data, rng = Shapes(seed=data_seed), np.random.default_rng(seed)
+    parts, references, made, index = [], [], 0, 0
+    with tqdm(total=count, desc="captioning", leave=False) as bar:
+        while made < count:
+            scenes = [data.scene(split, i) for i in range(index, index + batch)]
+            index += batch
+            inputs = model.prepare(image=[scene.image for scene in scenes])
+            words = np.asarray(model.content(inputs)["text"]).sum(-1)
+            chosen = np.flatnonzero(words >= FIRST)[: count - made]
+            part = {name: np.asarray(value)[chosen] for name, value in inputs.items()}
+            part["position"] = rng.integers(FIRST, words[chosen] + 1).astype(np.int32)
+            parts.append(part)
+            references += [[tokenise(c.text) for c in scenes[i].captions] for i in chosen]
+            made += len(chosen)
+            bar.update(len(chosen))
+            if not len(chosen) and index > 10 * count:
+                raise ValueError(
+                    f"perturbation: the model's captions have fewer than {FIRST} words; it is not "
+                    "trained"
+                )
+    inputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    captions = {name: inputs[name] for name in ("image", "text")}
+    whole = jax.device_get(dict(model.pairs(captions, "caption")))
+    content = jax.device_get(model.content(inputs))
+    # What the word is predicted from stays.
+    columns = np.arange(content["text"].shape[1])
+    text = content["text"] & (columns < inputs["position"][:, None] - 1)
+
+    def of_word(model: CLIPMapperCaption, words: Array, inputs: Any) -> Array:
+        row, position = jnp.arange(len(words)), jnp.asarray(inputs["position"])
+        log_probability = jax.nn.log_softmax(model.word_logits(words)[row, position - 1])
+        return log_probability[row, jnp.asarray(inputs["text"])[row, position]]
+
+    def of_caption(model: CLIPMapperCaption, words: Array, inputs: Any) -> Array:
+        logits, text = model.word_logits(words), jnp.asarray(inputs["text"])
+        return model.mean_log_probability(logits, text)
+
+    return [
+        Examples(
+            whole,
+            {"image": content["vision"]},
+            "the model's own caption as a whole: the mean of its words' logits",
+            "mean log-probability of the model's own caption",
+            of_caption,
+            references,
+        ),
+        Examples(
+            inputs,
+            {"text": text},
+            "one word of the model's own caption",
+            "log-probability of the model's own word",
+            of_word,
+        ),
+    ]
+
+
+def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a result: JSON, a Markdown table and the curves for each modality or measure.
+
+    Args:
+      result: of `evaluate`, or with a "model" beside the settings.
+      folder: made if it is not there.
+
+    Returns:
+      The files.
+
+    Raises:
+      ImportError: matplotlib is not installed (extra `report`); JSON and tables are written.
+    """
+    from jaxrel.report.curves import curves
+
+    files = []
+    for one, summary in result.items():
+        name = f"perturbation-{summary['task']}-{one}"
+        data = json.dumps(summary, indent=1).encode()
+        table = perturbation.markdown(summary).encode()
+        for suffix, content in ((".json", data), (".md", table)):
+            files.append(folder / f"{name}{suffix}")
+            write_atomically(files[-1], content)
+    for one, summary in result.items():
+        files.append(folder / f"perturbation-{summary['task']}-{one}.png")
+        curves(summary, files[-1])
+    return files

@@ -1,0 +1,258 @@
+"""How well a CLIPmapper answers questions about Shapes, and where its relevance lies."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Bool, Int
+from tqdm.auto import trange
+
+from jaxrel.explanations.explain import TWO_STREAM, explain
+from jaxrel.metrics import Interval, bootstrap, bootstrap_ratio, chance, hits, share_inside
+from jaxrel.models.clipmapper import CLIPMapperVQA
+from jaxrel.train.data.shapes import Scene, Shapes, answers
+from jaxrel.train.data.shapes.questions import ANSWERS, Question
+from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE
+from jaxrel.train.recipes.settings import VqaShapes, changed_flags
+
+# What points at objects of the picture: the answer is read off them.
+LOCATED = ("colour", "shape", "size")
+
+Asked = Sequence[tuple[Scene, Question]]
+
+
+def evaluate(
+    model: CLIPMapperVQA,
+    *,
+    data_seed: int = 0,
+    split: str = "test",
+    scenes: int = 2048,
+    located: int = 256,
+    batch: int = 64,
+) -> dict[str, Any]:
+    """Judge a model on held-out scenes: accuracy by kind of question, and where relevance lies.
+
+    Accuracy is also given with the picture withheld (all its patches hidden from attention):
+    then it should be that of always giving the most frequent answer of the kind. Localisation:
+    the share of each method's relevance inside the object that a question about a colour, a
+    shape or a size names, where the answer is right, and the pointing game.
+
+    Args:
+      model: one that knows Shapes' words and answers.
+      data_seed: of the Shapes data set.
+      split: of the data set.
+      scenes: how many; each with all its questions.
+      located: how many questions serve localisation.
+      batch: questions at a time.
+
+    Returns:
+      `protocol`, `accuracy`, `localisation` with means and bootstrap 95% intervals.
+
+    Raises:
+      ValueError: no scenes, or the model is made for other answers.
+    """
+    if scenes < 1:
+        raise ValueError(f"scenes must be at least 1, got {scenes}")
+    check_answers(model)
+    data = Shapes(seed=data_seed)
+    drawn = [data.scene(split, i) for i in trange(scenes, desc="drawing", leave=False)]
+    asked = [(scene, question) for scene in drawn for question in scene.questions]
+    right = _right(model, asked, batch, withheld=False)
+    blind = _right(model, asked, batch, withheld=True)
+    return {
+        "protocol": "vqa-shapes/1",
+        "split": split,
+        "data_seed": data_seed,
+        "scenes": scenes,
+        "questions": len(asked),
+        "accuracy": _by_kind(asked, right),
+        "picture withheld": _by_kind(asked, blind),
+        "most frequent answer": _most_frequent(asked),
+        "localisation": _localisation(model, asked, right, located, batch),
+    }
+
+
+def model_inputs(model: CLIPMapperVQA, asked: Asked) -> dict[str, Any]:
+    """Pictures and questions as the model's inputs."""
+    return model.prepare(
+        image=[scene.image for scene, _ in asked], text=[question.text for _, question in asked]
+    )
+
+
+def check_answers(model: CLIPMapperVQA) -> None:
+    """Raise ValueError unless the model has all answers of Shapes."""
+    unknown = sorted(set(answers()) - set(model.config.answers))
+    if unknown:
+        raise ValueError(
+            f"the model does not know the answers {', '.join(unknown)}; it was not made for Shapes"
+        )
+
+
+def answer_indices(model: CLIPMapperVQA, asked: Asked) -> Int[np.ndarray, " questions"]:
+    """The right answers, as the model numbers them."""
+    index = {answer: i for i, answer in enumerate(model.config.answers)}
+    return np.asarray([index[question.answer] for _, question in asked], np.int32)
+
+
+@jax.jit
+def best_answers(model: CLIPMapperVQA, inputs: Any) -> jax.Array:
+    """The index of the most probable answer to each question."""
+    return model(inputs).argmax(-1)
+
+
+def _right(
+    model: CLIPMapperVQA, asked: Asked, batch: int, *, withheld: bool
+) -> Bool[np.ndarray, " questions"]:
+    found = []
+    truth = answer_indices(model, asked)
+    # What does not fill the last batch is answered together with what is there twice.
+    padded = [*asked, *([asked[0]] * (-len(asked) % batch))]
+    for start in trange(0, len(padded), batch, desc="answering", leave=False):
+        inputs = model_inputs(model, padded[start : start + batch])
+        if withheld:
+            keep = np.arange(model.config.clip.vision.tokens) == 0
+            inputs["image_keep"] = jnp.broadcast_to(jnp.asarray(keep), (batch, len(keep)))
+        found.append(np.asarray(best_answers(model, inputs)))
+    return np.concatenate(found)[: len(asked)] == truth
+
+
+def _by_kind(asked: Asked, right: Bool[np.ndarray, " questions"]) -> dict[str, Any]:
+    kinds = np.asarray([question.kind for _, question in asked])
+    # A scene has one question of a kind at most; all its questions are not independent.
+    _, scene = np.unique([scene.index for scene, _ in asked], return_inverse=True)
+    found = {"all": bootstrap_ratio(np.bincount(scene, right), np.bincount(scene))}
+    for kind in ANSWERS:
+        if (kinds == kind).any():
+            found[kind] = bootstrap(right[kinds == kind])
+    return {kind: interval._asdict() for kind, interval in found.items()}
+
+
+def _most_frequent(asked: Asked) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for kind in ANSWERS:
+        given = [question.answer for _, question in asked if question.kind == kind]
+        if given:
+            shares[kind] = max(given.count(answer) for answer in set(given)) / len(given)
+    return shares
+
+
+def _localisation(
+    model: CLIPMapperVQA,
+    asked: Asked,
+    right: Bool[np.ndarray, " questions"],
+    count: int,
+    batch: int,
+) -> dict[str, Any]:
+    chosen = [
+        one
+        for one, fine in zip(asked, right, strict=True)
+        if fine and one[1].kind in LOCATED and len(one[0].objects) > 1
+    ]
+    batch = min(batch, len(chosen), count)
+    # Batches of one size compile once; what does not fill the last one is left out.
+    chosen = chosen[: min(count, len(chosen)) // max(batch, 1) * batch]
+    if not chosen:
+        return {"examples": 0}
+    truth = np.stack([scene.masks[question.objects[0]] for scene, question in chosen])
+    inside: dict[str, list[np.ndarray]] = {method: [] for method in TWO_STREAM}
+    points: dict[str, list[np.ndarray]] = {method: [] for method in TWO_STREAM}
+    for start in trange(0, len(chosen), batch, desc="relevance", leave=False):
+        rows = slice(start, start + batch)
+        images = [scene.image for scene, _ in chosen[rows]]
+        texts = [question.text for _, question in chosen[rows]]
+        for one in explain(model, image=images, text=texts, method=TWO_STREAM):
+            inside[one.method].append(share_inside(one.image, truth[rows]))
+            points[one.method].append(hits(one.image, truth[rows]))
+    shares = {method: np.concatenate(found) for method, found in inside.items()}
+    return {
+        "examples": len(chosen),
+        "chance": bootstrap(chance(truth))._asdict(),
+        "share inside": {m: bootstrap(x)._asdict() for m, x in shares.items()},
+        "share inside less equal's": {
+            m: bootstrap(x - shares["equal"])._asdict() for m, x in shares.items() if m != "equal"
+        },
+        "pointing game": {m: bootstrap(np.concatenate(x))._asdict() for m, x in points.items()},
+    }
+
+
+def localisation_table(found: dict[str, Any]) -> str:
+    """Markdown rows of shares inside, their differences from equal's, and pointing games."""
+    paired = found["share inside less equal's"]
+    rows = [
+        "| method | share inside | less equal's | pointing game |",
+        "|---|---|---|---|",
+    ]
+    for method, share in found["share inside"].items():
+        less = str(Interval(**paired[method])) if method in paired else ""
+        point = Interval(**found["pointing game"][method])
+        rows.append(f"| {method} | {Interval(**share)} | {less} | {point} |")
+    return "\n".join(rows)
+
+
+def card(folder: Path, result: dict[str, Any]) -> str:
+    """The model card: what the model is, how it was made, and what `evaluate` found.
+
+    Args:
+      folder: as `train_vqa` wrote it.
+      result: of `evaluate`.
+
+    Raises:
+      FileNotFoundError: the folder has no settings.json.
+    """
+    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    local = result["localisation"]
+    rows = [
+        f"| {kind} | {Interval(**found)} | {Interval(**result['picture withheld'][kind])} "
+        f"| {_share(result['most frequent answer'].get(kind))} |"
+        for kind, found in result["accuracy"].items()
+    ]
+    return CARD.format(
+        flags=changed_flags(VqaShapes(), settings),
+        rows="\n".join(rows),
+        split=result["split"],
+        tested=result["scenes"],
+        questions=result["questions"],
+        examples=local["examples"],
+        chance=Interval(**local["chance"]) if local["examples"] else "-",
+        localisation=localisation_table(local) if local["examples"] else "",
+        **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch", "stage1")},
+    )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+CARD = """\
+# vqa-shapes
+
+A CLIPmapper that answers questions about 64x64 pictures of coloured shapes: the model that
+`jaxrel explain --question` uses when none is named. It knows the words and the 26 answers of the
+Shapes grammar and nothing of photographs.
+
+    jaxrel train vqa-shapes{flags} --out models/pretrained/vqa-shapes
+    jaxrel evaluate vqa-shapes --model models/pretrained/vqa-shapes --card
+
+Stage 1 began as {stage1}. Trained on {scenes} scenes of the split `train` (data seed {data_seed}),
+{steps} steps of {batch} pictures with all their questions; settings.json has every setting,
+train.jsonl the loss.
+
+Judged on the split `{split}` ({tested} scenes, {questions} questions), with bootstrap 95%
+intervals. With the picture withheld all patches are hidden from attention; the last column is the
+share of the most frequent answer.
+
+| questions | accuracy | picture withheld | most frequent answer |
+|---|---|---|---|
+{rows}
+
+Relevance for rightly answered questions about the colour, shape or size of one object of several
+({examples} questions): the share inside the object's mask, the same less equal accumulation's on
+the same questions, and how often the most relevant point is on the object (pointing game). A map
+without information has the mask's share of the picture inside: {chance}.
+
+{localisation}
+"""

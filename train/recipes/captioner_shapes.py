@@ -1,0 +1,263 @@
+"""Recipes `gridtd-shapes` and `aoa-shapes`: captioners with attention, trained on Shapes.
+
+All is learnt from nothing, on two CPU cores. The training split is biased: in nine of ten scenes
+with a heart there is a star, in nine of ten with a circle it is red, and so on. On `biased_test`
+none of this holds, and what the models say because they are used to it is hallucinated.
+
+While training, the loss of naming the object that each position of the features shows (colour,
+shape, size, or background) is added, by a linear layer that is then thrown away: it makes the
+encoder tell objects apart many times sooner than words do. Captions are learnt without their
+punctuation.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array
+from tqdm.auto import trange
+
+from jaxrel.metrics import Interval
+from jaxrel.models.captioner import Captioner
+from jaxrel.models.checkpoint import check_new_folder
+from jaxrel.models.processor import Processor, image_processing
+from jaxrel.models.tokenizer import word_tokenizer
+from jaxrel.train.data.shapes import Shapes, vocabulary
+from jaxrel.train.evaluate import captions
+from jaxrel.train.recipes.captioner import caption_loss, new_config, train_captioner
+from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE, normalise
+from jaxrel.train.recipes.mapper_shapes import (
+    CAPTIONS,
+    SIDE,
+    PatchNames,
+    caption_texts,
+    shown_by_patch,
+)
+from jaxrel.train.recipes.settings import CaptionerShapes, changed_flags
+
+
+def new_model(recipe: CaptionerShapes) -> Captioner:
+    """The untrained model, with its tokenizer and picture preprocessing.
+
+    Raises:
+      ValueError: a size is out of range, or the picture is too small for the poolings.
+    """
+    tokenizer = word_tokenizer(vocabulary(), recipe.context)
+    config = new_config(recipe, vocab_size=len(tokenizer), image_size=SIDE)
+    processor = Processor(tokenizer, image_processing(SIDE))
+    return Captioner(config, rngs=nnx.Rngs(recipe.seed), processor=processor)
+
+
+class Examples:
+    """Scenes with one caption each; five times as many examples as scenes.
+
+    Example i is scene i modulo their number, with a caption that i draws.
+
+    Args:
+      recipe: the settings.
+      model: whose tokenizer and grid count.
+
+    Attributes:
+      text: token ids of all captions, [scenes, 5, tokens].
+    """
+
+    def __init__(self, recipe: CaptionerShapes, model: Captioner) -> None:
+        data, count = Shapes(seed=recipe.data_seed), recipe.scenes
+        grid = model.config.grid
+        assert grid is not None
+        self._images = np.empty((count, SIDE, SIDE, 3), np.uint8)
+        self._shown = np.empty((count, model.config.positions, 3), np.int8)
+        texts: list[str] = []
+        for i in trange(count, desc=f"drawing {recipe.split} scenes", unit="scene", leave=False):
+            scene = data.scene(recipe.split, i)
+            self._images[i], self._shown[i] = scene.image, shown_by_patch(scene, grid)
+            texts += caption_texts(scene)
+        ids = model.processor.text(texts, recipe.context).astype(np.int16)
+        self.text = ids.reshape(count, CAPTIONS, -1)
+        self._seed, self._full = recipe.seed, recipe.full
+
+    def __len__(self) -> int:
+        return CAPTIONS * len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self._seed, index))
+        # The first two captions of a scene name every object.
+        low, high = (0, 2) if rng.random() < self._full else (2, CAPTIONS)
+        scene = index % len(self._images)
+        return {
+            "id": np.int64(index),
+            "image": self._images[scene],
+            "shown": self._shown[scene],
+            "text": self.text[scene, rng.integers(low, high)],
+        }
+
+
+def loss(
+    parts: dict[str, Any],
+    batch: dict[str, Array],
+    key: Array,
+    *,
+    patch_loss: float,
+) -> tuple[Array, dict[str, Array]]:
+    """The loss of the words, and that of naming what each position shows.
+
+    Args:
+      parts: "model", and "names", a `PatchNames`.
+      batch: as `Examples` makes it.
+      key: for dropout.
+      patch_loss: weight of the names.
+
+    Returns:
+      The sum, and {"accuracy": the share of words that are foreseen, "patches": the loss of the
+      names}.
+    """
+    model = parts["model"]
+    features = model.encode(normalise(batch["image"]))
+    value, metrics = caption_loss(model, features, batch["text"], key)
+    # The head leaves out the first token, in a CLIP that of the class.
+    named = parts["names"].loss(jnp.pad(features, ((0, 0), (1, 0), (0, 0))), batch["shown"])
+    return value + patch_loss * named, metrics | {"patches": named}
+
+
+def train(recipe: CaptionerShapes, folder: Path) -> Captioner:
+    """Train on one caption of each picture of a batch; see `train_captioner`.
+
+    Args:
+      recipe: the settings.
+      folder: where the model goes.
+
+    Raises:
+      FileExistsError: the folder exists and is no model folder; said before any work.
+      ValueError, FloatingPointError, OSError: see `new_model` and `fit`.
+    """
+    check_new_folder(folder)
+    model = new_model(recipe)
+    grid = model.config.grid
+    assert grid is not None
+    names = PatchNames(model.config.features, grid, rngs=nnx.Rngs(recipe.seed))
+
+    def weighed(parts: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        return loss(parts, batch, key, patch_loss=recipe.patch_loss)
+
+    return train_captioner(
+        recipe,
+        folder,
+        {"model": model, "names": names},
+        weighed,
+        Examples(recipe, model),
+        name=f"{recipe.kind}-shapes",
+    )
+
+
+def evaluate(
+    model: Captioner,
+    *,
+    data_seed: int = 0,
+    split: str = "biased_test",
+    scenes: int = 2048,
+    batch: int = 64,
+) -> dict[str, Any]:
+    """Judge a model on a split, and beside it on `test`, which has no bias.
+
+    Args:
+      model: one that knows Shapes' words.
+      data_seed: of the Shapes data set.
+      split: of the data set.
+      scenes: how many of each split.
+      batch: pictures at a time.
+
+    Returns:
+      `protocol`, and `splits`: for each what `captions.evaluate` returns.
+
+    Raises:
+      ValueError: no scenes, or no such split.
+    """
+    judged = {
+        name: captions.evaluate(model, data_seed=data_seed, split=name, scenes=scenes, batch=batch)
+        for name in dict.fromkeys((split, "test"))
+    }
+    return {"protocol": "captioner-shapes/1", "splits": judged}
+
+
+def card(folder: Path, result: dict[str, Any], *, recipe: type[CaptionerShapes]) -> str:
+    """The model card: what the model is, how it was made, and what `evaluate` found.
+
+    Args:
+      folder: as `train` wrote it.
+      result: of `evaluate`.
+      recipe: whose settings made it.
+
+    Raises:
+      FileNotFoundError: the folder has no settings.json.
+    """
+    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    judged = result["splits"]
+    first = next(iter(judged.values()))
+    return CARD.format(
+        kind=recipe.kind,
+        what=_WHAT[recipe.kind],
+        flags=changed_flags(recipe(), settings),
+        splits=" | ".join(f"`{name}`" for name in judged),
+        columns="---|" * len(judged),
+        truth=table_rows([one["truth"] for one in judged.values()]),
+        hallucination=table_rows([one["hallucination"] for one in judged.values()]),
+        cider=table_rows([{"CIDEr-D (times 10)": one["CIDEr-D"]} for one in judged.values()]),
+        tested=first["scenes"],
+        among=first["split"],
+        examples="\n".join(f"- {caption}" for caption in first["examples"]),
+        **{name: settings[name] for name in ("split", "data_seed", "scenes", "steps", "batch")},
+    )
+
+
+def table_rows(tables: list[dict[str, Any]]) -> str:
+    """Lines of a table with a column per split; "" where there was nothing to take a share of."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    shown = {
+        name: [str(Interval(**table[name])) if name in table else "" for table in tables]
+        for name in names
+    }
+    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in shown.items())
+
+
+_WHAT = {
+    "gridtd": "adaptive attention with a visual sentinel and two LSTMs (Ada-LSTM there)",
+    "aoa": "multi-head attention behind a gate and one LSTM (MH-FC there)",
+}
+
+CARD = """\
+# {kind}-shapes
+
+A captioner of 64x64 pictures of coloured shapes, as in Sun et al. 2022: a VGG,
+{what}.
+It is made to study hallucinated words: in `biased_train` some shapes and colours go together, in
+`biased_test` they never do, and `test` has no bias. It knows the words of the Shapes grammar and
+nothing of photographs.
+
+    jaxrel train {kind}-shapes{flags} --out models/pretrained/{kind}-shapes
+    jaxrel evaluate {kind}-shapes --model models/pretrained/{kind}-shapes --card
+
+Trained from nothing on {scenes} scenes of the split `{split}` (data seed {data_seed}), {steps}
+steps of {batch} pictures with one caption each; settings.json has every setting, train.jsonl the
+loss.
+
+Its greedy captions, judged on {tested} scenes of each split, with bootstrap 95% intervals:
+
+| share of | {splits} |
+|---|{columns}
+{truth}
+{hallucination}
+
+| against five references | {splits} |
+|---|{columns}
+{cider}
+
+A stated object is not there if no object of the scene is as described; CHAIR (Rohrbach et al.
+2018) looks at its shape alone.
+
+The first captions on `{among}` (punctuation was taken out of the training captions):
+
+{examples}
+"""

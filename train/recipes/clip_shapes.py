@@ -1,0 +1,322 @@
+"""Recipe `clip-shapes`: a small CLIP, trained on Shapes from nothing, on two CPU cores.
+
+The contrastive loss is CLIP's (Radford et al. 2021): in a batch of pictures with one caption
+each, every picture shall find its caption, and every caption its picture.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+from tqdm.auto import tqdm, trange
+
+from jaxrel.explanations.explain import METHODS, explain
+from jaxrel.metrics import Interval, bootstrap, chance, hits, share_inside
+from jaxrel.models.checkpoint import check_new_folder
+from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from jaxrel.models.processor import Processor, image_processing
+from jaxrel.models.tokenizer import word_tokenizer
+from jaxrel.train.data.shapes import Scene, Shapes, vocabulary
+from jaxrel.train.data.shapes.language import with_article
+from jaxrel.train.recipes.settings import ClipShapes, changed_flags
+
+CAPTIONS = 5
+SETTINGS_FILE = "settings.json"
+
+
+def new_model(recipe: ClipShapes) -> CLIP:
+    """The untrained model, with its tokenizer and picture preprocessing."""
+    tower: dict[str, Any] = {
+        "width": recipe.width,
+        "heads": recipe.heads,
+        "mlp_width": 4 * recipe.width,
+    }
+    tokenizer = word_tokenizer(vocabulary(), recipe.context)
+    config = CLIPConfig(
+        vision=VisionConfig(
+            layers=recipe.vision_layers, image_size=64, patch_size=recipe.patch_size, **tower
+        ),
+        text=TextConfig(
+            layers=recipe.text_layers,
+            vocab_size=len(tokenizer),
+            context=recipe.context,
+            eos_token_id=tokenizer.eos_token_id,
+            **tower,
+        ),
+        projection=recipe.projection,
+    )
+    processor = Processor(tokenizer, image_processing(config.vision.image_size))
+    return CLIP(config, rngs=nnx.Rngs(recipe.seed), processor=processor)
+
+
+def normalise(image: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch height width 3"]:
+    """Pixels as `image_processing` hands them to the model, when nothing need be resized."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def load(
+    recipe: ClipShapes, model: CLIP, split: str, count: int
+) -> tuple[UInt8[np.ndarray, "scenes 64 64 3"], Int[np.ndarray, "scenes 5 tokens"]]:
+    """Draw scenes: their pictures, and the token ids of their captions."""
+    data = Shapes(seed=recipe.data_seed)
+    images = np.empty((count, 64, 64, 3), np.uint8)
+    captions: list[str] = []
+    for i in trange(count, desc=f"drawing {split} scenes", unit="scene", leave=False):
+        scene = data.scene(split, i)
+        images[i] = scene.image
+        captions += [caption.text for caption in scene.captions]
+    ids = model.processor.text(captions, recipe.context)
+    return images, ids.astype(np.int16).reshape(count, CAPTIONS, -1)
+
+
+def contrastive_loss(model: CLIP, image: Array, text: Array) -> Float[Array, ""]:
+    """Mean cross-entropy of finding the caption and of finding the picture."""
+    logits = model({"image": normalise(image), "text": text.astype(jnp.int32)})["logits_per_image"]
+    labels = jnp.arange(len(logits))
+    losses = optax.softmax_cross_entropy_with_integer_labels
+    return (losses(logits, labels).mean() + losses(logits.T, labels).mean()) / 2
+
+
+def optimiser(recipe: ClipShapes) -> optax.GradientTransformation:
+    """AdamW with a warm-up and a cosine; only matrices decay."""
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, recipe.learning_rate, min(recipe.warmup, recipe.steps // 2), recipe.steps
+    )
+
+    def matrices(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b2=0.98, weight_decay=recipe.weight_decay, mask=matrices),
+    )
+
+
+def train(recipe: ClipShapes, folder: Path) -> CLIP:
+    """Train, and write the model, its settings and `train.jsonl` into a folder.
+
+    `train.jsonl` has one line per `log_every` steps: the step and the mean loss since the last.
+
+    Args:
+      recipe: the settings.
+      folder: where the model goes; a model that is there is replaced at the end, not before.
+
+    Returns:
+      The trained model.
+
+    Raises:
+      FileExistsError: the folder exists and is no model folder; said before any work.
+      FloatingPointError: the loss is no longer finite; nothing is written.
+    """
+    check_new_folder(folder)
+    model = new_model(recipe)
+    images, texts = load(recipe, model, "train", recipe.scenes)
+    graph, params = nnx.split(model)
+    transform = optimiser(recipe)
+
+    @jax.jit
+    def step(params: Any, state: Any, image: Array, text: Array) -> Any:
+        def loss(params):
+            return contrastive_loss(nnx.merge(graph, params), image, text)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = transform.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, value
+
+    state = transform.init(params)
+    rng = np.random.default_rng(recipe.seed)
+    log: list[dict[str, float]] = []
+    losses: list[Any] = []
+    progress = tqdm(range(1, recipe.steps + 1), desc="clip-shapes", unit="step")
+    for number in progress:
+        rows = rng.choice(recipe.scenes, recipe.batch, replace=False)
+        which = _choose_captions(rng, recipe)
+        params, state, value = step(params, state, images[rows], texts[rows, which])
+        losses.append(value)
+        if number % recipe.log_every == 0 or number == recipe.steps:
+            mean = float(np.mean(jax.device_get(losses)))
+            losses.clear()
+            if not np.isfinite(mean):
+                raise FloatingPointError(
+                    f"clip-shapes: the loss is {mean} at step {number}; nothing was written. "
+                    f"Try a learning rate below {recipe.learning_rate}"
+                )
+            log.append({"step": number, "loss": mean})
+            progress.set_postfix(loss=f"{mean:.3f}")
+    model = nnx.merge(graph, params)
+    model.save_pretrained(folder)
+    lines = "".join(json.dumps(line) + "\n" for line in log)
+    (Path(folder) / "train.jsonl").write_text(lines, encoding="utf-8")
+    settings = json.dumps(dataclasses.asdict(recipe), indent=2)
+    (Path(folder) / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
+    return model
+
+
+def _choose_captions(rng: np.random.Generator, recipe: ClipShapes) -> Int[np.ndarray, " batch"]:
+    full = rng.random(recipe.batch) < recipe.full
+    return np.where(full, rng.integers(0, 2, recipe.batch), rng.integers(2, 5, recipe.batch))
+
+
+def evaluate(
+    model: CLIP, *, data_seed: int = 0, split: str = "test", scenes: int = 2048, among: int = 32
+) -> dict[str, Any]:
+    """Judge a model on held-out scenes: retrieval, and where the relevance lies.
+
+    Retrieval: does a picture find its full caption among `among`, and a caption its picture?
+    Localisation: for an object that a one-object phrase names uniquely ("a red circle"), the
+    share of each method's relevance inside the object's mask, and the pointing game.
+
+    Args:
+      model: a CLIP that knows Shapes' words.
+      data_seed: of the Shapes data set.
+      split: of the data set.
+      scenes: how many, a multiple of `among`; a quarter of them serve localisation.
+      among: size of the groups in which retrieval is judged.
+
+    Returns:
+      `protocol`, `retrieval`, `localisation` with means and bootstrap 95% intervals.
+
+    Raises:
+      ValueError: `scenes` is no multiple of `among`.
+    """
+    if scenes < among or scenes % among:
+        raise ValueError(f"scenes must be a multiple of {among}, got {scenes}")
+    data = Shapes(seed=data_seed)
+    drawn = [data.scene(split, i) for i in range(scenes)]
+    return {
+        "protocol": "clip-shapes/1",
+        "split": split,
+        "data_seed": data_seed,
+        "retrieval": _retrieval(model, drawn, among),
+        "localisation": _localisation(model, drawn[: max(among, scenes // 4)]),
+    }
+
+
+def _retrieval(model: CLIP, scenes: list[Scene], among: int) -> dict[str, Any]:
+    found: dict[str, list[np.ndarray]] = {"caption": [], "picture": []}
+    compare = nnx.jit(lambda model, inputs: model(inputs)["logits_per_image"])
+    for start in trange(0, len(scenes), among, desc="retrieval", leave=False):
+        group = scenes[start : start + among]
+        inputs = model.prepare(
+            image=[scene.image for scene in group],
+            text=[scene.captions[0].text for scene in group],
+        )
+        logits = np.asarray(compare(model, inputs))
+        found["caption"].append(logits.argmax(1) == np.arange(among))
+        found["picture"].append(logits.argmax(0) == np.arange(among))
+    scores = {name: bootstrap(np.concatenate(hits)) for name, hits in found.items()}
+    return {"scenes": len(scenes), "among": among, "chance": 1 / among, **_plain(scores)}
+
+
+def _localisation(model: CLIP, scenes: list[Scene]) -> dict[str, Any]:
+    phrases, images, masks = [], [], []
+    for scene in scenes:
+        for index, thing in enumerate(scene.objects):
+            alike = [o for o in scene.objects if (o.colour, o.shape) == (thing.colour, thing.shape)]
+            if len(scene.objects) > 1 and len(alike) == 1:
+                phrases.append(with_article(f"{thing.colour} {thing.shape}"))
+                images.append(scene.image)
+                masks.append(scene.masks[index])
+                break
+    truth = np.stack(masks)
+    inside: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
+    points: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
+    # Batches of one size compile once; what does not fill the last one is left out.
+    step = min(64, len(phrases))
+    used = truth[: len(phrases) - len(phrases) % step]
+    for start in trange(0, len(used), step, desc="relevance", leave=False):
+        rows = slice(start, start + step)
+        for one in explain(model, image=images[rows], text=phrases[rows], method=METHODS):
+            inside[one.method].append(share_inside(one.image, truth[rows]))
+            points[one.method].append(hits(one.image, truth[rows]))
+    shares = {method: np.concatenate(found) for method, found in inside.items()}
+    pointed = {method: np.concatenate(found) for method, found in points.items()}
+    return {
+        "examples": len(used),
+        "chance": bootstrap(chance(used))._asdict(),
+        "share inside": _plain({m: bootstrap(x) for m, x in shares.items()}),
+        "share inside less equal's": _plain(
+            {m: bootstrap(x - shares["equal"]) for m, x in shares.items() if m != "equal"}
+        ),
+        "pointing game": _plain({m: bootstrap(x) for m, x in pointed.items()}),
+    }
+
+
+def _plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float]]:
+    return {name: interval._asdict() for name, interval in intervals.items()}
+
+
+def card(folder: Path, result: dict[str, Any]) -> str:
+    """The model card: what the model is, how it was made, and what `evaluate` found.
+
+    Args:
+      folder: as `train` wrote it.
+      result: of `evaluate`.
+
+    Raises:
+      FileNotFoundError: the folder has no settings.json.
+    """
+    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    flags = changed_flags(ClipShapes(), settings)
+    retrieval, local = result["retrieval"], result["localisation"]
+    paired = local["share inside less equal's"]
+    rows = [
+        f"| {method} | {_shown(share)} | {_shown(paired[method]) if method in paired else ''} "
+        f"| {_shown(local['pointing game'][method])} |"
+        for method, share in local["share inside"].items()
+    ]
+    return CARD.format(
+        flags=flags,
+        split=result["split"],
+        **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch")},
+        caption=_shown(retrieval["caption"]),
+        picture=_shown(retrieval["picture"]),
+        tested=retrieval["scenes"],
+        among=retrieval["among"],
+        by_chance=retrieval["chance"],
+        examples=local["examples"],
+        chance=_shown(local["chance"]),
+        rows="\n".join(rows),
+    )
+
+
+def _shown(interval: dict[str, float]) -> str:
+    return str(Interval(**interval))
+
+
+CARD = """\
+# clip-shapes
+
+A small CLIP for 64x64 pictures of coloured shapes: the model that `jaxrel explain` uses when none
+is named. It knows the 75 words of the Shapes grammar and nothing of photographs.
+
+    jaxrel train clip-shapes{flags} --out models/pretrained/clip-shapes
+    jaxrel evaluate clip-shapes --model models/pretrained/clip-shapes --card
+
+Trained on {scenes} scenes of the split `train` (data seed {data_seed}), {steps} steps of {batch}
+pictures with one caption each; settings.json has every setting, train.jsonl the loss.
+
+Judged on the split `{split}`, with bootstrap 95% intervals:
+
+| retrieval among {among} ({tested} scenes, chance {by_chance:.3f}) | |
+|---|---|
+| a picture finds its caption | {caption} |
+| a caption finds its picture | {picture} |
+
+Relevance for a phrase that names one object of several, all layers ({examples} examples): the
+share inside the object's mask, the same less equal accumulation's on the same examples, and how
+often the most relevant point is on the object (pointing game). A map without information has the
+mask's share of the picture inside: {chance}.
+
+| method | share inside | less equal's | pointing game |
+|---|---|---|---|
+{rows}
+"""
