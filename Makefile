@@ -33,7 +33,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# Errors in a cell fail; the executed copies, with their pictures, go to $(OUT).
+# Errors in a cell fail; the executed copies, with their images, go to $(OUT).
 EXECUTE = $(BIN)/jupyter execute --timeout=600 --output='$(abspath $(OUT))/{notebook_name}'
 NOTEBOOKS := $(filter-out colab/batch_tpu.ipynb,$(wildcard colab/*.ipynb))
 

@@ -236,15 +236,15 @@ def guided_grad_cam(fun: Callable, layer: str, *, argnums: int = 0) -> Callable:
     """Guided backpropagation times Grad-CAM (Selvaraju et al. 2017, section 3.2).
 
     The details are those of `guided_backprop`, the place is that of `grad_cam`, resized to the
-    picture bilinearly. Two forward and two backward passes.
+    image bilinearly. Two forward and two backward passes.
 
     Args:
       fun: as in `grad_cam`, with feature maps `[batch, h, w, channels]`.
       layer: the tag's name.
-      argnums: the argument that holds the picture, `[batch, height, width, channels]`.
+      argnums: the argument that holds the image, `[batch, height, width, channels]`.
 
     Returns:
-      A function `(*args, seed=None)`, which returns relevance of the picture's shape. See the
+      A function `(*args, seed=None)`, which returns relevance of the image's shape. See the
       module for the seed.
 
     Raises:
@@ -258,7 +258,7 @@ def guided_grad_cam(fun: Callable, layer: str, *, argnums: int = 0) -> Callable:
         shape = getattr(details, "shape", None)
         if shape is None or len(shape) != 4:
             raise ValueError(
-                "guided_grad_cam: the explained argument must be pictures [batch, height, width, "
+                "guided_grad_cam: the explained argument must be images [batch, height, width, "
                 f"channels], got {jax.tree.map(jnp.shape, details)}"
             )
         place = _grad_cam("guided_grad_cam", fun, layer, shape[1:3])(*args, seed=seed)

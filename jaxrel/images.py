@@ -1,4 +1,4 @@
-"""Reading picture files that come from anywhere: a user's folder, a download, a camera."""
+"""Reading image files that come from anywhere: a user's folder, a download, a camera."""
 
 import os
 import re
@@ -19,7 +19,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError)
 _BROKEN = (*_DAMAGE, struct.error, zlib.error, OverflowError)
 
-# EXIF orientation: how the camera was held, and what turns the picture upright.
+# EXIF orientation: how the camera was held, and what turns the image upright.
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,8 +32,8 @@ _UPRIGHT = {
 }
 
 
-def read_picture(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) -> Image.Image:
-    """Read a picture file as RGB, upright.
+def read_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) -> Image.Image:
+    """Read an image file as RGB, upright.
 
     The size in the header is checked before any pixel is decoded. Of an animation the first
     frame is read. Transparent parts become white. 16-bit greys are scaled to 8 bits. Colour
@@ -41,29 +41,29 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) 
 
     Args:
       path: a PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file; the content counts, not the suffix.
-      max_pixels: the largest picture accepted, height times width.
+      max_pixels: the largest image accepted, height times width.
 
     Returns:
-      A picture of mode RGB, at least 1 x 1.
+      An image of mode RGB, at least 1 x 1.
 
     Raises:
       OSError: there is no such file, or it is a folder or cannot be opened.
-      ValueError: the file is empty, no picture, cut short, damaged or too large.
+      ValueError: the file is empty, no image, cut short, damaged or too large.
     """
     path = Path(path)
     _check_file(path)
-    # Pillow warns of odd metadata and large pictures; what matters here is raised instead.
+    # Pillow warns of odd metadata and large images; what matters here is raised instead.
     with warnings.catch_warnings(), path.open("rb") as file:
         warnings.simplefilter("ignore")
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
             raise ValueError(
-                f"{path} is not a picture that can be read, or its header is damaged; "
+                f"{path} is not an image that can be read, or its header is damaged; "
                 f"give one of {', '.join(FORMATS)}"
             ) from None
         except Image.DecompressionBombError as error:
-            # Pillow refuses very large pictures itself, and tells their size only here.
+            # Pillow refuses very large images itself, and tells their size only here.
             pixels = int(re.findall(r"\d+", str(error))[0])
             limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
             raise _too_large(path, f"{pixels:,} pixels", limit) from None
@@ -81,54 +81,54 @@ def read_picture(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) 
             return _rgb(_upright(image), path)
 
 
-def read_pictures(
+def read_images(
     paths: Iterable[str | os.PathLike[str]], *, max_pixels: int = 50_000_000
 ) -> list[Image.Image]:
-    """Read several picture files, as `read_picture` does; the first bad one raises.
+    """Read several image files, as `read_image` does; the first bad one raises.
 
     Args:
       paths: the files, at least one.
-      max_pixels: the largest picture accepted, height times width.
+      max_pixels: the largest image accepted, height times width.
 
     Returns:
-      The pictures, in the order of the paths.
+      The images, in the order of the paths.
 
     Raises:
       TypeError: `paths` is a single path.
-      ValueError: there are no paths, or a file is no usable picture.
+      ValueError: there are no paths, or a file is no usable image.
       OSError: a file cannot be opened.
     """
     if isinstance(paths, str | os.PathLike):
-        raise TypeError(f"read_pictures needs a list of paths, got one: [{str(paths)!r}]")
+        raise TypeError(f"read_images needs a list of paths, got one: [{str(paths)!r}]")
     paths = list(paths)
     if not paths:
-        raise ValueError("no picture files are given; give at least one")
+        raise ValueError("no image files are given; give at least one")
     # All of them, before a large first one is decoded.
     for path in paths:
         _check_file(Path(path))
-    return [read_picture(path, max_pixels=max_pixels) for path in paths]
+    return [read_image(path, max_pixels=max_pixels) for path in paths]
 
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give a picture file, such as {path}/*.png")
+        raise IsADirectoryError(f"{path} is a folder; give an image file, such as {path}/*.png")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file; check the name of the picture")
+        raise FileNotFoundError(f"{path}: there is no such file; check the name of the image")
     if not path.is_file():
-        raise OSError(f"{path} is not a regular file; give a picture file")
+        raise OSError(f"{path} is not a regular file; give an image file")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes); give a picture file")
+        raise ValueError(f"{path} is empty (0 bytes); give an image file")
 
 
 def _too_large(path: Path, size: str, max_pixels: int) -> ValueError:
     return ValueError(
-        f"{path} is too large: {size}, at most {max_pixels:,} are read; scale the picture down "
+        f"{path} is too large: {size}, at most {max_pixels:,} are read; scale the image down "
         "(a model sees a few hundred pixels a side), or raise max_pixels if you trust the file"
     )
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged or cut short ({error}); get a whole copy of the picture")
+    return ValueError(f"{path} is damaged or cut short ({error}); get a whole copy of the image")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -158,14 +158,14 @@ def _rgb(image: Image.Image, path: Path) -> Image.Image:
     except ValueError as error:
         raise ValueError(
             f"{path} has pixels of Pillow's mode {image.mode!r}, which have no sure colour "
-            f"({error}); save it as an 8-bit RGB or grey picture"
+            f"({error}); save it as an 8-bit RGB or grey image"
         ) from error
 
 
-def seen_pictures(model: Any, image: Any, rows: int, example: Any) -> tuple[np.ndarray, ...]:
-    """By row, what the model sees of its picture."""
-    pictures = list(image) if isinstance(image, list | tuple) else [image]
-    seen = [np.asarray(model.seen(picture)) for picture in pictures]
+def seen_images(model: Any, image: Any, rows: int, example: Any) -> tuple[np.ndarray, ...]:
+    """By row, what the model sees of its image."""
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    seen = [np.asarray(model.seen(one)) for one in images]
     if example is not None:
         return tuple(seen[i] for i in np.asarray(example))
     return tuple(seen) if len(seen) == rows else tuple(seen * rows)

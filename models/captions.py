@@ -76,18 +76,17 @@ def word_rows(
     """
     words = np.asarray(words)
     if not words.all():
-        raise ValueError(f"the caption of picture {int(words.argmin())} has no words")
+        raise ValueError(f"the caption of image {int(words.argmin())} has no words")
     asked = None if target is None else positions(target)
     rows = []
     for example, count in enumerate(words):
         known = [i for i in range(1, count + 1) if shown[example][i]]
         if asked is None and not known:
-            raise ValueError(f"the tokenizer knows no word of the caption of picture {example}")
+            raise ValueError(f"the tokenizer knows no word of the caption of image {example}")
         for position in known if asked is None else asked:
             if not 1 <= position <= count:
                 raise ValueError(
-                    f"the caption of picture {example} has words 1 to {count}, and no word "
-                    f"{position}"
+                    f"the caption of image {example} has words 1 to {count}, and no word {position}"
                 )
             rows.append((example, position))
     example, position = np.asarray(rows, np.int32).T

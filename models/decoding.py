@@ -3,7 +3,7 @@
 A step function `(state, ids [rows]) -> (state, logits [rows, vocabulary])` reads one word per row.
 The leaves of its state have the rows as their first axis; rows are captions that do not depend
 on each other. Everything is pure and has static shapes, for `jax.jit`: one scan over the words
-writes the captions of all pictures.
+writes the captions of all images.
 
 At the last place of a full context only the end may stand, and its probability counts as that of
 any word. `Decoded.ended` tells such captions from those that came to an end.
@@ -59,7 +59,7 @@ class Decoded(NamedTuple):
 
     Attributes:
       ids: with start and end, padded.
-      log_probability: of the words and the end, given the picture: a sum of log-softmax values
+      log_probability: of the words and the end, given the image: a sum of log-softmax values
         over the whole vocabulary.
       ended: False where the end is there only because the context was full, and another word
         would have been more probable.
@@ -150,8 +150,8 @@ def beam_search(
 
     Args:
       step: the step function.
-      state: before the first word, one row per picture; rows of `step` are then
-        `picture * beams + beam`.
+      state: before the first word, one row per image; rows of `step` are then
+        `image * beams + beam`.
       form: how captions are written.
       beams: how many captions are open at first.
       length_penalty: the exponent of ((5 + length) / 6), which divides a caption's
@@ -159,7 +159,7 @@ def beam_search(
         2022 have it.
 
     Returns:
-      One caption per picture.
+      One caption per image.
 
     Raises:
       ValueError: `beams` is no positive integer.
@@ -187,8 +187,8 @@ def diverse_beam_search(
 
     Args:
       step: the step function.
-      state: before the first word, one row per picture; rows of `step` are then
-        `(picture * groups + group) * beams + beam`.
+      state: before the first word, one row per image; rows of `step` are then
+        `(image * groups + group) * beams + beam`.
       form: how captions are written.
       groups: how many captions are wanted.
       beams: of each group.
@@ -196,7 +196,7 @@ def diverse_beam_search(
       length_penalty: as in `beam_search`.
 
     Returns:
-      One caption per picture and group, `[pictures, groups, ...]`; the first is that of
+      One caption per image and group, `[images, groups, ...]`; the first is that of
       `beam_search`.
 
     Raises:
@@ -273,7 +273,7 @@ def _word_by_word(
 
 
 class _Beams(NamedTuple):
-    """The captions of one picture and group: those that are open, and the best one set aside.
+    """The captions of one image and group: those that are open, and the best one set aside.
 
     Captions are compared by their score, the log-probability with what diversity takes from it; a
     closed beam's is -inf. `open` says how many may be open.
@@ -297,14 +297,14 @@ def _search(
     exponent: float | None,
 ) -> Decoded:
     """Diverse beam search; with one group it is beam search."""
-    pictures, rows = _rows(state), groups * beams
+    images, rows = _rows(state), groups * beams
     state = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), state)
-    first_rows = jnp.arange(pictures * groups).reshape(pictures, groups, 1) * beams
+    first_rows = jnp.arange(images * groups).reshape(images, groups, 1) * beams
 
     def extend(carry: Any, position: Array) -> Any:
         state, open_ = carry
         state, logits = step(state, open_.ids[..., position - 1].reshape(-1))
-        logits = logits.reshape(pictures, groups, beams, -1)
+        logits = logits.reshape(images, groups, beams, -1)
         log_p, own_end = _log_probabilities(logits, form, position)
 
         def grow(counts: Array, open_: _Beams, log_p: Array, own_end: Array) -> Any:
@@ -315,14 +315,14 @@ def _search(
             return counts + chosen, (grown, parents)
 
         by_group = jax.tree.map(lambda x: x.swapaxes(0, 1), (open_, log_p, own_end))
-        none = jnp.zeros((pictures, log_p.shape[-1]))
+        none = jnp.zeros((images, log_p.shape[-1]))
         _, grown = jax.lax.scan(next_group, none, by_group)
         open_, parents = jax.tree.map(lambda x: x.swapaxes(0, 1), grown)
         taken = (first_rows + parents).reshape(-1)
         return (jax.tree.map(lambda x: x[taken], state), open_), None
 
     empty = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (pictures, groups, *x.shape)), _empty(form, beams)
+        lambda x: jnp.broadcast_to(x, (images, groups, *x.shape)), _empty(form, beams)
     )
     (_, open_), _ = jax.lax.scan(extend, (state, empty), jnp.arange(1, form.context))
     return open_.best

@@ -12,7 +12,7 @@ class Stream:
       name: the name of the stream's attention maps, as in `attention["vision"]`.
       modality: what the content tokens stand for.
       tokens: the number of tokens, special tokens included.
-      grid: (rows, columns) of the content tokens of a picture, row by row; None for text.
+      grid: (rows, columns) of the content tokens of an image, row by row; None for text.
       prefix: the number of special tokens before the content.
     """
 

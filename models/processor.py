@@ -1,4 +1,4 @@
-"""From pictures and sentences to a model's inputs, on the host."""
+"""From images and sentences to a model's inputs, on the host."""
 
 import json
 import os
@@ -35,14 +35,14 @@ def quiet_transformers() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Processor:
-    """A model's own tokenizer and picture preprocessing.
+    """A model's own tokenizer and image preprocessing.
 
     It is compared by identity, so that a model that holds one stays a cheap static part of a
     compiled function's key.
 
     Args:
       tokenizer: a `transformers` tokenizer, or None when the model came without one.
-      images: a `transformers` image processor that works on PIL pictures, or None.
+      images: a `transformers` image processor that works on PIL images, or None.
     """
 
     tokenizer: Any = None
@@ -50,7 +50,7 @@ class Processor:
 
     @classmethod
     def from_folder(cls, folder: Path, *, image_size: int | None = None) -> "Processor":
-        """Read the tokenizer and the picture preprocessing of a model folder.
+        """Read the tokenizer and the image preprocessing of a model folder.
 
         Args:
           folder: a folder in the Hugging Face layout; what it lacks is None in the result.
@@ -69,42 +69,42 @@ class Processor:
                     part.save_pretrained(folder)
 
     def image(self, image: Any) -> Float[np.ndarray, "batch height width 3"]:
-        """Resize, crop and normalise pictures.
+        """Resize, crop and normalise images.
 
         Args:
-          image: a PIL picture, a uint8 [height, width, 3] array, or a list of them.
+          image: a PIL image, a uint8 [height, width, 3] array, or a list of them.
 
         Returns:
-          float32 pictures, NHWC, normalised as the model expects.
+          float32 images, NHWC, normalised as the model expects.
 
         Raises:
-          TypeError: not a picture.
-          ValueError: no picture, an array of another shape, a picture of another depth than
+          TypeError: not an image.
+          ValueError: no image, an array of another shape, an image of another depth than
             8 bits, or a model without preprocessing.
         """
         self._require_images()
-        pictures = list(image) if isinstance(image, (list, tuple)) else [image]
-        if image is None or not pictures:
-            raise ValueError("no image: pass image= a PIL picture, a uint8 array, or a list")
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        if image is None or not images:
+            raise ValueError("no image: pass image= a PIL image, a uint8 array, or a list")
         with quiet_transformers():
-            out = self.images([_rgb(p) for p in pictures], return_tensors="np")
+            out = self.images([_rgb(p) for p in images], return_tensors="np")
         return np.asarray(out["pixel_values"], np.float32).transpose(0, 2, 3, 1)
 
-    def seen(self, picture: Any) -> Image.Image:
-        """Return the part of a picture that `image` keeps, at the picture's own resolution.
+    def seen(self, image: Any) -> Image.Image:
+        """Return the part of an image that `image` keeps, at the image's own resolution.
 
         Args:
-          picture: a PIL picture or a uint8 [height, width, 3] array.
+          image: a PIL image or a uint8 [height, width, 3] array.
 
         Raises:
           TypeError, ValueError: as for `image`.
         """
         self._require_images()
-        picture = _rgb(picture)
-        width, height = picture.size
+        image = _rgb(image)
+        width, height = image.size
         side = getattr(self.images.size, "shortest_edge", None)
         if not (self.images.do_resize and self.images.do_center_crop and side):
-            return picture
+            return image
         # The shortest side becomes `side` pixels, of which the crop keeps the middle.
         scale = min(width, height) / side
         kept = [
@@ -115,7 +115,7 @@ class Processor:
             )
         ]
         left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
-        return picture.crop((left, top, left + kept[0], top + kept[1]))
+        return image.crop((left, top, left + kept[0], top + kept[1]))
 
     def text(self, text: Any, context: int) -> Int[np.ndarray, "batch tokens"]:
         """Turn sentences into token ids, padded to `context`.
@@ -241,7 +241,7 @@ class Processor:
     def _require_images(self) -> None:
         if self.images is None:
             raise ValueError(
-                f"this model has no picture preprocessing: its folder holds no {IMAGE_FILES}; "
+                f"this model has no image preprocessing: its folder holds no {IMAGE_FILES}; "
                 "copy that file from the model's origin into the folder, or pass "
                 "processor=Processor(tokenizer, image_processing(size)) to the model"
             )
@@ -267,7 +267,7 @@ def image_processing(
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> Any:
-    """Picture preprocessing for a new model: shortest side to `image_size`, crop, normalise.
+    """Image preprocessing for a new model: shortest side to `image_size`, crop, normalise.
 
     Args:
       image_size: pixels of a side of the square the model sees.
@@ -275,7 +275,7 @@ def image_processing(
       std: divides each channel.
 
     Returns:
-      A `transformers` image processor for PIL pictures.
+      A `transformers` image processor for PIL images.
     """
     return _image_processor(
         size={"shortest_edge": image_size},
@@ -300,7 +300,7 @@ def _image_processor(**fields: Any) -> Any:
 
 def _read_images(folder: Path, image_size: int | None) -> Any:
     fields: Any = None
-    # transformers 5 writes one file for the whole processor, older ones a file for pictures.
+    # transformers 5 writes one file for the whole processor, older ones a file for images.
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name
         if path.is_file():
@@ -349,30 +349,30 @@ def _texts(text: Any) -> list[str]:
     return [unicodedata.normalize("NFC", sentence) for sentence in texts]
 
 
-def _rgb(picture: Any) -> Image.Image:
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8:
+def _rgb(image: Any) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
             raise TypeError(
-                f"an image array must be uint8 with values 0..255, got {picture.dtype}; "
+                f"an image array must be uint8 with values 0..255, got {image.dtype}; "
                 "for values 0..1 pass (255 * x).round().astype('uint8')"
             )
-        if picture.ndim != 3 or picture.shape[-1] != 3 or 0 in picture.shape:
+        if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
             raise ValueError(
-                f"an image array must have shape [height, width, 3], got {list(picture.shape)}; "
-                "pass several pictures as a list"
+                f"an image array must have shape [height, width, 3], got {list(image.shape)}; "
+                "pass several images as a list"
             )
-        return Image.fromarray(picture)
-    if not isinstance(picture, Image.Image):
+        return Image.fromarray(image)
+    if not isinstance(image, Image.Image):
         raise TypeError(
-            f"an image must be a PIL picture or a uint8 array, got {type(picture).__name__}; "
+            f"an image must be a PIL image or a uint8 array, got {type(image).__name__}; "
             "open a file with PIL.Image.open"
         )
-    if picture.mode[0] in "IF":
+    if image.mode[0] in "IF":
         raise ValueError(
-            f"the picture has mode {picture.mode} (more than 8 bits a channel), whose range is "
+            f"the image has mode {image.mode} (more than 8 bits a channel), whose range is "
             "not known here; convert it to 8 bits first"
         )
     # A palette with transparency converts without a warning only by way of RGBA.
-    if "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")

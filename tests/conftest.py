@@ -70,10 +70,14 @@ def key():
     return jax.random.key(0)
 
 
-@pytest.fixture(scope="module")
-def quick_compile():
-    """Compile without optimising, where XLA takes longer over a program than the program runs."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile(request):
+    """Compile without optimising: XLA takes longer over these programs than they run.
+
+    Files with `pytestmark = pytest.mark.optimised` are compiled as users' programs are.
+    """
+    quick = request.node.get_closest_marker("optimised") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

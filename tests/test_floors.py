@@ -15,18 +15,21 @@ FOLDERS = {"jaxrel": "jaxrel", "models": "jaxrel.models", "train": "jaxrel.train
 CORE = ("jaxrel.tracing", "jaxrel.versions")
 RELEVANCE = (*CORE, "jaxrel.propagation")
 EXPLAIN = (*RELEVANCE, "jaxrel.attention", "jaxrel.gradients", "jaxrel.images", "jaxrel.files")
+OLD_NAMES = {"explainer", "explanation", "pictures", "word_relevance"}
 FLOORS = {
     "jaxrel.versions": (),
     "jaxrel.files": (),
+    "jaxrel.renamed": (),
+    **{f"jaxrel.{name}": ("jaxrel.renamed",) for name in OLD_NAMES},
     "jaxrel.images": ("jaxrel.files",),
     "jaxrel.tracing": CORE,
     "jaxrel.propagation": CORE,
     "jaxrel.attention": RELEVANCE,
     "jaxrel.gradients": RELEVANCE,
-    "jaxrel.report": ("jaxrel.files",),
+    "jaxrel.report": ("jaxrel.files", "jaxrel.renamed"),
     "jaxrel.explanations": (*EXPLAIN, "jaxrel.report"),
     "jaxrel.metrics": (*EXPLAIN, "jaxrel.report"),
-    "jaxrel.models": ("jaxrel.tag", "jaxrel.capture_with_grad"),
+    "jaxrel.models": ("jaxrel.tag", "jaxrel.capture_with_grad", "jaxrel.renamed"),
 }
 
 
@@ -109,8 +112,8 @@ def test_no_function_hides_a_module():
     packages = [jaxrel, *(importlib.import_module(name) for name in MODULES if is_package(name))]
     for package in packages:
         for part in pkgutil.iter_modules(package.__path__):
-            found = getattr(package, part.name, None)
             module = importlib.import_module(f"{package.__name__}.{part.name}")
+            found = getattr(package, part.name)
             assert found is module, f"{package.__name__}.{part.name} is not the module"
 
 

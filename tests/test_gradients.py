@@ -10,8 +10,6 @@ from jax import numpy as jnp
 import jaxrel
 from jaxrel import gradients
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 BATCH, SIDE, CLASSES, WIDTH = 3, 6, 4, 5
 RNG = np.random.default_rng(0)
 
@@ -22,7 +20,7 @@ def normal(*shape, dtype=np.float32):
 
 KERNEL, BIAS = normal(3, 3, 2, WIDTH), normal(WIDTH)
 DENSE, TOKENS = normal(WIDTH, CLASSES), normal(BATCH, 7, WIDTH)
-PICTURES = normal(BATCH, SIDE, SIDE, 2)
+IMAGES = normal(BATCH, SIDE, SIDE, 2)
 SEED = jax.nn.one_hot(jnp.arange(BATCH), CLASSES)
 
 
@@ -75,26 +73,26 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 @pytest.mark.parametrize("name", METHODS)
 def test_jit_is_eager(name):
     method = METHODS[name]
-    expected = method(PICTURES, seed=SEED)
+    expected = method(IMAGES, seed=SEED)
     assert np.any(np.asarray(expected) != 0)
-    jitted = jit(lambda x, seed: method(x, seed=seed))(PICTURES, SEED)
+    jitted = jit(lambda x, seed: method(x, seed=seed))(IMAGES, SEED)
     np.testing.assert_allclose(jitted, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_batch_is_one_by_one_is_vmap(name):
     one = jit(lambda x, seed: METHODS[name](x[None], seed=seed[None])[0])
-    loop = jnp.stack([one(x, seed) for x, seed in zip(PICTURES, SEED, strict=True)])
-    batch = jit(lambda x, seed: METHODS[name](x, seed=seed))(PICTURES, SEED)
+    loop = jnp.stack([one(x, seed) for x, seed in zip(IMAGES, SEED, strict=True)])
+    batch = jit(lambda x, seed: METHODS[name](x, seed=seed))(IMAGES, SEED)
     np.testing.assert_allclose(batch, loop, **CLOSE)
-    np.testing.assert_allclose(jax.vmap(one)(PICTURES, SEED), loop, **CLOSE)
+    np.testing.assert_allclose(jax.vmap(one)(IMAGES, SEED), loop, **CLOSE)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_seeds(name):
     # The logits as their own cotangent: nothing may be differentiated through the function.
     functions = {"top": lambda out: jax.nn.one_hot(out.argmax(-1), CLASSES), "own": lambda out: out}
-    out = classify(PICTURES)
+    out = classify(IMAGES)
     arrays = {which: function(out) for which, function in functions.items()}
     arrays["ones"] = jnp.ones_like(out)
 
@@ -103,7 +101,7 @@ def test_seeds(name):
         explain = lambda seeds: {k: METHODS[name](x, seed=seed) for k, seed in seeds.items()}
         return explain(functions | {"ones": None}), explain(arrays)
 
-    found, expected = explain(PICTURES, arrays)
+    found, expected = explain(IMAGES, arrays)
     for which in found:
         np.testing.assert_allclose(found[which], expected[which], **CLOSE)
     assert np.max(np.abs(found["top"] - found["ones"])) > 0.01
@@ -111,7 +109,7 @@ def test_seeds(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_relevance_is_wide_and_as_that_of_float32(name):
-    x = PICTURES.astype(jnp.bfloat16)
+    x = IMAGES.astype(jnp.bfloat16)
     method = jit(lambda x, seed: METHODS[name](x, seed=seed))
     found, expected = method(x, SEED), method(x.astype(jnp.float32), SEED)
     assert found.dtype == expected.dtype == jnp.float32
@@ -121,7 +119,7 @@ def test_relevance_is_wide_and_as_that_of_float32(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_float64(x64, name):
-    x = PICTURES.astype(jnp.float64)
+    x = IMAGES.astype(jnp.float64)
     assert jax.eval_shape(METHODS[name], x).dtype == jnp.float64
 
 
@@ -131,7 +129,7 @@ def test_a_wrong_seed(name):
     with pytest.raises(
         ValueError, match=rf"{function}: the seed has shape \(4,\) and the output \(3, 4\)"
     ):
-        METHODS[name](PICTURES, seed=jnp.ones(CLASSES))
+        METHODS[name](IMAGES, seed=jnp.ones(CLASSES))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -143,7 +141,7 @@ def test_more_than_one_output(name):
         "guided_grad_cam": lambda f: gradients.guided_grad_cam(f, "maps"),
     }.get(name) or getattr(gradients, name)
     with pytest.raises(TypeError, match="must return one real array"):
-        transform(lambda x: (classify(x), x))(PICTURES)
+        transform(lambda x: (classify(x), x))(IMAGES)
 
 
 # What is explained.
@@ -188,7 +186,7 @@ def test_integers_cannot_be_explained(name):
 @pytest.mark.parametrize("name", OF_ARGUMENTS)
 def test_an_argument_that_is_not_there(name):
     with pytest.raises(ValueError, match=r"argnums=1, but .* called with 1 argument"):
-        OF_ARGUMENTS[name](classify, argnums=1)(PICTURES)
+        OF_ARGUMENTS[name](classify, argnums=1)(IMAGES)
 
 
 def test_modules_are_arguments_and_functions():
@@ -212,11 +210,11 @@ def test_modules_are_arguments_and_functions():
 
 
 def test_gradient_is_that_of_jax():
-    expected = jax.grad(lambda x: (SEED * classify(x)).sum())(PICTURES)
-    found = gradients.gradient(classify)(PICTURES, seed=SEED)
+    expected = jax.grad(lambda x: (SEED * classify(x)).sum())(IMAGES)
+    found = gradients.gradient(classify)(IMAGES, seed=SEED)
     np.testing.assert_allclose(found, expected, **CLOSE)
-    times = gradients.input_x_gradient(classify)(PICTURES, seed=SEED)
-    np.testing.assert_allclose(times, PICTURES * expected, **CLOSE)
+    times = gradients.input_x_gradient(classify)(IMAGES, seed=SEED)
+    np.testing.assert_allclose(times, IMAGES * expected, **CLOSE)
 
 
 def test_input_x_gradient_of_a_relu_network_without_biases_is_complete():
@@ -236,8 +234,8 @@ def test_smooth_grad_of_a_linear_function_is_its_gradient(key):
 
 
 def test_smooth_grad_without_noise_is_the_gradient(key):
-    found = gradients.smooth_grad(classify, noise=0.0, samples=2)(key, PICTURES)
-    np.testing.assert_allclose(found, gradients.gradient(classify)(PICTURES), **CLOSE)
+    found = gradients.smooth_grad(classify, noise=0.0, samples=2)(key, IMAGES)
+    np.testing.assert_allclose(found, gradients.gradient(classify)(IMAGES), **CLOSE)
 
 
 def test_noise_is_relative_to_each_examples_range(key):
@@ -300,7 +298,7 @@ def test_integrated_gradients_of_a_polynomial():
 
 @pytest.mark.parametrize("baseline", [0.0, 0.5, "array"])
 def test_integrated_gradients_are_complete(x64, baseline):
-    x = PICTURES.astype(jnp.float64)
+    x = IMAGES.astype(jnp.float64)
     baseline = x.mean((0, 1, 2)) if baseline == "array" else baseline
     fun = lambda x: jnp.tanh(conv(x, KERNEL.astype(x.dtype), BIAS)).sum((1, 2, 3))
     expected = fun(x) - fun(jnp.broadcast_to(jnp.asarray(baseline), x.shape))
@@ -382,10 +380,10 @@ def test_grad_cam_of_a_network_by_its_definition():
     def head(maps):
         return jnp.tanh(maps).mean((1, 2)) @ DENSE
 
-    maps = jax.nn.relu(conv(PICTURES, KERNEL, BIAS))
+    maps = jax.nn.relu(conv(IMAGES, KERNEL, BIAS))
     grad = jax.grad(lambda maps: (SEED * head(maps)).sum())(maps)
     expected = jnp.maximum(jnp.einsum("bc,bhwc->bhw", grad.mean((1, 2)), maps), 0)
-    found = gradients.grad_cam(classify, "maps")(PICTURES, seed=SEED)
+    found = gradients.grad_cam(classify, "maps")(IMAGES, seed=SEED)
     assert found.shape == (BATCH, 3, 3)
     np.testing.assert_allclose(found, expected, **CLOSE)
 
@@ -398,8 +396,8 @@ def test_grad_cam_of_tokens():
 
 
 def test_grad_cam_is_resized():
-    found = gradients.grad_cam(classify, "maps", size=(6, 9))(PICTURES)
-    small = gradients.grad_cam(classify, "maps")(PICTURES)
+    found = gradients.grad_cam(classify, "maps", size=(6, 9))(IMAGES)
+    small = gradients.grad_cam(classify, "maps")(IMAGES)
     assert found.shape == (BATCH, 6, 9)
     np.testing.assert_allclose(found, jax.image.resize(small, found.shape, "bilinear"), **CLOSE)
 
@@ -413,9 +411,9 @@ def test_grad_cam_explains_functions_of_integers():
 
 
 def test_guided_grad_cam_is_the_product():
-    found = gradients.guided_grad_cam(classify, "maps")(PICTURES, seed=SEED)
-    guided = gradients.guided_backprop(classify)(PICTURES, seed=SEED)
-    cam = gradients.grad_cam(classify, "maps", size=(SIDE, SIDE))(PICTURES, seed=SEED)
+    found = gradients.guided_grad_cam(classify, "maps")(IMAGES, seed=SEED)
+    guided = gradients.guided_backprop(classify)(IMAGES, seed=SEED)
+    cam = gradients.grad_cam(classify, "maps", size=(SIDE, SIDE))(IMAGES, seed=SEED)
     np.testing.assert_allclose(found, guided * cam[..., None], **CLOSE)
 
 
@@ -466,7 +464,7 @@ ERRORS = {
     "forgotten": (cam(forgotten), "does not depend on the value tagged 'tokens'"),
     "size of tokens": (cam(read, size=(2, 2)), r"holds tokens, shape \(3, 7, 5\)"),
     "size": (cam(read, size=(2, 0)), r"two positive ints, got \(2, 0\)"),
-    "pictures": (
+    "images": (
         lambda: gradients.guided_grad_cam(lambda x: read(jax.nn.relu(x)), "tokens")(TOKENS),
         r"guided_grad_cam: .* \[batch, height, width, channels\], got \(3, 7, 5\)",
     ),

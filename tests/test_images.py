@@ -1,4 +1,4 @@
-"""Picture files from anywhere: every mode becomes RGB, every bad file a clear error."""
+"""Image files from anywhere: every mode becomes RGB, every bad file a clear error."""
 
 import io
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxrel.images import read_picture, read_pictures
+from jaxrel.images import read_image, read_images
 
 
 def save(path, image, **options):
@@ -37,15 +37,15 @@ def png_header(width, height):
 def test_lossless_formats_come_back_exactly(tmp_path, suffix):
     pixels = noise(5, 7)
     path = save(tmp_path / f"a.{suffix}", Image.fromarray(pixels), lossless=True)
-    picture = read_picture(path)
-    assert picture.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(picture), pixels)
+    image = read_image(path)
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
 def test_the_content_counts_not_the_suffix(tmp_path):
     path = save(tmp_path / "a.txt", Image.new("RGB", (4, 4), (250, 128, 3)), format="JPEG")
     # JPEG is lossy; a plain area comes back within rounding of its colour transform.
-    np.testing.assert_allclose(np.asarray(read_picture(str(path)))[0, 0], (250, 128, 3), atol=2)
+    np.testing.assert_allclose(np.asarray(read_image(str(path)))[0, 0], (250, 128, 3), atol=2)
 
 
 @pytest.mark.parametrize(
@@ -61,37 +61,37 @@ def test_the_content_counts_not_the_suffix(tmp_path):
 )
 def test_modes_become_rgb_over_white(tmp_path, mode, colour, expected):
     path = save(tmp_path / "a.png", Image.new(mode, (3, 2), colour))
-    picture = read_picture(path)
-    assert (picture.mode, picture.size) == ("RGB", (3, 2))
-    assert picture.getpixel((0, 0)) == expected
+    image = read_image(path)
+    assert (image.mode, image.size) == ("RGB", (3, 2))
+    assert image.getpixel((0, 0)) == expected
 
 
 def test_palettes_and_their_transparency(tmp_path):
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putdata([0, 1])
-    opaque = read_picture(save(tmp_path / "a.png", image))
+    opaque = read_image(save(tmp_path / "a.png", image))
     assert [opaque.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
     for name in ("b.png", "b.gif"):
-        clear = read_picture(save(tmp_path / name, image, transparency=1))
+        clear = read_image(save(tmp_path / name, image, transparency=1))
         assert [clear.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
     # Transparency as a list of bytes, of which Pillow warns when it converts.
-    clear = read_picture(save(tmp_path / "c.png", image, transparency=b"\x00\xff"))
+    clear = read_image(save(tmp_path / "c.png", image, transparency=b"\x00\xff"))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_cmyk(tmp_path):
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    red = read_picture(save(tmp_path / "a.jpg", image, quality=100)).getpixel((4, 4))
+    red = read_image(save(tmp_path / "a.jpg", image, quality=100)).getpixel((4, 4))
     np.testing.assert_allclose(red, (255, 0, 0), atol=4)  # JPEG is lossy
-    assert read_picture(save(tmp_path / "a.tiff", image)).getpixel((4, 4)) == (255, 0, 0)
+    assert read_image(save(tmp_path / "a.tiff", image)).getpixel((4, 4)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
 def test_sixteen_bits_are_scaled_not_cut(tmp_path, suffix):
     values = np.array([[0, 257, 32896, 65535]], np.uint16)
-    picture = read_picture(save(tmp_path / f"a.{suffix}", Image.fromarray(values)))
-    np.testing.assert_array_equal(np.asarray(picture)[0, :, 0], [0, 1, 128, 255])
+    image = read_image(save(tmp_path / f"a.{suffix}", Image.fromarray(values)))
+    np.testing.assert_array_equal(np.asarray(image)[0, :, 0], [0, 1, 128, 255])
 
 
 @pytest.mark.parametrize("values", [np.array([[0.0, 0.5]], np.float32), np.array([[0, 1 << 20]])])
@@ -99,7 +99,7 @@ def test_values_without_a_defined_white_are_refused(tmp_path, values):
     kind = np.float32 if values.dtype == np.float32 else np.int32
     path = save(tmp_path / "a.tiff", Image.fromarray(values.astype(kind)))
     with pytest.raises(ValueError, match=r"a\.tiff has pixels of .*8-bit RGB or grey"):
-        read_picture(path)
+        read_image(path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -118,7 +118,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / "a.png", Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
-    np.testing.assert_array_equal(np.asarray(read_picture(path)), upright)
+    np.testing.assert_array_equal(np.asarray(read_image(path)), upright)
 
 
 @pytest.mark.parametrize(
@@ -126,43 +126,43 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
 )
 def test_unreadable_exif_is_ignored(tmp_path, exif):
     path = save(tmp_path / "a.jpg", Image.new("RGB", (6, 4)), exif=exif)
-    assert read_picture(path).size == (6, 4)
+    assert read_image(path).size == (6, 4)
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     path = save(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
-    assert read_picture(path).getpixel((0, 0)) == (255, 0, 0)
+    assert read_image(path).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_one_pixel_and_long_strips(tmp_path):
     for size in ((1, 1), (4000, 1), (1, 4000)):
-        assert read_picture(save(tmp_path / "a.png", Image.new("L", size))).size == size
+        assert read_image(save(tmp_path / "a.png", Image.new("L", size))).size == size
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     def refused(name, error, text):
         with pytest.raises(error, match=text) as caught:
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
 
     refused("missing.png", FileNotFoundError, "there is no such file; check the name")
     (tmp_path / "folder").mkdir()
-    refused("folder", IsADirectoryError, "is a folder; give a picture file")
+    refused("folder", IsADirectoryError, "is a folder; give an image file")
     os.mkfifo(tmp_path / "pipe")
     refused("pipe", OSError, "not a regular file")
     (tmp_path / "empty.png").write_bytes(b"")
     refused("empty.png", ValueError, r"is empty \(0 bytes\)")
-    (tmp_path / "text.png").write_text("this is no picture")
-    refused("text.png", ValueError, "is not a picture .* PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM")
+    (tmp_path / "text.png").write_text("this is no image")
+    refused("text.png", ValueError, "is not an image .* PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM")
     (tmp_path / "drawing.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    refused("drawing.eps", ValueError, "is not a picture that can be read")
+    refused("drawing.eps", ValueError, "is not an image that can be read")
     (tmp_path / "flat.png").write_bytes(png_header(0, 10))
-    refused("flat.png", ValueError, "is not a picture that can be read, or its header is damaged")
+    refused("flat.png", ValueError, "is not an image that can be read, or its header is damaged")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
-def test_cut_pictures(tmp_path, kind):
+def test_cut_images(tmp_path, kind):
     whole = io.BytesIO()
     Image.fromarray(noise(64, 64)).save(whole, kind)
     data = whole.getvalue()
@@ -170,7 +170,7 @@ def test_cut_pictures(tmp_path, kind):
         path = tmp_path / f"{share}.png"
         path.write_bytes(data[: int(share * len(data))])
         with pytest.raises(ValueError, match=r"damaged or cut short|header is damaged"):
-            read_picture(path)
+            read_image(path)
 
 
 def test_damage_inside(tmp_path):
@@ -180,7 +180,7 @@ def test_damage_inside(tmp_path):
     data[200:260] = bytes(60)
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.png is damaged or cut short .*get a whole copy"):
-        read_picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 def test_too_large_is_told_from_the_header(tmp_path):
@@ -190,25 +190,25 @@ def test_too_large_is_told_from_the_header(tmp_path):
     with pytest.raises(
         ValueError, match=r"10,000 x 10,000 = 100,000,000 pixels, at most 50,000,000.*scale"
     ):
-        read_picture(path)
+        read_image(path)
     # Pillow refuses this one itself.
     path.write_bytes(png_header(50_000, 50_000))
     with pytest.raises(ValueError, match="too large: 2,500,000,000 pixels, at most 50,000,000"):
-        read_picture(path)
+        read_image(path)
     with pytest.raises(ValueError, match="too large: 2,500,000,000 pixels, at most 178,956,970"):
-        read_picture(path, max_pixels=10**12)
+        read_image(path, max_pixels=10**12)
     small = save(tmp_path / "b.png", Image.new("L", (10, 10)))
     with pytest.raises(ValueError, match="10 x 10 = 100 pixels, at most 99"):
-        read_picture(small, max_pixels=99)
-    assert read_picture(small, max_pixels=100).size == (10, 10)
+        read_image(small, max_pixels=99)
+    assert read_image(small, max_pixels=100).size == (10, 10)
 
 
 def test_several(tmp_path):
     paths = [save(tmp_path / f"{i}.png", Image.new("L", (i, 2))) for i in (3, 1, 2)]
-    assert [picture.width for picture in read_pictures(iter(paths))] == [3, 1, 2]
+    assert [image.width for image in read_images(iter(paths))] == [3, 1, 2]
     with pytest.raises(FileNotFoundError, match=r"absent\.png"):
-        read_pictures([*paths, tmp_path / "absent.png"])
+        read_images([*paths, tmp_path / "absent.png"])
     with pytest.raises(ValueError, match="at least one"):
-        read_pictures([])
+        read_images([])
     with pytest.raises(TypeError, match="needs a list of paths, got one"):
-        read_pictures(str(paths[0]))
+        read_images(str(paths[0]))

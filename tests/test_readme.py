@@ -17,7 +17,7 @@ def test_python_blocks_run(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
-def test_links_and_pictures_exist():
+def test_links_and_images_exist():
     links = re.findall(r"\]\((?!https?://)([^)#]+)\)", TEXT)
     assert links
     for link in links:

@@ -147,7 +147,7 @@ def of_model(model):
     def explain(x):
         methods = ("equal", "weighted", "rollout")
         return {
-            "weighted": attention.relevance(model, readout=ENDS)(x),
+            "weighted": attention.relevance(model, target_token=ENDS)(x),
             "stacked": attention.relevance(model, method=methods, form="stacked")(x),
             "lrp": jaxrel.value_and_lrp(model, composites.attn_lrp())(x),
             "gradients": jaxrel.capture_with_grad(model, "attn")(x),
@@ -157,8 +157,8 @@ def of_model(model):
 
 
 def other_forms(x):
-    every = attention.relevance(scanned, method=attention.METHODS, readout=ENDS)
-    whole = attention.relevance(scanned, method="equal", readout=None, layers=[1], heads=[1])
+    every = attention.relevance(scanned, method=attention.METHODS, target_token=ENDS)
+    whole = attention.relevance(scanned, method="equal", target_token=None, layers=[1], heads=[1])
     each = jax.vmap(lambda x: attention.relevance(scanned)(x[None])[0])
     return {
         "every method": every(x),
@@ -170,7 +170,7 @@ def other_forms(x):
     }
 
 
-def threaded(block=None, *, readout=0, **options):
+def threaded(block=None, *, target_token=0, **options):
     """Relevance by a carrier that the model threads through its layers itself."""
 
     def explain(x):
@@ -190,7 +190,7 @@ def threaded(block=None, *, readout=0, **options):
             return x[:, 0].sum(-1), carried
 
         start = streaming.zeros(len(x), TOKENS, x.dtype, like=x)
-        end = streaming.seed(readout, batch=len(x), tokens=TOKENS, dtype=x.dtype, like=x)
+        end = streaming.seed(target_token, batch=len(x), tokens=TOKENS, dtype=x.dtype, like=x)
         (out, _), pullback = jax.vjp(model, x, start)
         return pullback((jnp.ones_like(out), end))
 
@@ -237,8 +237,8 @@ def two_streams(maps):
     schedule = [[{"ss": s}], [{"sq": cross.s_cross}]]
     return {
         f"{importance}": (
-            attention.bimodal(s, q, cross, importance=importance, readout=0),
-            attention.bimodal(s, None, cross, importance=importance, readout=ENDS % 3),
+            attention.bimodal(s, q, cross, importance=importance, target_token=0),
+            attention.bimodal(s, None, cross, importance=importance, target_token=ENDS % 3),
             attention.encoder_decoder(q, s, cross.s_cross, importance=importance),
             attention.two_streams(schedule, importance=importance, residual=False),
         )
@@ -334,7 +334,7 @@ CASES = {
     "other forms": (other_forms, X),
     "carrier": (threaded(), X),
     "blockwise": (threaded(3, mask=np.ones((BATCH, TOKENS), bool)), X),
-    "causal blockwise": (threaded(2, causal=True, readout=ENDS), X),
+    "causal blockwise": (threaded(2, causal=True, target_token=ENDS), X),
     "maps of one stream": (one_stream, ONE),
     "maps of two streams": (two_streams, TWO),
     "rules of an MLP": (lrp_rules(mlp), X),
@@ -504,7 +504,7 @@ def test_clip_says_how_it_is_sharded():
     model, asked, _ = bundled("clip-shapes")
     inputs = model.pairs(model.prepare(image=asked["image"], text=asked["text"]))
     explain = attention.relevance(
-        lambda model, inputs: model.score(inputs), readout=None, attention=("vision", "text")
+        lambda model, inputs: model.score(inputs), target_token=None, attention=("vision", "text")
     )
     mesh = make_mesh("explicit")
     with jax.set_mesh(mesh):

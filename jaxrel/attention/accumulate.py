@@ -11,15 +11,15 @@ from jaxtyping import Array, Float
 from jaxrel.attention.importance import Measure, layer_weights, measure
 from jaxrel.attention.maps import (
     FloatArray,
-    Readout,
     Selection,
+    TargetToken,
     indices,
     matmul,
     prepare,
-    readout_index,
     relevance_dtype,
     require_finite,
     take,
+    token_index,
 )
 from jaxrel.tracing.sharding import shaped_like, zeros
 
@@ -150,19 +150,19 @@ def _weighted(maps, values, importance):
 
 def row(
     relevance: Float[Array, "batch query key"] | Float[np.ndarray, "batch query key"],
-    readout: Readout,
+    target_token: TargetToken,
 ) -> Float[Array, "batch key"]:
-    """The relevance of every token for the read-out token.
+    """The relevance of every token for the target token.
 
     Args:
       relevance: a full relevance map.
-      readout: the read-out token: 0 for a leading class token, the index of the end token
+      target_token: the target token: 0 for a leading class token, the index of the end token
         for a CLIP text, the predicting position for a causal captioner. One index for all
         examples, or one each; negative ones count from the end. Where the scalar is the mean of
         what is read from several tokens, their weights, float [batch, query].
 
     Returns:
-      One row per example, the read-out token's own entry included.
+      One row per example, the target token's own entry included.
 
     Raises:
       ValueError: the index does not exist, or the weights are not one per token. Under `jax.jit`
@@ -170,18 +170,18 @@ def row(
       TypeError: the indices are not integers.
     """
     batch, tokens, _ = relevance.shape
-    if getattr(readout, "ndim", 0) == 2:
-        weights: Any = jnp.asarray(readout)
+    if getattr(target_token, "ndim", 0) == 2:
+        weights: Any = jnp.asarray(target_token)
         if weights.shape != (batch, tokens) or not jnp.issubdtype(weights.dtype, jnp.floating):
             raise ValueError(
-                f"row: weights of read-out tokens must be float [{batch}, {tokens}], got "
+                f"row: weights of target token tokens must be float [{batch}, {tokens}], got "
                 f"{weights.dtype} {list(weights.shape)}"
             )
         # A product over a batch wants both sharded alike.
         like = shaped_like(relevance, (0, None), shape=(batch, tokens), dtype=relevance.dtype)
         weights = weights.astype(relevance.dtype) + zeros(like)
         return matmul(weights[:, None], jnp.asarray(relevance))[:, 0]
-    index = readout_index(readout, batch=batch, tokens=tokens)
+    index = token_index(target_token, batch=batch, tokens=tokens)
     return jnp.take_along_axis(
         jnp.asarray(relevance), index[:, None, None], axis=1, mode="fill", fill_value=jnp.nan
     )[:, 0]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from jaxrel.attention.accumulate import equal, head_mean, row
 from jaxrel.attention.baselines import cross_rollout, grad_cam, raw, rollout
 from jaxrel.attention.importance import Measure, measure
-from jaxrel.attention.maps import Readout, matmul
+from jaxrel.attention.maps import TargetToken, matmul
 from jaxrel.attention.schedules import Layers, two_streams
 from jaxrel.attention.transformation import check_methods
 from jaxrel.propagation.composites import attn_lrp
@@ -28,7 +28,7 @@ def value_and_two_stream_relevance(
     schedule: TagSchedule,
     *,
     method: str | Sequence[str],
-    readout: Readout,
+    target_token: TargetToken,
     importance: str | Measure = "grad_value",
     rules: Any = None,
 ) -> Callable:
@@ -48,7 +48,7 @@ def value_and_two_stream_relevance(
       schedule: as `two_streams` takes it, with the maps' tags in the place of `Layers`, and
         pairs of (streams, tag) in the place of mappings.
       method: of `TWO_STREAM_METHODS`, or several.
-      readout: the token of stream s that the scalar is read from, one or one per example.
+      target_token: the token of stream s that the scalar is read from, one or one per example.
       importance: the measure of 'weighted'. It needs the tags "<tag>/before" (the residual
         stream) and "<tag>/after" (what attention adds to it).
       rules: for the methods by LRP: see `jaxrel.lrp`; AttnLRP by default.
@@ -77,7 +77,7 @@ def value_and_two_stream_relevance(
 
         def accumulated(layers, importance=None):
             blocks = [
-                [{pair: layers[tag] for pair, tag in moment} for moment in block]
+                [{pair: layers[tag] for pair, tag in stage} for stage in block]
                 for block in schedule
             ]
             return two_streams(blocks, importance=importance, residual=False)
@@ -89,7 +89,7 @@ def value_and_two_stream_relevance(
                 of_s, of_q = maps.ss, maps.sq
             else:
                 of_s, of_q = _BASELINES[name](*_kinds(schedule, layers))
-            return row(of_s, readout), row(of_q, readout)
+            return row(of_s, target_token), row(of_q, target_token)
 
         result = {name: rows(name) for name in methods}
         return out, result[method] if isinstance(method, str) else result
@@ -134,7 +134,7 @@ def value_and_layers(fun: Callable, schedule: TagSchedule, *, values: bool = Tru
 
 
 def _tags(schedule: TagSchedule) -> list[str]:
-    return [tag for block in schedule for moment in block for _, tag in moment]
+    return [tag for block in schedule for stage in block for _, tag in stage]
 
 
 def _by_lrp(methods: Sequence[str]) -> bool:
@@ -155,7 +155,7 @@ def _kinds(schedule: TagSchedule, layers: Mapping[str, Layers]) -> list[list[Lay
 def _in_order(schedule: TagSchedule, layers: Mapping[str, Layers], kind: str) -> list[Layers]:
     found = []
     for block in schedule:
-        tags = [tag for moment in block for pair, tag in moment if pair == kind]
+        tags = [tag for stage in block for pair, tag in stage if pair == kind]
         for i in range(max((len(layers[tag].attn) for tag in tags), default=0)):
             there = [layers[tag] for tag in tags if i < len(layers[tag].attn)]
             found += [Layers(one.attn[i : i + 1], one.grad[i : i + 1]) for one in there]

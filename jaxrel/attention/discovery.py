@@ -107,7 +107,7 @@ class Site:
         """Whether the site may not be reached at all."""
         return any(step.node is not None and step.node.is_cond for step in self.place)
 
-    def moments(self) -> Iterator[tuple[int, ...]]:
+    def stages(self) -> Iterator[tuple[int, ...]]:
         """When each of the site's maps is computed: keys that sort by order of execution.
 
         One key per map, in the order in which scans stack them.

@@ -1,4 +1,4 @@
-"""Attention maps as data: the checks, the selection and the read-out that all methods share."""
+"""Attention maps as data: the checks, the selection and the target token that all methods share."""
 
 import functools
 import operator
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 # Shapes are checked by the functions themselves, so that a wrong one is reported in
 # their own words: which map, what was given, what was expected.
 FloatArray = Float[Array, "..."] | Float[np.ndarray, "..."]
-Readout = (
+TargetToken = (
     int | np.integer | Int[Array, "..."] | Int[np.ndarray, "..."] | Float[Array, "batch query"]
 )
 Selection = slice | Sequence[int] | None
@@ -157,11 +157,11 @@ def prepare(
     return tuple(take(take(jnp.asarray(x), some_layers, 0), some_heads, 2) for x in maps.values())
 
 
-def readout_index(readout: Any, *, batch: int, tokens: int) -> Int[Array, " batch"]:
-    """The read-out token of each example, from 0 to `tokens - 1`.
+def token_index(target_token: Any, *, batch: int, tokens: int) -> Int[Array, " batch"]:
+    """The target token of each example, from 0 to `tokens - 1`.
 
     Args:
-      readout: one index for all examples, or one each; negative ones count from the end.
+      target_token: one index for all examples, or one each; negative ones count from the end.
       batch: how many examples.
       tokens: how many tokens.
 
@@ -173,20 +173,21 @@ def readout_index(readout: Any, *, batch: int, tokens: int) -> Int[Array, " batc
         indices is neither one nor the batch.
       TypeError: the indices are not integers.
     """
-    shape = np.shape(readout)
+    shape = np.shape(target_token)
     if shape not in ((), (batch,)):
         raise ValueError(
-            f"readout: expected one index, or one for each of {batch} examples, got shape {shape}"
+            f"target_token: expected one index, or one for each of {batch} examples, "
+            f"got shape {shape}"
         )
-    if not jnp.issubdtype(jnp.result_type(readout), jnp.integer):
-        raise TypeError(f"readout: expected integers, got {jnp.result_type(readout)}")
-    if not isinstance(readout, jax.core.Tracer):
-        asked = np.asarray(readout)
+    if not jnp.issubdtype(jnp.result_type(target_token), jnp.integer):
+        raise TypeError(f"target_token: expected integers, got {jnp.result_type(target_token)}")
+    if not isinstance(target_token, jax.core.Tracer):
+        asked = np.asarray(target_token)
         missing = asked[(asked < -tokens) | (asked >= tokens)]
         if missing.size:
             raise ValueError(
-                f"readout: {missing.flat[0]} does not exist; there are {tokens} tokens, "
+                f"target_token: {missing.flat[0]} does not exist; there are {tokens} tokens, "
                 f"0 to {tokens - 1} (or -{tokens} to -1 from the end)"
             )
-    index = jnp.broadcast_to(jnp.asarray(readout), (batch,))
+    index = jnp.broadcast_to(jnp.asarray(target_token), (batch,))
     return jnp.where(index < 0, index + tokens, index)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxrel.attention.accumulate import head_mean, prepare_values
 from jaxrel.attention.importance import Measure, layer_weights, measure
-from jaxrel.attention.maps import Readout, matmul, prepare, readout_index, relevance_dtype
+from jaxrel.attention.maps import TargetToken, matmul, prepare, relevance_dtype, token_index
 from jaxrel.tracing.sharding import shaped_like, zeros
 
 
@@ -180,7 +180,7 @@ def bimodal(
     *,
     importance: str | Measure | None = None,
     normalise: bool = True,
-    readout: Readout | None = None,
+    target_token: TargetToken | None = None,
 ) -> Maps:
     """Relevance in a model of two streams that attend to each other, LXMERT's form.
 
@@ -196,7 +196,7 @@ def bimodal(
       importance: None for equal accumulation; for weighted accumulation the measure, and
         then every `Layers` holds its token values.
       normalise: whether eq. 10 normalises the streams' own relevance (eq. 8 and 9).
-      readout: when given, this token of s (one index, or one per example) gets relevance 0
+      target_token: when given, this token of s (one index, or one per example) gets relevance 0
         for itself, as in the reference. None leaves the map as it is.
 
     Returns:
@@ -204,7 +204,7 @@ def bimodal(
 
     Raises:
       ValueError: shapes do not fit, token values are missing, a value is NaN or infinite
-        (named with its layer; not seen under `jax.jit`), or the read-out does not exist.
+        (named with its layer; not seen under `jax.jit`), or the target token does not exist.
     """
     where, values = "bimodal", importance is not None
     count, batch, tokens, others = _sizes(where, "cross.s_cross", cross.s_cross)
@@ -233,9 +233,9 @@ def bimodal(
     )
     importance = importance if importance is None else measure(importance)
     maps = _accumulate(tuple(filter(None, schedule)), tokens, others, importance, normalise)
-    if readout is None:
+    if target_token is None:
         return maps
-    token = readout_index(readout, batch=batch, tokens=tokens)
+    token = token_index(target_token, batch=batch, tokens=tokens)
     own = token[:, None] == jnp.arange(tokens)
     return maps._replace(ss=jnp.where(own[:, :, None] & own[:, None], 0, maps.ss))
 
@@ -266,7 +266,7 @@ def encoder_decoder(
       The four maps, in float32 (float64 for float64 maps): `sq` the relevance of the
       encoder's tokens for the decoder's, `ss` of the decoder's own, `qq` of the encoder's
       own; `qs` is 0. For a causal captioner read the row of the position that predicts the
-      word: `sq` for the picture, `ss` for the words before.
+      word: `sq` for the image, `ss` for the words before.
 
     Raises:
       ValueError: as in `bimodal`.
@@ -294,10 +294,10 @@ def two_streams(
     """Relevance in any model of two streams, from the order in which they attend.
 
     `bimodal` and `encoder_decoder` are two such orders. A schedule is a sequence of blocks,
-    which run one after the other. A block is a sequence of moments; its layers run one after
-    the other, and each goes through all moments. A moment is a mapping from a pair, "ss", "qq",
+    which run one after the other. A block is a sequence of stages; its layers run one after
+    the other, and each goes through all stages. A stage is a mapping from a pair, "ss", "qq",
     "sq" or "qs" (queries of the first letter's stream, keys of the second's), to the `Layers`
-    of that attention; all of a moment read the streams as they were before it. Chefer, Gur and
+    of that attention; all of a stage read the streams as they were before it. Chefer, Gur and
     Wolf 2021, eq. 5 to 11; weighted as in `bimodal`.
 
     Args:
@@ -316,26 +316,26 @@ def two_streams(
       ValueError: as in `bimodal`; also an unknown pair, or a stream whose tokens are never
         told (no "sq" or "qs").
     """
-    blocks = tuple(tuple(dict(moment) for moment in block) for block in schedule if block)
-    moments = [moment for block in blocks for moment in block]
-    for moment in moments:
-        if not moment or set(moment) - set(_PAIRS) or len({p[0] for p in moment}) < len(moment):
+    blocks = tuple(tuple(dict(stage) for stage in block) for block in schedule if block)
+    stages = [stage for block in blocks for stage in block]
+    for stage in stages:
+        if not stage or set(stage) - set(_PAIRS) or len({p[0] for p in stage}) < len(stage):
             raise ValueError(
-                "two_streams: a moment maps pairs of streams, one for each stream that attends, "
-                f"to Layers; the pairs are {', '.join(_PAIRS)}; got {', '.join(moment) or 'none'}"
+                "two_streams: a stage maps pairs of streams, one for each stream that attends, "
+                f"to Layers; the pairs are {', '.join(_PAIRS)}; got {', '.join(stage) or 'none'}"
             )
-    cross = [(p, moment[p]) for moment in moments for p in moment if p in ("sq", "qs")]
+    cross = [(p, stage[p]) for stage in stages for p in stage if p in ("sq", "qs")]
     if not cross:
         raise ValueError("two_streams: no stream attends to the other; use equal or weighted")
     pair, layers = cross[0]
     _, batch, queries, keys = _sizes("two_streams", pair, layers)
     size = {pair[0]: queries, pair[1]: keys}
     for block in blocks:
-        count = max(np.shape(x.attn)[0] for moment in block for x in moment.values())
-        for moment in block:
-            for pair, layers in moment.items():
+        count = max(np.shape(x.attn)[0] for stage in block for x in stage.values())
+        for stage in block:
+            for pair, layers in stage.items():
                 sizes = (batch, size[pair[0]], size[pair[1]])
-                moment[pair] = _checked(
+                stage[pair] = _checked(
                     "two_streams",
                     pair,
                     layers,
@@ -356,10 +356,10 @@ def _accumulate(blocks, tokens, others, importance, normalise, residual=True):
         "q": start(batch, others, tokens, dtype, like=leaves[0]),
     }
 
-    def layer(streams, moments):
-        for moment in moments:
+    def layer(streams, stages):
+        for stage in stages:
             changed = {}
-            for pair, maps in moment.items():
+            for pair, maps in stage.items():
                 mine, theirs = (streams[name] for name in pair)
                 update = _update(maps, importance)
                 changed[pair[0]] = (
@@ -371,7 +371,7 @@ def _accumulate(blocks, tokens, others, importance, normalise, residual=True):
         return streams, None
 
     for block in blocks:
-        counts = [x.attn.shape[0] for moment in block for x in moment.values()]
+        counts = [x.attn.shape[0] for stage in block for x in stage.values()]
         first, last = _split(block, min(counts))
         streams, _ = jax.lax.scan(layer, streams, first)
         if min(counts) < max(counts):
@@ -387,10 +387,10 @@ def _split(block: Any, count: int) -> tuple[Any, Any]:
     last = [
         {
             pair: jax.tree.map(lambda x: x[-1], maps)
-            for pair, maps in moment.items()
+            for pair, maps in stage.items()
             if maps.attn.shape[0] > count
         }
-        for moment in block
+        for stage in block
     ]
     return first, last
 

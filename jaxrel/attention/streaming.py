@@ -1,6 +1,6 @@
 """Relevance that rides in the backward pass.
 
-One read-out row of accumulated relevance can be had by walking the layers backward, and
+One target token row of accumulated relevance can be had by walking the layers backward, and
 backward is the way gradients go. So the row travels as the cotangent of an extra value, the
 carrier, that a model threads through its layers; no map and no gradient of a map outlives
 its layer. In each layer, in the order of the forward pass:
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxrel.attention.accumulate import head_mean
 from jaxrel.attention.importance import Measure, layer_weights
-from jaxrel.attention.maps import Readout, matmul, readout_index
+from jaxrel.attention.maps import TargetToken, matmul, token_index
 from jaxrel.tracing import sharding
 from jaxrel.tracing.sharding import shaped_like
 
@@ -59,12 +59,17 @@ def zeros(batch: int, tokens: int, dtype: Any = jnp.float32, *, like: Any = None
 
 
 def seed(
-    readout: Readout, *, batch: int, tokens: int, dtype: Any = jnp.float32, like: Any = None
+    target_token: TargetToken,
+    *,
+    batch: int,
+    tokens: int,
+    dtype: Any = jnp.float32,
+    like: Any = None,
 ) -> Carrier:
-    """The cotangent of the carrier that leaves the last layer: the read-out token alone.
+    """The cotangent of the carrier that leaves the last layer: the target token alone.
 
     Args:
-      readout: the read-out token, one index or one per example; negative ones count from
+      target_token: the target token, one index or one per example; negative ones count from
         the end.
       batch: how many examples.
       tokens: how many tokens.
@@ -78,7 +83,7 @@ def seed(
       ValueError: the index does not exist (not seen under `jax.jit`).
       TypeError: the index is not an integer.
     """
-    index = readout_index(readout, batch=batch, tokens=tokens)
+    index = token_index(target_token, batch=batch, tokens=tokens)
     row = jax.nn.one_hot(index, tokens, dtype=dtype)
     # The sum has the sharding of the carrier.
     row = row if like is None else row + zeros(batch, tokens, dtype, like=like).keep

@@ -20,12 +20,12 @@ from jaxrel.attention.discovery import (
 )
 from jaxrel.attention.importance import measure
 from jaxrel.attention.map_relevance import map_relevance
-from jaxrel.attention.maps import readout_index, relevance_dtype
+from jaxrel.attention.maps import relevance_dtype, token_index
 from jaxrel.attention.streaming import accumulate, seed, weigh_sum
 from jaxrel.propagation.composites import as_composite, attn_lrp
 from jaxrel.propagation.lrp import labelled
 from jaxrel.tracing.capture import check_scalar_outputs, taps_with_grad
-from jaxrel.tracing.evaluate import Edits, Touch, evaluate
+from jaxrel.tracing.evaluate import Edits, Interceptor, evaluate
 from jaxrel.tracing.graph import Traced
 from jaxrel.tracing.sharding import shaped_like
 
@@ -39,7 +39,7 @@ def relevance(
     fun: Callable,
     *,
     method: str | Sequence[str] = "weighted",
-    readout: Any = 0,
+    target_token: Any = 0,
     attention: str | Sequence[str] | None = None,
     layers: slice | Sequence[int] | None = None,
     heads: slice | Sequence[int] | None = None,
@@ -52,7 +52,7 @@ def relevance(
 
     The model is not changed: its attention maps are found by structure (see `sites`), or by
     the names it tags them with. Equal (Chefer et al. 2021, eq. 5 and 6) and weighted
-    accumulation (Huang et al. 2023) of one read-out row are streamed: relevance rides in the
+    accumulation (Huang et al. 2023) of one target token row are streamed: relevance rides in the
     backward pass, and no map or gradient is kept beyond its layer. Other methods, whole
     matrices and a choice of layers or heads stack the maps; all methods asked for share one
     forward and one backward pass.
@@ -61,7 +61,7 @@ def relevance(
       fun: a JAX function that returns the scalar to explain, or one per example `[batch]`;
         examples must be independent of each other, dropout off.
       method: one of `METHODS`, or several.
-      readout: the token whose row of the relevance matrix is read: an int, an int array
+      target_token: the token whose row of the relevance matrix is read: an int, an int array
         `[batch]`, a mapping from stack names to these, or None for the whole matrix.
       attention: the names of the attention stacks wanted: tags of the maps, or the names that
         `sites` lists. By default the function's only self-attention stack.
@@ -78,11 +78,11 @@ def relevance(
 
     Returns:
       A function `(*args) -> relevance`, float32 (float64 for float64 maps), to be wrapped in
-      `jit` by the caller: `[batch, tokens]`, or `[batch, tokens, tokens]` for `readout=None`.
+      `jit` by the caller: `[batch, tokens]`, or `[batch, tokens, tokens]` for `target_token=None`.
       Several methods give a dict by method, several stacks a dict by stack of these.
 
     Raises:
-      ValueError: (when called) unknown method, measure, stack, layer or read-out; no or several
+      ValueError: (when called) unknown method, measure, stack, layer or target token; no or several
         attention stacks where one is needed; no residual stream found for 'weighted'.
       TypeError: (when called) `fun` returns something other than one real array.
       NotImplementedError: (when called) attention inside a kernel or a hand-written derivative.
@@ -90,7 +90,7 @@ def relevance(
     explain = value_and_relevance(
         fun,
         method=method,
-        readout=readout,
+        target_token=target_token,
         attention=attention,
         layers=layers,
         heads=heads,
@@ -110,7 +110,7 @@ def value_and_relevance(
     fun: Callable,
     *,
     method: str | Sequence[str] = "weighted",
-    readout: Any = 0,
+    target_token: Any = 0,
     attention: str | Sequence[str] | None = None,
     layers: slice | Sequence[int] | None = None,
     heads: slice | Sequence[int] | None = None,
@@ -124,17 +124,17 @@ def value_and_relevance(
     measure(importance)
     composite = attn_lrp() if rules is None else as_composite(rules)
     some = {"layers": layers, "heads": heads}
-    streaming = _choose_form(form, methods, readout, some)
+    streaming = _choose_form(form, methods, target_token, some)
 
     def explained(*args):
         traced = trace_attention(fun, *args)
         _check_scalars(traced)
         stacks = _choose(traced, args, attention, argnums, "weighted" in methods)
-        readouts = {s.name: _readout(readout, s) for s in stacks}
+        target_tokens = {s.name: _target_token(target_token, s) for s in stacks}
         if not streaming:
             _check_branches(stacks, methods, layers)
         if streaming:
-            out, result = _stream(traced, stacks, methods[0], readouts, importance)
+            out, result = _stream(traced, stacks, methods[0], target_tokens, importance)
             result = {methods[0]: result}
         else:
             maps = None
@@ -144,7 +144,7 @@ def value_and_relevance(
                 maps = functools.partial(
                     map_relevance, traced, rules=composite, data=data, paths=paths
                 )
-            out, result = _stacked(traced, stacks, methods, readouts, some, importance, maps)
+            out, result = _stacked(traced, stacks, methods, target_tokens, some, importance, maps)
         if attention is None or isinstance(attention, str):
             result = {name: maps[stacks[0].name] for name, maps in result.items()}
         return out, result[method] if isinstance(method, str) else result
@@ -188,16 +188,16 @@ def _check_branches(stacks: list[Stack], methods: tuple[str, ...], layers: Any) 
             )
 
 
-def _choose_form(form: str, methods: tuple, readout: Any, some: Mapping[str, Any]) -> bool:
+def _choose_form(form: str, methods: tuple, target_token: Any, some: Mapping[str, Any]) -> bool:
     everything = all(choice is None for choice in some.values())
-    rows = readout.values() if isinstance(readout, Mapping) else (readout,)
+    rows = target_token.values() if isinstance(target_token, Mapping) else (target_token,)
     row = all(index is not None for index in rows)
     can = len(methods) == 1 and methods[0] in STREAMING and row and everything
     if form == "streaming" and not can:
         raise ValueError(
-            "form='streaming' computes one read-out row of one of the methods "
+            "form='streaming' computes one target token row of one of the methods "
             f"{' and '.join(STREAMING)} over all layers and heads; got method={methods}, "
-            f"readout={readout}, {some}. Use form='auto'"
+            f"target_token={target_token}, {some}. Use form='auto'"
         )
     if form not in ("auto", "streaming", "stacked"):
         raise ValueError(f"form must be 'auto', 'streaming' or 'stacked', got {form!r}")
@@ -267,35 +267,43 @@ def _listing(found: Mapping[str, Stack]) -> str:
     return "; ".join(map(str, found.values())) or "none (see jaxrel.attention.sites)"
 
 
-def _readout(readout: Any, stack: Stack) -> Any:
-    if isinstance(readout, Mapping):
-        if stack.name not in readout:
-            raise ValueError(f"readout names {sorted(readout)} but not the stack {stack.name!r}")
-        readout = readout[stack.name]
-    if readout is None:
+def _target_token(target_token: Any, stack: Stack) -> Any:
+    if isinstance(target_token, Mapping):
+        if stack.name not in target_token:
+            raise ValueError(
+                f"target_token names {sorted(target_token)} but not the stack {stack.name!r}"
+            )
+        target_token = target_token[stack.name]
+    if target_token is None:
         return None
     batch, _, tokens, _ = stack.sites[0].shape
-    if isinstance(readout, str):
-        raise ValueError(f"readout must be a token's index, or one per example, got {readout!r}")
-    readout = np.asarray(readout) if isinstance(readout, list | tuple) else readout
-    return readout_index(readout, batch=batch, tokens=tokens)
+    if isinstance(target_token, str):
+        raise ValueError(
+            f"target_token must be a token's index, or one per example, got {target_token!r}"
+        )
+    target_token = (
+        np.asarray(target_token) if isinstance(target_token, list | tuple) else target_token
+    )
+    return token_index(target_token, batch=batch, tokens=tokens)
 
 
 def _stream(
-    traced: Traced, stacks: list[Stack], method: str, readouts: Mapping, importance: Any
+    traced: Traced, stacks: list[Stack], method: str, target_tokens: Mapping, importance: Any
 ) -> tuple[Any, dict]:
     """Walk back through the layers with one row of relevance per example."""
-    touches: dict = {}
+    interceptors: dict = {}
     for stack in stacks:
         for site in stack.sites:
-            touches[site.value] = Touch(_accumulate_at(stack.name, site))
+            interceptors[site.value] = Interceptor(_accumulate_at(stack.name, site))
             if method == "weighted" and site.residual is not None:
                 before, after, total = site.residual
-                touch = _weigh_at(stack.name, site, measure(importance))
-                touches[total] = Touch(touch, (before, after))
+                interceptor = _weigh_at(stack.name, site, measure(importance))
+                interceptors[total] = Interceptor(interceptor, (before, after))
 
     def run(carriers):
-        result = evaluate(traced.graph, traced.args, Edits(touches=touches), carrier=carriers)
+        result = evaluate(
+            traced.graph, traced.args, Edits(interceptors=interceptors), carrier=carriers
+        )
         return result.outs[0], result.carrier
 
     seeds = {}
@@ -303,7 +311,7 @@ def _stream(
         site = stack.sites[0]
         batch, _, tokens, _ = site.shape
         seeds[stack.name] = seed(
-            readouts[stack.name],
+            target_tokens[stack.name],
             batch=batch,
             tokens=tokens,
             dtype=relevance_dtype(site.value.aval),
@@ -315,29 +323,29 @@ def _stream(
 
 
 def _accumulate_at(name: str, site: Site) -> Callable:
-    def touch(carriers, value):
+    def interceptor(carriers, value):
         carrier, attn = accumulate(carriers[name], site.standard(value))
         return {**carriers, name: carrier}, site.restore(attn)
 
-    return touch
+    return interceptor
 
 
 def _weigh_at(name: str, site: Site, importance: Callable) -> Callable:
     batch, _, tokens, _ = site.shape
 
-    def touch(carriers, total, before, after):
+    def interceptor(carriers, total, before, after):
         rows = [x.reshape(batch, tokens, -1) for x in (total, before, after)]
         carrier, weighed = weigh_sum(carriers[name], rows[0], rows[1], rows[2], importance)
         return {**carriers, name: carrier}, weighed.reshape(total.shape)
 
-    return touch
+    return interceptor
 
 
 def _stacked(
     traced: Traced,
     stacks: list[Stack],
     methods: tuple[str, ...],
-    readouts: Mapping,
+    target_tokens: Mapping,
     some: Mapping[str, Any],
     importance: Any,
     maps: Callable | None,
@@ -372,7 +380,7 @@ def _stacked(
                 matrix = _MATRIX[method](relevance, grad, **some)
             else:
                 matrix = _MATRIX[method](attn, grad, **some)
-            index = readouts[stack.name]
+            index = target_tokens[stack.name]
             result[method][stack.name] = matrix if index is None else row(matrix, index)
     return out, result
 
@@ -394,14 +402,14 @@ def _value(site: Site, what: str) -> Any:
 
 def _layers(stack: Stack, taps: Mapping, found: Mapping, what: str) -> Any:
     """Tapped values of a stack as [layers, batch, ...], in order of execution."""
-    values, moments = [], []
+    values, stages = [], []
     for site in stack.sites:
         value = _value(site, what)
         x = found[taps[value]]
         values.append(_standard(site, x.reshape(-1, *value.shape), what))
-        moments += list(site.moments())
+        stages += list(site.stages())
     stacked = jnp.concatenate(values)
-    order = sorted(range(len(moments)), key=moments.__getitem__)
+    order = sorted(range(len(stages)), key=stages.__getitem__)
     return stacked if order == list(range(len(order))) else stacked[np.asarray(order)]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from jaxrel.explanations.explain import METHODS, TWO_STREAM
 from jaxrel.explanations.words import WORD_METHODS
 
-# What is asked of a picture, and the bundled model that does it when none is named.
+# What is asked of an image, and the bundled model that does it when none is named.
 DEFAULT_MODELS = {"text": "clip-shapes", "question": "vqa-shapes", "caption": "caption-shapes"}
 # What is optional, and the extra that brings it.
 EXTRAS = {
@@ -80,25 +80,25 @@ def _parser() -> argparse.ArgumentParser:
 def _add_explain(commands: Any) -> None:
     explain = commands.add_parser(
         "explain",
-        help="show which parts of a picture and which words made the score",
-        description="Write OUT/explanation.png and OUT/explanation.html: which parts of a picture "
+        help="show which parts of an image and which words made the score",
+        description="Write OUT/explanation.png and OUT/explanation.html: which parts of an image "
         "and which words of a sentence made the model's score of the two, its answer to a "
         "question, or each word of its caption.",
     )
-    explain.add_argument("picture", nargs="+", help="PNG, JPEG or another picture file")
+    explain.add_argument("image", nargs="+", help="PNG, JPEG or another image file")
     asked = explain.add_mutually_exclusive_group(required=True)
     asked.add_argument(
         "--text",
         action="append",
         metavar="SENTENCE",
-        help="explain the similarity of picture and sentence: one for all pictures, or one per "
-        "picture (repeat --text)",
+        help="explain the similarity of image and sentence: one for all images, or one per "
+        "image (repeat --text)",
     )
     asked.add_argument(
         "--question",
         action="append",
         metavar="QUESTION",
-        help="answer a question, and explain the answer: one for all pictures, or one per picture",
+        help="answer a question, and explain the answer: one for all images, or one per image",
     )
     asked.add_argument(
         "--caption", action="store_true", help="write a caption, and explain each of its words"
@@ -260,7 +260,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _explain(options: argparse.Namespace) -> None:
     from jaxrel import explain, report
     from jaxrel.attention.transformation import check_methods
-    from jaxrel.images import read_pictures
+    from jaxrel.images import read_images
     from jaxrel.metrics import Detector
     from jaxrel.models import Captioner
     from jaxrel.models.checkpoint import find_folder
@@ -274,12 +274,12 @@ def _explain(options: argparse.Namespace) -> None:
         check_methods(named, known, "method")
     if options.answer is not None and asked != "question":
         raise ValueError("--answer goes with --question")
-    pictures = read_pictures(options.picture)
+    images = read_images(options.image)
     texts = options.text or options.question
-    if texts and len(texts) > 1 and len(pictures) > 1 and len(texts) != len(pictures):
+    if texts and len(texts) > 1 and len(images) > 1 and len(texts) != len(images):
         raise ValueError(
-            f"{len(pictures)} pictures and {len(texts)} {asked}s: give one --{asked} for all "
-            "pictures, or one for each"
+            f"{len(images)} images and {len(texts)} {asked}s: give one --{asked} for all "
+            "images, or one for each"
         )
     if options.out.exists() and not options.out.is_dir():
         raise NotADirectoryError(f"--out {options.out} is a file; name a folder")
@@ -297,7 +297,7 @@ def _explain(options: argparse.Namespace) -> None:
         detector = Detector.load(find_folder(options.model), model)
     explanations = explain(
         model,
-        image=pictures,
+        image=images,
         text=texts,
         target=options.answer,
         method=methods,
@@ -317,17 +317,17 @@ def _explain(options: argparse.Namespace) -> None:
         name = _name(options, explanations[0], i)
         print(f"{name}, {target}: score {explanations[0].score[i]:.2f}")
         for one in explanations:
-            if one.verdicts and one.verdicts[i] is not None:
-                print(f"  {one.method}: {one.verdicts[i]}")
+            if one.flags and one.flags[i] is not None:
+                print(f"  {one.method}: {one.flags[i]}")
     print("wrote " + " and ".join(map(str, files)))
 
 
 def _name(options: argparse.Namespace, explanation: Any, row: int) -> str:
-    """The picture that a row of an explanation is about."""
-    pictures = options.picture
-    if "picture" in explanation.report:
-        return pictures[explanation.report["picture"][row]]
-    return pictures[row] if len(pictures) > 1 else pictures[0]
+    """The image that a row of an explanation is about."""
+    images = options.image
+    if "example" in explanation.report:
+        return images[explanation.report["example"][row]]
+    return images[row] if len(images) > 1 else images[0]
 
 
 def _load(name: str) -> Any:
@@ -353,13 +353,14 @@ def _as_json(options: argparse.Namespace, explanations: Sequence, files: list[Pa
                 "settings": one.settings,
                 "examples": [
                     {
-                        "picture": _name(options, one, i),
+                        "file": _name(options, one, i),
+                        "picture": _name(options, one, i),  # the old name, for one version
                         "target": one.target[i],
                         "score": float(one.score[i]),
                         "image": one.image[i].tolist(),
                         "words": one.words(i),
                     }
-                    | _verdict_as_json(one, i)
+                    | _flag_as_json(one, i)
                     for i in range(len(one))
                 ],
             }
@@ -368,13 +369,13 @@ def _as_json(options: argparse.Namespace, explanations: Sequence, files: list[Pa
     }
 
 
-def _verdict_as_json(explanation: Any, row: int) -> dict[str, Any]:
+def _flag_as_json(explanation: Any, row: int) -> dict[str, Any]:
     """What an explanation says of its word; nothing where it judges no words."""
-    if not explanation.verdicts:
+    if not explanation.flags:
         return {}
-    verdict = explanation.verdicts[row]
-    judged = verdict and dataclasses.asdict(verdict) | {"doubted": verdict.doubted}
-    return {"verdict": judged}
+    flag = explanation.flags[row]
+    judged = flag and dataclasses.asdict(flag) | {"flagged": flag.flagged}
+    return {"flag": judged}
 
 
 def _recipe(name: str) -> Any:
@@ -483,7 +484,7 @@ def _weighting(options: argparse.Namespace) -> None:
 
 
 def _sanity(options: argparse.Namespace) -> None:
-    from jaxrel.explanations.result import write_atomically
+    from jaxrel.files import write_atomically
     from jaxrel.train.evaluate import sanity
 
     result = sanity.evaluate(

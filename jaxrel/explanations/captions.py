@@ -10,11 +10,11 @@ from jaxtyping import Int
 from jaxrel.attention.transformation import check_methods
 from jaxrel.explanations.result import Explanation
 from jaxrel.explanations.words import SIGNED_WORDS, WORD_METHODS, in_pixels, word_relevance
-from jaxrel.images import seen_pictures
+from jaxrel.images import seen_images
 from jaxrel.metrics.detector import Detector
 from jaxrel.tracing.sharding import shard_rows
 
-# So many backward passes of one picture go together: more would need more memory, not less time.
+# So many backward passes of one image go together: more would need more memory, not less time.
 _TOGETHER = 32
 # Captions are cut to a multiple of this: programs are compiled per length.
 _LENGTHS = 4
@@ -33,7 +33,7 @@ def explain_captions(
     name: str,
     detector: Detector | None = None,
 ) -> Any:
-    """Explain each word of the captions of pictures; one row per word.
+    """Explain each word of the captions of images; one row per word.
 
     The arguments, results and errors are those of `jaxrel.explain`.
     """
@@ -44,7 +44,7 @@ def explain_captions(
         )
     if getattr(model.layout.streams[0], "grid", None) is None:
         raise ValueError(
-            "this model reads features of regions and not pictures, and there is no map to draw; "
+            "this model reads features of regions and not images, and there is no map to draw; "
             "jaxrel.lrp with argnums=None, at='features/tokens' gives the relevance of regions"
         )
     prepared = dict(model.prepare(image=image, text=text))
@@ -74,7 +74,7 @@ def explain_captions(
         "target": tuple(model.describe(rows)),
         "score": score[example, column],
         "tokens": tokens,
-        "pictures": seen_pictures(model, image, len(example), example),
+        "pixels": seen_images(model, image, len(example), example),
         "model": name,
     }
     chosen = "all heads" if heads is None else f"heads {', '.join(map(str, heads))}"
@@ -91,8 +91,8 @@ def explain_captions(
                 method=one,
                 signed=one in SIGNED_WORDS,
                 settings=f"summed over the features of each pixel and word, {chosen}",
-                report={"picture": example.tolist(), "relevance": summary},
-                verdicts=judges.verdicts(one, asked, in_pixels(of_image, side)) if judges else (),
+                report={"example": example.tolist(), "relevance": summary},
+                flags=judges.flags(one, asked, in_pixels(of_image, side)) if judges else (),
             )
         )
     return explanations[0] if isinstance(method, str) else explanations

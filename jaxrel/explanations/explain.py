@@ -1,4 +1,4 @@
-"""`explain`: pictures and sentences in, an `Explanation` out.
+"""`explain`: images and sentences in, an `Explanation` out.
 
 Nothing here knows a particular model. What a model must answer is `Explainable`; a function
 that is no such model is explained with `jaxrel.attention.relevance` directly.
@@ -22,7 +22,7 @@ from jaxrel.attention.importance import measure
 from jaxrel.attention.transformation import check_methods, value_and_relevance
 from jaxrel.explanations.captions import explain_captions
 from jaxrel.explanations.result import Explanation
-from jaxrel.images import seen_pictures
+from jaxrel.images import seen_images
 from jaxrel.metrics.detector import Detector
 from jaxrel.propagation import composites, rules
 from jaxrel.propagation.composites import Composite, as_composite, everything
@@ -59,12 +59,12 @@ class Explainable(Protocol):
         """
 
     def prepare(self, *, image: Any, text: Any) -> Mapping[str, Any]:
-        """Pictures and sentences as the model's inputs."""
+        """Images and sentences as the model's inputs."""
 
     def pairs(self, inputs: Mapping[str, Any], target: Any = None) -> Mapping[str, Any]:
         """Inputs with one row per example to explain.
 
-        Where rows are not pictures one to one, "example" says which picture each belongs to.
+        Where rows are not images one to one, "example" says which image each belongs to.
         """
 
     def score(self, inputs: Mapping[str, Any]) -> Any:
@@ -73,7 +73,7 @@ class Explainable(Protocol):
     def describe(self, inputs: Mapping[str, Any]) -> Sequence[str]:
         """By row, what is explained, in words."""
 
-    def readout(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    def target_tokens(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """By stream, the token each row's score is read from."""
 
     def content(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -82,8 +82,8 @@ class Explainable(Protocol):
     def tokens(self, inputs: Mapping[str, Any]) -> Sequence[Sequence[str]]:
         """By row, how to display the text's tokens."""
 
-    def seen(self, picture: Image.Image) -> Image.Image:
-        """The part of a picture that the model sees."""
+    def seen(self, image: Image.Image) -> Image.Image:
+        """The part of an image that the model sees."""
 
 
 def explain(
@@ -100,9 +100,9 @@ def explain(
     name: str = "",
     detector: Detector | None = None,
 ) -> Any:
-    """Explain how much each patch of a picture and each word of a sentence matters to a score.
+    """Explain how much each patch of an image and each word of a sentence matters to a score.
 
-    For CLIP the score is the similarity of the picture and the sentence, for CLIPMapper the
+    For CLIP the score is the similarity of the image and the sentence, for CLIPMapper the
     logit of an answer to a question, or of each word of a caption, as for Captioner. Everything
     is one compiled program: one forward and one backward pass for all examples and all methods
     that need no LRP. For Captioner see `jaxrel.explanations.words`: its maps are of pixels, and the
@@ -115,19 +115,20 @@ def explain(
     Args:
       model: a model that speaks the protocol `Explainable`, such as `jaxrel.models.CLIP`, and
         where it also speaks `jaxrel.explanations.words.Captions`, is explained by that.
-      image: a PIL picture, a uint8 `[height, width, 3]` array, or a list of them.
+      image: a PIL image, a uint8 `[height, width, 3]` array, or a list of them.
       text: a sentence, question or caption, or a list of them; see `model.pairs` for how
-        pictures and texts are matched. None where the model writes the text (captions).
+        images and texts are matched. None where the model writes the text (captions).
       target: what to explain of these, in the model's terms: by default the matching pairs, the
         most probable answer, all words of the caption.
       method: one of `jaxrel.explanations.explain.METHODS` (of a model whose streams attend to
         each other, `TWO_STREAM`), or several: those of `jaxrel.attention`, and 'lrp' (AttnLRP),
-        'cp_lrp' and 'input_x_gradient', which propagate to the embedded tokens; of a Captioner, those of
-        `jaxrel.explanations.words.WORD_METHODS`. By default 'weighted', of a Captioner 'lrp'.
+        'cp_lrp' and 'input_x_gradient', which propagate to the embedded tokens; of a Captioner,
+        those of `jaxrel.explanations.words.WORD_METHODS`. By default 'weighted', of a
+        Captioner 'lrp'.
       layers: the layers that count, such as `[-1]` for the last alone; all, by default. Not of
         models whose streams attend to each other, nor of a Captioner.
       heads: the attention heads that count; as `layers`. Of a Captioner with several heads,
-        those through which relevance reaches the picture.
+        those through which relevance reaches the image.
       importance: the measure of the weighted method.
       lrp: other rules for the method 'lrp': see `jaxrel.lrp`.
       name: the model's name, for the record.
@@ -138,7 +139,7 @@ def explain(
       An `Explanation` of the batch, or a list of them, one per method if several were given.
 
     Raises:
-      TypeError, ValueError: bad pictures, text, target, method, layers or measure; the message
+      TypeError, ValueError: bad images, text, target, method, layers or measure; the message
         says what was expected. Relevance that is not finite (a model with NaN weights).
     """
     if hasattr(model, "word_scores"):
@@ -183,7 +184,7 @@ def explain(
     streams = {stream.name: stream for stream in layout.streams}
     score, relevance, reports = _explained(
         model,
-        *shard_rows((inputs, model.readout(inputs))),
+        *shard_rows((inputs, model.target_tokens(inputs))),
         methods=tuple(one for one in methods if one not in BY_RULES),
         propagated=tuple(propagated.items()),
         streams=tuple(streams.values()),
@@ -198,10 +199,10 @@ def explain(
         "target": tuple(model.describe(inputs)),
         "score": score,
         "tokens": tuple(map(tuple, model.tokens(inputs))),
-        "pictures": seen_pictures(model, image, len(score), inputs.get("example")),
+        "pixels": seen_images(model, image, len(score), inputs.get("example")),
         "model": name,
     }
-    where = {"picture": np.asarray(inputs["example"]).tolist()} if "example" in inputs else {}
+    where = {"example": np.asarray(inputs["example"]).tolist()} if "example" in inputs else {}
     explanations = [
         Explanation(
             **shared,
@@ -247,7 +248,7 @@ def token_relevance(
     _, relevance, _ = _explained(
         model,
         inputs,
-        model.readout(inputs),
+        model.target_tokens(inputs),
         methods=tuple(one for one in methods if one not in BY_RULES),
         propagated=tuple((one, BY_RULES[one]) for one in methods if one in BY_RULES),
         streams=tuple(layout.streams),
@@ -271,15 +272,15 @@ def token_relevance(
         "importance",
     ),
 )
-def _explained(model: Any, inputs: Any, readout: Any, **options: Any) -> Any:
+def _explained(model: Any, inputs: Any, target_token: Any, **options: Any) -> Any:
     explained = functools.partial(_explained_rows, **options)
-    return compiler_sharded(explained, inputs, (0, 0, None))(model, inputs, readout)
+    return compiler_sharded(explained, inputs, (0, 0, None))(model, inputs, target_token)
 
 
 def _explained_rows(
     model: Any,
     inputs: Any,
-    readout: Any,
+    target_token: Any,
     *,
     methods: tuple[str, ...],
     propagated: tuple[tuple[str, Composite], ...],
@@ -291,9 +292,9 @@ def _explained_rows(
 ) -> Any:
     score, relevance, reports = None, {}, {}
     if methods and schedule:
-        (name,) = readout
+        (name,) = target_token
         explained = value_and_two_stream_relevance(
-            _score, schedule, method=methods, readout=readout[name], importance=importance
+            _score, schedule, method=methods, target_token=target_token[name], importance=importance
         )
         score, found = explained(model, inputs)
         names = [stream.name for stream in streams]
@@ -302,7 +303,7 @@ def _explained_rows(
         explained = value_and_relevance(
             _score,
             method=methods,
-            readout=readout,
+            target_token=target_token,
             attention=tuple(stream.name for stream in streams),
             layers=layers,
             heads=heads,
@@ -328,7 +329,7 @@ def _by_token(stream: Any, found: Mapping[str, Any]) -> Any:
 
 
 def _modalities(streams: Any, relevance: Mapping, content: Mapping) -> dict[str, Any]:
-    """Relevance of the content tokens: a picture's as a grid, a text's with zeros elsewhere."""
+    """Relevance of the content tokens: an image's as a grid, a text's with zeros elsewhere."""
     maps = {}
     for stream in streams:
         kept = np.where(content[stream.name], relevance[stream.name], 0)

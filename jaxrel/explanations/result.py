@@ -6,7 +6,6 @@ import io
 import json
 import operator
 import os
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from jaxtyping import Float32, UInt8
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from jaxrel.explanations.flags import Verdict
+from jaxrel.explanations.flags import Flag
+from jaxrel.files import write_atomically
 
 # Written into every .npz file, so that a later layout can be told from this one.
 FORMAT = 1
@@ -28,7 +28,7 @@ _HEADER = "jaxrel_explanation"
 class Explanation:
     """Relevance maps for a batch of examples, with what is needed to read them.
 
-    Anything array-like is accepted (JAX arrays of any float type, lists, PIL pictures); it is
+    Anything array-like is accepted (JAX arrays of any float type, lists, PIL images); it is
     copied to NumPy, and the copy is read-only. `explanation[i]` is the explanation of one
     example, `explanation[2:5]` of several, `len(explanation)` the number of examples.
 
@@ -37,15 +37,15 @@ class Explanation:
       score: per example, the scalar whose relevance this is.
       method: the name of the method.
       signed: whether relevance may be negative (drawn with zero-centred colours).
-      image: relevance of the picture at the method's own resolution (patches or pixels).
+      image: relevance of the image at the method's own resolution (patches or pixels).
       text: relevance of each token, 0 where there is padding.
       tokens: per example, one display string per token: `""` is a special or padding token
         (never shown), `"##ing"` continues the word before it.
-      pictures: per example, the picture as shown; sizes may differ.
+      images: per example, the image as shown; sizes may differ.
       model: the model's name.
       settings: the method's settings, in words.
       report: a summary that JSON can hold: losses of relevance, timings, versions.
-      verdicts: per example, what the map says of the word explained, None for a word that is not
+      flags: per example, what the map says of the word explained, None for a word that is not
         judged; empty where no word is.
 
     Raises:
@@ -62,11 +62,11 @@ class Explanation:
     image: Float32[np.ndarray, "batch rows columns"] | None
     text: Float32[np.ndarray, "batch tokens"] | None
     tokens: tuple[tuple[str, ...], ...]
-    pictures: tuple[UInt8[np.ndarray, "_ _ 3"], ...] | None
+    pixels: tuple[UInt8[np.ndarray, "_ _ 3"], ...] | None
     model: str
     settings: str
     report: dict[str, Any]
-    verdicts: tuple[Verdict | None, ...]
+    flags: tuple[Flag | None, ...]
 
     # Written out, since what may be given is wider than what is kept.
     def __init__(
@@ -79,11 +79,11 @@ class Explanation:
         image: ArrayLike | None = None,
         text: ArrayLike | None = None,
         tokens: Sequence[Sequence[str]] = (),
-        pictures: Sequence[Any] | np.ndarray | None = None,
+        pixels: Sequence[Any] | np.ndarray | None = None,
         model: str = "",
         settings: str = "",
         report: dict[str, Any] | None = None,
-        verdicts: Sequence[Verdict | None] = (),
+        flags: Sequence[Flag | None] = (),
     ) -> None:
         target = _strings("target", target)
         batch = len(target)
@@ -104,11 +104,11 @@ class Explanation:
             "image": image,
             "text": text,
             "tokens": _tokens(tokens, text),
-            "pictures": None if pictures is None else _pictures(pictures, batch),
+            "pixels": None if pixels is None else _pixels(pixels, batch),
             "model": model,
             "settings": settings,
             "report": _plain({} if report is None else report),
-            "verdicts": _verdicts(verdicts, batch),
+            "flags": _flags(flags, batch),
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
@@ -137,8 +137,8 @@ class Explanation:
             image=None if self.image is None else self.image[part],
             text=None if self.text is None else self.text[part],
             tokens=self.tokens[part],
-            pictures=None if self.pictures is None else self.pictures[part],
-            verdicts=self.verdicts[part],
+            pixels=None if self.pixels is None else self.pixels[part],
+            flags=self.flags[part],
         )
 
     def _index(self, index: SupportsIndex) -> int:
@@ -185,15 +185,15 @@ class Explanation:
         return words
 
     def show(self) -> Image.Image | None:
-        """Show the explanation as a picture; never opens a window.
+        """Show the explanation as an image; never opens a window.
 
         Returns:
-          The picture, an `PIL.Image.Image`. In a notebook the picture is displayed instead and
-          nothing is returned, since a notebook would show a returned picture a second time.
+          The image, an `PIL.Image.Image`. In a notebook the image is displayed instead and
+          nothing is returned, since a notebook would show a returned image a second time.
         """
         from jaxrel import report
 
-        drawn = report.picture([self])
+        drawn = report.figure([self])
         if not _in_notebook():
             return drawn
         importlib.import_module("IPython.display").display(drawn)
@@ -205,7 +205,7 @@ class Explanation:
         return report.fragment([self])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a picture (.png), a single-file page (.html) or the numbers (.npz).
+        """Write an image (.png), a single-file page (.html) or the numbers (.npz).
 
         The file appears complete or not at all. A missing folder is made.
 
@@ -226,24 +226,24 @@ class Explanation:
             case _:
                 raise ValueError(
                     f"cannot save an explanation as {str(path)!r}: the suffix is {suffix!r}; "
-                    "use .png (picture), .html (page) or .npz (numbers)"
+                    "use .png (image), .html (page) or .npz (numbers)"
                 )
 
     def _to_npz(self) -> bytes:
         header: dict[str, Any] = {
             "format": FORMAT,
-            "pictures": None if self.pictures is None else len(self.pictures),
+            "pixels": None if self.pixels is None else len(self.pixels),
         }
         for name in ("target", "method", "signed", "tokens", "model", "settings", "report"):
             header[name] = getattr(self, name)
-        if self.verdicts:
-            header["verdicts"] = [one and dataclasses.asdict(one) for one in self.verdicts]
+        if self.flags:
+            header["verdicts"] = [one and dataclasses.asdict(one) for one in self.flags]
         arrays = {_HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8)}
         arrays["score"] = self.score
         for name in ("image", "text"):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
-        for i, shown in enumerate(self.pictures or ()):
+        for i, shown in enumerate(self.pixels or ()):
             arrays[f"picture_{i}"] = shown
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
@@ -280,52 +280,18 @@ class Explanation:
             if version != FORMAT:
                 raise ValueError(f"format {version} is not known here; this is format {FORMAT}")
             count = header.pop("pictures")
-            pictures = (
-                None if count is None else tuple(arrays[f"picture_{i}"] for i in range(count))
-            )
-            verdicts = [
-                None if one is None else Verdict(**one) for one in header.pop("verdicts", ())
-            ]
+            images = None if count is None else tuple(arrays[f"picture_{i}"] for i in range(count))
+            flags = [None if one is None else Flag(**one) for one in header.pop("verdicts", ())]
             return cls(
                 **header,
-                verdicts=verdicts,
+                flags=flags,
                 score=arrays["score"],
                 image=arrays.get("image"),
                 text=arrays.get("text"),
-                pictures=pictures,
+                pixels=images,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a usable explanation: {error}") from error
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that it appears complete or not at all; a missing folder is made.
-
-    Args:
-      path: the file; replaced if it exists.
-      data: its content.
-
-    Raises:
-      OSError: the file cannot be written there.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder; give the name of a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(
-            f"cannot write {path}: {path.parent} is not a folder; give another place"
-        ) from None
-    # In the same folder, since a file can be moved in one step only within a file system.
-    # Not tempfile: its files are readable by their owner alone, whatever the umask.
-    temporary = path.with_name(f".jaxrel-{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _strings(name: str, values: Sequence[str]) -> tuple[str, ...]:
@@ -354,7 +320,7 @@ def _float32(name: str, value: ArrayLike, shape: tuple[int | str, ...]) -> np.nd
     if bad.any():
         raise ValueError(
             f"Explanation: {name} holds NaN or infinity in example {_indices(bad)}; "
-            "look for them in the picture and in the model's weights"
+            "look for them in the image and in the model's weights"
         )
     array.setflags(write=False)
     return array
@@ -393,24 +359,24 @@ def _tokens(tokens: Sequence[Sequence[str]], text: np.ndarray | None) -> tuple:
     return rows
 
 
-def _pictures(pictures: Sequence[Any] | np.ndarray, batch: int) -> tuple[np.ndarray, ...]:
-    if len(pictures) != batch:
-        raise ValueError(f"Explanation: {batch} examples, but {len(pictures)} pictures")
-    copies = tuple(np.array(shown) for shown in pictures)
+def _pixels(pixels: Sequence[Any] | np.ndarray, batch: int) -> tuple[np.ndarray, ...]:
+    if len(pixels) != batch:
+        raise ValueError(f"Explanation: {batch} examples, but {len(pixels)} images")
+    copies = tuple(np.array(shown) for shown in images)
     for i, copy in enumerate(copies):
         if copy.dtype != np.uint8 or copy.ndim != 3 or copy.shape[2] != 3 or copy.size == 0:
             raise ValueError(
-                "Explanation: a picture must be uint8 [height, width, 3] (RGB, 0 to 255), "
+                "Explanation: an image must be uint8 [height, width, 3] (RGB, 0 to 255), "
                 f"got {copy.dtype} {list(copy.shape)} for example {i}"
             )
         copy.setflags(write=False)
     return copies
 
 
-def _verdicts(verdicts: Sequence[Verdict | None], batch: int) -> tuple[Verdict | None, ...]:
-    if len(verdicts) not in (0, batch):
-        raise ValueError(f"Explanation: {batch} examples, but {len(verdicts)} verdicts")
-    return tuple(verdicts) if any(verdicts) else ()
+def _flags(flags: Sequence[Flag | None], batch: int) -> tuple[Flag | None, ...]:
+    if len(flags) not in (0, batch):
+        raise ValueError(f"Explanation: {batch} examples, but {len(flags)} flags")
+    return tuple(flags) if any(flags) else ()
 
 
 def _plain(report: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Relevance of captions word by word: in the picture's pixels and in the words before.
+"""Relevance of captions word by word: in the image's pixels and in the words before.
 
 What a model must answer is `Captions`. The forward pass is run once for all words; each word
 costs one backward pass more, and all of them are one compiled program.
@@ -48,7 +48,7 @@ _BY_GUIDED = frozenset({"guided_backprop", "guided_grad_cam"})
 class Captions(Protocol):
     """What `word_relevance` asks of a model.
 
-    `jaxrel.tag` marks the picture's feature maps, `[batch, rows, columns, channels]`, as
+    `jaxrel.tag` marks the image's feature maps, `[batch, rows, columns, channels]`, as
     "features" and the embedded words, `[batch, tokens, width]`, as "text/tokens".
     """
 
@@ -79,7 +79,7 @@ def word_relevance(
     the gradient, "input_x_gradient" the pixel or the embedded word times it, "guided_backprop"
     the same with guided ReLUs. "grad_cam" weighs the feature maps by the mean of their gradients
     and keeps what is positive; "guided_grad_cam" is the product of the two before, the latter
-    resized to the picture. "attention" is the mean map of all heads. As in the paper, the words
+    resized to the image. "attention" is the mean map of all heads. As in the paper, the words
     of "grad_cam" are those of "gradient", and those of "guided_grad_cam" are those of
     "guided_backprop"; "attention" says nothing of words.
 
@@ -93,7 +93,7 @@ def word_relevance(
       at_once: how many words go backward together; all, by default. Fewer need less memory.
 
     Returns:
-      The words' logits, and {method: (of the picture, of the words)}, float32: [batch, words,
+      The words' logits, and {method: (of the image, of the words)}, float32: [batch, words,
       height, width], in pixels and summed over colours, or for "grad_cam" and "attention" in the
       features' grid; and [batch, words, tokens], summed over the embedding. Sharded as the rows
       of `inputs` are.
@@ -130,11 +130,11 @@ def word_relevance(
 def in_pixels(
     maps: Float[Array | np.ndarray, "*words rows columns"], side: int
 ) -> Float[Array, "*words {side} {side}"]:
-    """Maps of words in the pixels of the square picture; grids are resized (bilinear).
+    """Maps of words in the pixels of the square image; grids are resized (bilinear).
 
     Args:
-      maps: of pictures, as `word_relevance` returns them by method.
-      side: of the picture that the model sees, in pixels.
+      maps: of images, as `word_relevance` returns them by method.
+      side: of the image that the model sees, in pixels.
     """
     return jax.image.resize(jnp.asarray(maps), (*maps.shape[:-2], side, side), "bilinear")
 

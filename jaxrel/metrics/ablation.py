@@ -1,7 +1,7 @@
 """Does a caption depend on what its explanation names? Ablation of patches and of words.
 
 After Sun et al. 2022, "Explain and improve: LRP-inference fine-tuning for image captioning
-models". Patches: the most relevant patches of the picture are set to its mean colour, a new
+models". Patches: the most relevant patches of the image are set to its mean colour, a new
 caption is made, and the word's probability in it compared. Words: the most relevant words are
 removed from the prefix, and the next word's probability compared. Each word is explained by a
 map of its own. Nothing here knows a model: it gives the inputs to run, and sums up the drops in
@@ -21,7 +21,7 @@ from jaxrel.metrics.correctness import check_maps
 from jaxrel.metrics.intervals import Interval, _times_drawn
 from jaxrel.metrics.perturbation import random_relevance
 
-# The paper's settings, for pictures of 224 x 224: 20 of 28 x 28 patches go, and 3 of the words
+# The paper's settings, for images of 224 x 224: 20 of 28 x 28 patches go, and 3 of the words
 # that come before a word; words that have fewer than 6 before them are not asked about.
 PATCH, PATCHES = 8, 20
 WORDS, FIRST_WORD = 3, 6
@@ -114,25 +114,25 @@ def ablate(
     mask: Shaped[Array | np.ndarray, "*masks rows columns"],
     value: int | float | Float[Array | np.ndarray, " channels"] = 0.0,
 ) -> Float[Array, "*batch height width channels"]:
-    """Pictures whose patches under a mask have one colour; the pictures given stay as they are.
+    """Images whose patches under a mask have one colour; the images given stay as they are.
 
     Args:
       images: in the units of the model's input.
-      mask: bool per patch; a mask per picture, or one for all.
-      value: the colour, or one number for all channels. In pictures normalised by mean and
+      mask: bool per patch; a mask per image, or one for all.
+      value: the colour, or one number for all channels. In images normalised by mean and
         deviation, 0 is the mean colour.
 
     Raises:
-      ValueError: the mask is not bool, is for another number of pictures, or does not divide
-        the picture.
+      ValueError: the mask is not bool, is for another number of images, or does not divide
+        the image.
     """
     *batch, height, width, _ = images.shape
     *given, rows, columns = mask.shape
     if given not in (batch, []) or not rows * columns or height % rows or width % columns:
         raise ValueError(
-            f"ablate: a mask of {list(mask.shape)} does not fit pictures of {list(images.shape)}; "
+            f"ablate: a mask of {list(mask.shape)} does not fit images of {list(images.shape)}; "
             f"expected [{', '.join(map(str, [*batch, 'rows', 'columns']))}], or [rows, columns] "
-            "for all, of patches that divide the pictures"
+            "for all, of patches that divide the images"
         )
     if mask.dtype != np.bool_:
         raise ValueError(f"ablate: the mask must be bool, True where to ablate, got {mask.dtype}")
@@ -210,12 +210,12 @@ def ablation_summary(
     drops: Cases,
     *,
     there: Cases | None = None,
-    picture: Int[np.ndarray, " examples"] | None = None,
+    image: Int[np.ndarray, " examples"] | None = None,
     baseline: str | None = None,
     seed: int = 0,
     resamples: int = 2000,
 ) -> dict[str, Any]:
-    """Drops in probability by method, with bootstrap 95% intervals over pictures.
+    """Drops in probability by method, with bootstrap 95% intervals over images.
 
     A case is a word that was asked about. After the ablation of patches the new caption may lack
     the word: it disappeared, and has no drop of its own. The measures:
@@ -235,14 +235,14 @@ def ablation_summary(
         not used, and may be anything.
       there: per method, bool: is the word still there? None where it always is, as in the
         ablation of words.
-      picture: the picture of each case; those of one picture are drawn together. None for a
-        picture per case.
+      image: the image of each case; those of one image are drawn together. None for an
+        image per case.
       baseline: the method that others are compared with, such as "random"; None for none.
       seed: of the resampling.
       resamples: how many samples are drawn with replacement.
 
     Returns:
-      What JSON can hold: `cases`, `pictures`, `baseline`, `methods`. Per method `there`, the
+      What JSON can hold: `cases`, `images`, `baseline`, `methods`. Per method `there`, the
       number of such cases, each measure (`mean`, `low`, `high`) and, for all but the baseline,
       `difference`: each measure less the baseline's. A measure is None where no word is there.
 
@@ -257,16 +257,16 @@ def ablation_summary(
     drop = np.stack([np.where(masks[name], values[name], 0) for name in names])
     still = np.stack([masks[name] for name in names])
     cases = drop.shape[-1]
-    if picture is not None and picture.shape != (cases,):
+    if image is not None and image.shape != (cases,):
         raise ValueError(
-            f"ablation_summary: pictures of {list(picture.shape)} for {cases} cases; give one "
+            f"ablation_summary: images of {list(image.shape)} for {cases} cases; give one "
             "number per case"
         )
-    groups, group = np.unique(np.arange(cases) if picture is None else picture, return_inverse=True)
+    groups, group = np.unique(np.arange(cases) if image is None else image, return_inverse=True)
     held = (drop >= 0) & still
     one = np.ones_like(drop)
-    parts = _by_picture(np.stack([~still, held, drop, held, drop]), group)
-    wholes = _by_picture(np.stack([one, still, still, one, one]), group)
+    parts = _by_image(np.stack([~still, held, drop, held, drop]), group)
+    wholes = _by_image(np.stack([one, still, still, one, one]), group)
     weights = _times_drawn(np.random.default_rng(seed), len(groups), resamples)
     mean = _ratio(parts.sum(-1), wholes.sum(-1))
     drawn = _ratio(parts @ weights, wholes @ weights)
@@ -280,7 +280,7 @@ def ablation_summary(
             if i != b:
                 less = _measures(mean[:, i] - mean[:, b], drawn[:, i] - drawn[:, b])
                 methods[name]["difference"] = less
-    return {"cases": cases, "pictures": len(groups), "baseline": baseline, "methods": methods}
+    return {"cases": cases, "images": len(groups), "baseline": baseline, "methods": methods}
 
 
 def _highest(scores: Float[Array, "*batch places"], count: int) -> Bool[Array, "*batch places"]:
@@ -308,10 +308,10 @@ def _without(
     return jnp.where(place < left[..., None], closed, pad), left
 
 
-def _by_picture(
+def _by_image(
     values: Shaped[np.ndarray, "measures methods cases"], group: Int[np.ndarray, " cases"]
-) -> Float[np.ndarray, "measures methods pictures"]:
-    """Sums over the cases of each picture."""
+) -> Float[np.ndarray, "measures methods images"]:
+    """Sums over the cases of each image."""
     sums = np.zeros((group.max() + 1, *values.shape[:-1]))
     np.add.at(sums, group, np.moveaxis(values, -1, 0))
     return np.moveaxis(sums, 0, -1)

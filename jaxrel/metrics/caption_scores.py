@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 Tokens = Sequence[str]
-# The references of one picture; pictures may have different numbers of them.
+# The references of one image; images may have different numbers of them.
 References = Sequence[Tokens]
 
 ORDERS = 4  # n-grams of one to four words
@@ -68,14 +68,14 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[References]) -> Scor
     lengths over all captions together.
 
     Args:
-      candidates: one caption per picture.
-      references: the references of each picture, at least one.
+      candidates: one caption per image.
+      references: the references of each image, at least one.
 
     Returns:
       Scores with corpus `[4]` and examples `[examples, 4]`, from 0 to 1.
 
     Raises:
-      ValueError: no captions, numbers that differ, a picture without references, or text in
+      ValueError: no captions, numbers that differ, an image without references, or text in
         place of tokens.
     """
     counts = bleu_counts(candidates, references)
@@ -88,8 +88,8 @@ def bleu_counts(
     """What BLEU of each caption is made of: sums of rows are the counts of a corpus.
 
     Args:
-      candidates: one caption per picture.
-      references: the references of each picture, at least one.
+      candidates: one caption per image.
+      references: the references of each image, at least one.
 
     Returns:
       Clipped matches for n = 1..4, n-grams for n = 1..4, the length, and that of the closest
@@ -129,8 +129,8 @@ def rouge_l(candidates: Sequence[Tokens], references: Sequence[References]) -> S
     as pycocoevalcap does. An empty sentence has nothing in common with any.
 
     Args:
-      candidates: one caption per picture.
-      references: the references of each picture, at least one.
+      candidates: one caption per image.
+      references: the references of each image, at least one.
 
     Returns:
       Scores from 0 to 1; the corpus number is the mean.
@@ -146,12 +146,12 @@ def rouge_l(candidates: Sequence[Tokens], references: Sequence[References]) -> S
 def cider_d(candidates: Sequence[Tokens], references: Sequence[References]) -> Scores:
     """CIDEr-D (Vedantam et al. 2015), document frequencies from these references.
 
-    With one picture alone every weight is log 1, and the score 0. To score few captions, or to
+    With one image alone every weight is log 1, and the score 0. To score few captions, or to
     score in training, take the frequencies from a larger corpus: `CiderD`.
 
     Args:
-      candidates: one caption per picture.
-      references: the references of each picture, at least one.
+      candidates: one caption per image.
+      references: the references of each image, at least one.
 
     Returns:
       Scores from 0 to 10; the corpus number is the mean.
@@ -186,38 +186,38 @@ class CiderD:
     For a reward, count the training references once and weigh each reference once:
 
         cider = CiderD.from_references(references)
-        weighed = [[cider.weigh(tokens) for tokens in picture] for picture in references]
+        weighed = [[cider.weigh(tokens) for tokens in image] for image in references]
         reward = cider.score(sampled, [weighed[i] for i in batch])
 
     Attributes:
-      frequency: in the references of how many pictures an n-gram occurs.
-      pictures: how many pictures the corpus has.
+      frequency: in the references of how many images an n-gram occurs.
+      images: how many images the corpus has.
     """
 
     frequency: Mapping[tuple[str, ...], int] = dataclasses.field(repr=False)
-    pictures: int
+    images: int
 
     @classmethod
     def from_references(cls, references: Sequence[References]) -> "CiderD":
         """Count the n-grams of a corpus.
 
         Args:
-          references: the references of each picture, at least one.
+          references: the references of each image, at least one.
 
         Returns:
           The metric for this corpus.
 
         Raises:
-          ValueError: no pictures, a picture without references, or text in place of tokens.
+          ValueError: no images, an image without references, or text in place of tokens.
         """
         _check_references("CiderD", references)
         frequency: Counter[tuple[str, ...]] = Counter()
-        for picture in references:
-            frequency.update({gram for tokens in picture for n in _counts(tokens) for gram in n})
+        for image in references:
+            frequency.update({gram for tokens in image for n in _counts(tokens) for gram in n})
         return cls(frequency, len(references))
 
     def weigh(self, tokens: Tokens) -> TfIdf:
-        """Weigh the n-grams of a sentence: count times log(pictures / frequency).
+        """Weigh the n-grams of a sentence: count times log(images / frequency).
 
         An n-gram that the corpus lacks counts as one that occurs once.
 
@@ -231,7 +231,7 @@ class CiderD:
           ValueError: text in place of tokens.
         """
         _check_tokens("CiderD.weigh", "the sentence", tokens)
-        frequency, most = self.frequency.get, math.log(self.pictures)
+        frequency, most = self.frequency.get, math.log(self.images)
         counts = _counts(tokens)
         weights = tuple(
             {gram: count * (most - math.log(frequency(gram, 1))) for gram, count in n.items()}
@@ -252,8 +252,8 @@ class CiderD:
         then 10 times the mean over n and over references.
 
         Args:
-          candidates: one caption per picture.
-          references: of each picture, as tokens or as `weigh` returned them, which is faster.
+          candidates: one caption per image.
+          references: of each image, as tokens or as `weigh` returned them, which is faster.
 
         Returns:
           Scores from 0 to 10, float64.
@@ -352,7 +352,7 @@ def _check(
 ) -> None:
     if len(candidates) != len(references):
         raise ValueError(
-            f"{where}: {len(candidates)} candidates and references of {len(references)} pictures; "
+            f"{where}: {len(candidates)} candidates and references of {len(references)} images; "
             "give one list of references per candidate"
         )
     for i, tokens in enumerate(candidates):
@@ -362,15 +362,15 @@ def _check(
 
 def _check_references(where: str, references: Sequence[Sequence[Tokens | TfIdf]]) -> None:
     if not len(references):
-        raise ValueError(f"{where}: expected references of at least one picture, got none")
-    for i, picture in enumerate(references):
-        if isinstance(picture, str) or not len(picture):
+        raise ValueError(f"{where}: expected references of at least one image, got none")
+    for i, image in enumerate(references):
+        if isinstance(image, str) or not len(image):
             raise ValueError(
-                f"{where}: the references of picture {i} are {picture!r}; expected a list of at "
+                f"{where}: the references of image {i} are {image!r}; expected a list of at "
                 "least one, each a list of words"
             )
-        for tokens in picture:
-            _check_tokens(where, f"a reference of picture {i}", tokens)
+        for tokens in image:
+            _check_tokens(where, f"a reference of image {i}", tokens)
 
 
 def _check_tokens(where: str, what: str, tokens: Tokens | TfIdf) -> None:

@@ -7,8 +7,8 @@ for image captioning models". One map per word:
     values = correctness(relevance, masks)             # [words, thresholds]
     curve = bootstrap_many(np.asarray(values).T)       # a mean with its interval per threshold
 
-Words of one picture are not independent; where there are several, give `bootstrap_many` their
-mean per picture, or resample pictures otherwise.
+Words of one image are not independent; where there are several, give `bootstrap_many` their
+mean per image, or resample images otherwise.
 """
 
 import functools
@@ -30,13 +30,13 @@ Size = tuple[int, int]
 def scale_boxes(
     boxes: Real[Array | np.ndarray, "*boxes 4"], *, size: Size, to: Size
 ) -> Int[np.ndarray, "*boxes 4"]:
-    """Boxes of a picture in the pixels of its map, whole pixels by truncation.
+    """Boxes of an image in the pixels of its map, whole pixels by truncation.
 
     A box that is narrower than a pixel of the map may be left without any, and holds nothing.
 
     Args:
       boxes: left, top, width and height, as COCO gives them.
-      size: width and height of the picture.
+      size: width and height of the image.
       to: width and height of the map.
 
     Returns:
@@ -78,7 +78,7 @@ def normalised_part(
     """The positive part of relevance per pixel and channel, its mean over channels, over its max.
 
     Args:
-      relevance: signed relevance of pictures; maps without channels as one channel.
+      relevance: signed relevance of images; maps without channels as one channel.
       negative: take the negative part, as positive numbers, in place of the positive part.
 
     Returns:

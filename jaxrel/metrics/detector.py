@@ -1,8 +1,8 @@
 """Telling words of captions that are likely hallucinated by their maps.
 
 `jaxrel evaluate captioner` measures which statistic of a word's map tells words that are true of
-the picture from those that are not (`jaxrel.metrics.word_statistics`). A `Detector` keeps the
-statistic and the threshold in the model's folder, with how well they did on pictures that they
+the image from those that are not (`jaxrel.metrics.word_statistics`). A `Detector` keeps the
+statistic and the threshold in the model's folder, with how well they did on images that they
 were not chosen on, and `jaxrel.explain` and `jaxrel explain --caption` doubt words by it.
 """
 
@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxrel.explanations.flags import Verdict
-from jaxrel.explanations.result import write_atomically
+from jaxrel.explanations.flags import Flag
+from jaxrel.files import write_atomically
 from jaxrel.metrics.intervals import Interval
 from jaxrel.metrics.word_statistics import check_statistic, map_statistic
 
@@ -33,12 +33,12 @@ class Criterion:
 
     Attributes:
       statistic: a name of `map_statistics`.
-      threshold: a word with less is doubted.
+      threshold: a word with less is flagged.
       auc: the area under the ROC curve of true against hallucinated words.
-      sensitivity: the share of true words that are not doubted.
-      specificity: the share of hallucinated words that are doubted.
-      precision: the share of doubted words that are hallucinated.
-      pictures: how many pictures the held-out words are of.
+      sensitivity: the share of true words that are not flagged.
+      specificity: the share of hallucinated words that are flagged.
+      precision: the share of flagged words that are hallucinated.
+      images: how many images the held-out words are of.
 
     Raises:
       ValueError: an unknown statistic.
@@ -50,7 +50,7 @@ class Criterion:
     sensitivity: Interval
     specificity: Interval
     precision: Interval
-    pictures: int
+    images: int
 
     def __post_init__(self) -> None:
         check_statistic(self.statistic)
@@ -75,56 +75,56 @@ class WordGroup:
 class Detector:
     """What tells hallucinated words of one captioner, by group of words and method.
 
-    It holds for captions that the model writes itself, on pictures such as it was measured on.
+    It holds for captions that the model writes itself, on images such as it was measured on.
 
     Attributes:
       weights: the `fingerprint` of the model that it was measured on.
       data: the name of the data set.
       split: of the data set; "" where there is none.
-      pictures: how many: a half to choose statistics and thresholds on, the other to judge them.
+      images: how many: a half to choose statistics and thresholds on, the other to judge them.
       groups: by name.
     """
 
     weights: str
     data: str
     split: str
-    pictures: int
+    images: int
     groups: Mapping[str, WordGroup]
 
-    def verdicts(
+    def flags(
         self,
         method: str,
         words: Sequence[str],
         maps: Float[Array | np.ndarray, "words height width"],
-    ) -> tuple[Verdict | None, ...]:
+    ) -> tuple[Flag | None, ...]:
         """Judge words by their maps.
 
         Args:
           method: whose maps they are.
           words: of captions, as they are written.
-          maps: a map per word, in the picture's pixels (`jaxrel.explanations.words.in_pixels`).
+          maps: a map per word, in the image's pixels (`jaxrel.explanations.words.in_pixels`).
 
         Returns:
-          A verdict per word, None for a word that this detector is not made for; empty if it is
+          A flag per word, None for a word that this detector is not made for; empty if it is
           not made for the method or for any of the words.
         """
-        found: list[Verdict | None] = [None] * len(words)
+        found: list[Flag | None] = [None] * len(words)
         for group in self.groups.values():
             judged = [i for i, word in enumerate(words) if word in group.words]
             if judged and (criterion := group.methods.get(method)):
                 values = np.asarray(map_statistic(maps, criterion.statistic))
                 for i in judged:
-                    found[i] = self._verdict(words[i], float(values[i]), criterion, group)
+                    found[i] = self._flag(words[i], float(values[i]), criterion, group)
         return tuple(found) if any(found) else ()
 
-    def _verdict(self, word: str, value: float, by: Criterion, group: WordGroup) -> Verdict:
+    def _flag(self, word: str, value: float, by: Criterion, group: WordGroup) -> Flag:
         mean, low, high = by.auc
         split = f", split {self.split}" if self.split else ""
         evidence = (
             f"{group.hallucinated:.0%} of all such words; AUC {mean:.2f} [{low:.2f}, {high:.2f}], "
-            f"on {by.pictures} held-out pictures of {self.data}{split}"
+            f"on {by.images} held-out images of {self.data}{split}"
         )
-        return Verdict(word, by.statistic, value, by.threshold, by.precision.mean, evidence)
+        return Flag(word, by.statistic, value, by.threshold, by.precision.mean, evidence)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a file, which `from_dict` reads."""

@@ -15,11 +15,11 @@ from jaxrel.metrics.intervals import Interval, _times_drawn
 
 
 class FrequentWords(NamedTuple):
-    """How well captions use words; the means over words with intervals over pictures.
+    """How well captions use words; the means over words with intervals over images.
 
     Attributes:
       words: in the order given.
-      true_positives: per word, in how many pictures the caption and a reference have it.
+      true_positives: per word, in how many images the caption and a reference have it.
       false_positives: the caption alone.
       false_negatives: a reference alone.
       precision: per word, true positives of what captions have; 0 where they never have it.
@@ -52,18 +52,18 @@ def frequent_words(
 ) -> FrequentWords:
     """Precision, recall and F1 of words, by their presence in captions and in references.
 
-    A word is expected where any reference of the picture has it. How often a sentence has it
+    A word is expected where any reference of the image has it. How often a sentence has it
     does not count, and forms of a word are words of their own.
 
     Args:
-      candidates: one caption per picture.
-      references: the references of each picture, at least one.
+      candidates: one caption per image.
+      references: the references of each image, at least one.
       words: such as `FLICKR30K_FREQUENT` or `COCO_FREQUENT`.
       seed: of the resampling.
-      resamples: how many samples of pictures are drawn with replacement.
+      resamples: how many samples of images are drawn with replacement.
 
     Raises:
-      ValueError: no captions, numbers that differ, a picture without references, text in place
+      ValueError: no captions, numbers that differ, an image without references, text in place
         of tokens or of words, no words, or a word twice.
     """
     _check("frequent_words", candidates, references)
@@ -85,15 +85,15 @@ def frequent_words_difference(
     seed: int = 0,
     resamples: int = 2000,
 ) -> dict[str, Interval]:
-    """How much better the first model uses words than the second, on the same pictures.
+    """How much better the first model uses words than the second, on the same images.
 
     Args:
-      first: captions of one model, one per picture.
-      second: captions of another, of the same pictures.
-      references: the references of each picture, at least one.
+      first: captions of one model, one per image.
+      second: captions of another, of the same images.
+      references: the references of each image, at least one.
       words: as in `frequent_words`.
       seed: of the resampling, which both models meet.
-      resamples: how many samples of pictures are drawn with replacement.
+      resamples: how many samples of images are drawn with replacement.
 
     Returns:
       `mean_precision`, `mean_recall` and `mean_f1` of the first less the second's.
@@ -115,13 +115,13 @@ def mean_scores(
     candidates: Sequence[Tokens],
     references: Sequence[References],
     words: Sequence[str],
-    weights: Float[np.ndarray, "pictures resamples"],
+    weights: Float[np.ndarray, "images resamples"],
 ) -> Float[np.ndarray, "resamples 3"]:
-    """Precision, recall and F1, means over the words, of pictures that count several times.
+    """Precision, recall and F1, means over the words, of images that count several times.
 
     Args:
       candidates, references, words: as in `frequent_words`.
-      weights: how often each picture counts.
+      weights: how often each image counts.
 
     Raises:
       ValueError: as `frequent_words`.
@@ -140,22 +140,20 @@ def _present(
 
 def _expected(
     references: Sequence[References], words: Sequence[str]
-) -> Bool[np.ndarray, "pictures words"]:
-    return _present([[w for tokens in picture for w in tokens] for picture in references], words)
+) -> Bool[np.ndarray, "images words"]:
+    return _present([[w for tokens in image for w in tokens] for image in references], words)
 
 
-def _weights(
-    pictures: int, seed: int, resamples: int
-) -> Float[np.ndarray, "{pictures} {resamples}"]:
-    return _times_drawn(np.random.default_rng(seed), pictures, resamples)
+def _weights(images: int, seed: int, resamples: int) -> Float[np.ndarray, "{images} {resamples}"]:
+    return _times_drawn(np.random.default_rng(seed), images, resamples)
 
 
 def _counts(
-    said: Bool[np.ndarray, "pictures words"],
-    expected: Bool[np.ndarray, "pictures words"],
-    weights: Float[np.ndarray, "pictures resamples"],
+    said: Bool[np.ndarray, "images words"],
+    expected: Bool[np.ndarray, "images words"],
+    weights: Float[np.ndarray, "images resamples"],
 ) -> Float[np.ndarray, "resamples 3 words"]:
-    """True positives, false positives and false negatives, each picture as often as drawn."""
+    """True positives, false positives and false negatives, each image as often as drawn."""
     kinds = (said & expected, said & ~expected, ~said & expected)
     return np.stack([weights.T @ kind.astype(np.float64) for kind in kinds], axis=1)
 

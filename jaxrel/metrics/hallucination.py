@@ -1,4 +1,4 @@
-"""Does a caption speak of what is not in the picture?"""
+"""Does a caption speak of what is not in the image?"""
 
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -32,7 +32,7 @@ def chair(mentioned: Sequence[Collection[str]], present: Sequence[Collection[str
     Args:
       mentioned: the objects each caption mentions; in a list every repetition counts, as in the
         paper, in a set each object once.
-      present: the objects in each caption's picture, from annotations and reference captions.
+      present: the objects in each caption's image, from annotations and reference captions.
 
     Returns:
       CHAIR_i, CHAIR_s and the counts per caption. Lower is better.
@@ -42,12 +42,12 @@ def chair(mentioned: Sequence[Collection[str]], present: Sequence[Collection[str
     """
     if len(mentioned) != len(present) or not len(mentioned):
         raise ValueError(
-            f"chair: {len(mentioned)} captions and {len(present)} pictures; expected one picture "
+            f"chair: {len(mentioned)} captions and {len(present)} images; expected one image "
             "per caption, and at least one"
         )
     for i, names in enumerate((*mentioned, *present)):
         if isinstance(names, str):
-            what = "caption" if i < len(mentioned) else "picture"
+            what = "caption" if i < len(mentioned) else "image"
             raise ValueError(
                 f"chair: the objects of {what} {i % len(mentioned)} are the text {names!r}; "
                 "expected a set or list of names"

@@ -14,10 +14,10 @@ def share_inside(relevance: Maps, masks: Masks) -> Float[np.ndarray, " batch"]:
     """Share of positive relevance that lies inside a mask.
 
     Each cell of the map spreads its relevance evenly over the pixels it covers. What chance
-    gives is the mask's share of the picture, `chance(masks)`.
+    gives is the mask's share of the image, `chance(masks)`.
 
     Args:
-      relevance: maps at any resolution that divides the picture.
+      relevance: maps at any resolution that divides the image.
       masks: true where the object is.
 
     Returns:
@@ -34,14 +34,14 @@ def share_inside(relevance: Maps, masks: Masks) -> Float[np.ndarray, " batch"]:
 
 
 def chance(masks: Masks) -> Float[np.ndarray, " masks"]:
-    """The share a map without any information has inside: the mask's share of the picture."""
+    """The share a map without any information has inside: the mask's share of the image."""
     return masks.mean((1, 2), dtype=np.float64)
 
 
 def hits(relevance: Maps, masks: Masks) -> Bool[np.ndarray, " masks"]:
     """The pointing game (Zhang et al. 2018): is the most relevant point on the object?
 
-    The map is interpolated (bilinear) to the picture's size first.
+    The map is interpolated (bilinear) to the image's size first.
 
     Args:
       relevance: maps at any resolution.

@@ -128,7 +128,7 @@ def sweep_indices(
         one number (or bool) per example, `[batch]`, or one array, `[batch, ...]`, such as the
         ids of the words that the model writes.
       relevance: one map per method, of the same examples.
-      removable: bool, the same for all examples, as when these are pictures; a NumPy array, since
+      removable: bool, the same for all examples, as when these are images; a NumPy array, since
         how many tokens are kept must be known when the program is made.
       steps: as in `keep_masks`.
 

@@ -2,13 +2,13 @@
 
 After Sun et al. 2022, "Explain and improve: LRP-inference fine-tuning for image captioning
 models": statistics of each mention's map, and how well they separate words that are true of the
-picture from those that are not, as the area under the ROC curve. One statistic per mention; the
+image from those that are not, as the area under the ROC curve. One statistic per mention; the
 reference implementation keeps the largest of a true word's mentions and the smallest of a
 hallucinated word's, which widens the gap by itself.
 
     found = mentions(captions, references, FLICKR30K_FREQUENT)
     scores = map_statistics(maps)                # maps[i] is the map of mention i
-    auc_intervals(scores, found.true, picture=found.picture)
+    auc_intervals(scores, found.true, image=found.image)
 """
 
 import functools
@@ -34,7 +34,7 @@ _WEIGHTS_AT_ONCE = 2**22
 Scores = Shaped[Array | np.ndarray, "*statistics mentions"]
 Statistics = Mapping[str, Shaped[Array | np.ndarray, "..."]]
 Labels = Shaped[Array | np.ndarray, "..."]
-Pictures = Int[Array | np.ndarray, "..."]
+Images = Int[Array | np.ndarray, "..."]
 
 
 class Mentions(NamedTuple):
@@ -42,13 +42,13 @@ class Mentions(NamedTuple):
 
     Attributes:
       words: the word.
-      picture: the number of its caption.
+      image: the number of its caption.
       position: its place in the caption, from 0.
-      true: is it in a reference of the picture?
+      true: is it in a reference of the image?
     """
 
     words: tuple[str, ...]
-    picture: Int[np.ndarray, " mentions"]
+    image: Int[np.ndarray, " mentions"]
     position: Int[np.ndarray, " mentions"]
     true: Bool[np.ndarray, " mentions"]
 
@@ -77,18 +77,18 @@ def mentions(
     Words are compared as they are. A word that a caption has twice is two mentions.
 
     Args:
-      captions: one per picture.
-      references: the references of each picture, at least one.
+      captions: one per image.
+      references: the references of each image, at least one.
       words: those to look for, such as `FLICKR30K_FREQUENT`.
 
     Raises:
-      ValueError: no captions, numbers that differ, a picture without references, or text in
+      ValueError: no captions, numbers that differ, an image without references, or text in
         place of tokens or of words.
     """
     _check("mentions", captions, references)
     if isinstance(words, str):
         raise ValueError(f"mentions: the words are the text {words!r}; expected a set or list")
-    union = [{word for reference in picture for word in reference} for picture in references]
+    union = [{word for reference in image for word in reference} for image in references]
     found = [
         (word, i, place, word in union[i])
         for i, caption in enumerate(captions)
@@ -188,29 +188,29 @@ def auc_intervals(
     statistics: Statistics,
     true: Labels,
     *,
-    picture: Pictures | None = None,
+    image: Images | None = None,
     seed: int = 0,
     resamples: int = 2000,
 ) -> dict[str, Interval]:
-    """`roc_auc` by statistic, with bootstrap 95% intervals over pictures.
+    """`roc_auc` by statistic, with bootstrap 95% intervals over images.
 
-    The mentions of a picture are not independent, and are drawn together. A resample with
+    The mentions of an image are not independent, and are drawn together. A resample with
     mentions of one kind alone has no area and is left out. Each interval holds for itself:
     nothing is corrected for how many statistics there are.
 
     Args:
       statistics: scores of the same mentions by name, as `map_statistics` gives them.
       true: bool, False for hallucinated mentions.
-      picture: the picture of each mention; None for a picture per mention.
+      image: the image of each mention; None for an image per mention.
       seed: of the resampling.
       resamples: how many samples are drawn with replacement.
 
     Raises:
-      ValueError: as `roc_auc`; no statistics; pictures that are not as many as mentions; or no
+      ValueError: as `roc_auc`; no statistics; images that are not as many as mentions; or no
         resample has mentions of both kinds.
     """
     names, scores, kind = _stacked("auc_intervals", statistics, true)
-    groups = _groups("auc_intervals", picture, kind.size)
+    groups = _groups("auc_intervals", image, kind.size)
     drawn = _resampled("auc_intervals", scores, kind, groups, seed, resamples)
     return _intervals(names, roc_auc(scores, kind), drawn)
 
@@ -220,20 +220,20 @@ def auc_differences(
     second: Statistics,
     true: Labels,
     *,
-    picture: Pictures | None = None,
+    image: Images | None = None,
     seed: int = 0,
     resamples: int = 2000,
 ) -> dict[str, Interval]:
     """How much better the first method separates than the second, on the same mentions.
 
     The area of each statistic of the first less that of the second's statistic of that name,
-    with bootstrap 95% intervals: both methods meet the same resamples of pictures.
+    with bootstrap 95% intervals: both methods meet the same resamples of images.
 
     Args:
       first: scores by name; to compare different statistics, give both the same name.
       second: scores of the same mentions, with the same names.
       true: as in `auc_intervals`.
-      picture: as in `auc_intervals`.
+      image: as in `auc_intervals`.
       seed: of the resampling.
       resamples: how many samples are drawn with replacement.
 
@@ -247,7 +247,7 @@ def auc_differences(
         )
     names, one, kind = _stacked("auc_differences", first, true)
     _, two, _ = _stacked("auc_differences", {name: second[name] for name in names}, true)
-    groups = _groups("auc_differences", picture, kind.size)
+    groups = _groups("auc_differences", image, kind.size)
     both = np.concatenate([one, two])
     drawn = _resampled("auc_differences", both, kind, groups, seed, resamples)
     areas = roc_auc(both, kind)
@@ -334,8 +334,8 @@ def _resampled(
     defined = np.isfinite(found[0])
     if not defined.any():
         raise ValueError(
-            f"{what}: none of {resamples} resamples of {group.max() + 1} pictures has both true "
-            "and hallucinated mentions; give more pictures or resamples"
+            f"{what}: none of {resamples} resamples of {group.max() + 1} images has both true "
+            "and hallucinated mentions; give more images or resamples"
         )
     return found[:, defined]
 
@@ -388,16 +388,16 @@ def _intervals(
     return {name: Interval(float(a), float(b), float(c)) for name, a, b, c in rows}
 
 
-def _groups(what: str, picture: Pictures | None, count: int) -> Int[np.ndarray, " mentions"]:
-    """Pictures numbered from 0."""
-    if picture is None:
+def _groups(what: str, image: Images | None, count: int) -> Int[np.ndarray, " mentions"]:
+    """Images numbered from 0."""
+    if image is None:
         return np.arange(count)
-    if picture.shape != (count,):
+    if image.shape != (count,):
         raise ValueError(
-            f"{what}: pictures of {list(picture.shape)} for {count} mentions; give one number "
+            f"{what}: images of {list(image.shape)} for {count} mentions; give one number "
             "per mention"
         )
-    return np.unique(np.asarray(picture), return_inverse=True)[1]
+    return np.unique(np.asarray(image), return_inverse=True)[1]
 
 
 def _stacked(

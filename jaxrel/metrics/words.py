@@ -79,7 +79,7 @@ def match(word: str, names: Collection[str]) -> str | None:
 
     Args:
       word: in lower case.
-      names: such as `OBJECTS`, or the categories that are in a picture.
+      names: such as `OBJECTS`, or the categories that are in an image.
 
     Returns:
       One of the names, or None.

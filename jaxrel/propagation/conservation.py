@@ -23,7 +23,7 @@ from jaxrel.propagation.operations import Block, Linear
 from jaxrel.propagation.plan import Row, row_of, table
 from jaxrel.propagation.rules import Gradient, Rule
 from jaxrel.propagation.steps import step_for
-from jaxrel.tracing.evaluate import Step, Touch
+from jaxrel.tracing.evaluate import Interceptor, Step
 from jaxrel.tracing.facts import active_ins
 from jaxrel.tracing.graph import Node, Value, tag_name
 from jaxrel.tracing.primitives import BRINGS, EXACT
@@ -258,15 +258,20 @@ def _measure(
     call: Call, prepared: Prepared, places: Sequence[Place], at: tuple, seed: Any
 ) -> tuple[list, Any, Any, Any, list]:
     """Outputs, cotangents, the output's and the input's relevance, and the measures."""
-    touches = {
-        node.outs[0]: Touch(
-            _touch(i, step, _weighing(prepared, step), _variants(choice, step)), _values(step)
+    interceptors = {
+        node.outs[0]: Interceptor(
+            _interceptor(i, step, _weighing(prepared, step), _variants(choice, step)), _values(step)
         )
         for i, (node, choice, step) in enumerate(places)
     }
     zeros = [jnp.zeros(5, jnp.float32) for _ in places]
     outs, found, measures = pull_back(
-        call, prepared, at, lambda out: cotangent(out, seed), touches=touches, carrier=zeros
+        call,
+        prepared,
+        at,
+        lambda out: cotangent(out, seed),
+        interceptors=interceptors,
+        carrier=zeros,
     )
     arrived = [as_relevance(*leaf).sum() for leaf in found.leaves.values()]
     arrived += [as_relevance(*place, None).sum() for place in found.places.values()]
@@ -307,7 +312,7 @@ def _unstabilised(rule: Rule) -> Rule:
     return dataclasses.replace(rule, **dict.fromkeys(names, 0.0))
 
 
-def _touch(
+def _interceptor(
     index: int, step: Step, how: tuple[str, ...], variants: tuple[Callable, Callable] | None
 ) -> Callable:
     """Pass a value through, and add what became of its relevance to the carrier's cotangent."""
@@ -329,7 +334,7 @@ def _touch(
         return total
 
     @jax.custom_vjp
-    def touched(carrier, value, *values):
+    def intercepted(carrier, value, *values):
         return carrier, value
 
     def fwd(carrier, value, *values):
@@ -348,8 +353,8 @@ def _touch(
         carrier[index] = carrier[index] + measured
         return (carrier, c, *(None for _ in values))
 
-    touched.defvjp(fwd, bwd)
-    return touched
+    intercepted.defvjp(fwd, bwd)
+    return intercepted
 
 
 def _total(value: Any, c: Any) -> Any:

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jaxrel.propagation.assignment import Prepared, prepare
 from jaxrel.propagation.composites import Where, as_composite
 from jaxrel.tracing.capture import find_tags, gather, tap_names
-from jaxrel.tracing.evaluate import Edits, Touch, evaluate, tap_shapes
+from jaxrel.tracing.evaluate import Edits, Interceptor, evaluate, tap_shapes
 from jaxrel.tracing.facts import Fact
 from jaxrel.tracing.graph import Traced, Value, trace
 from jaxrel.tracing.sharding import shaped_like, zeros
@@ -286,15 +286,15 @@ def pull_back(
     at: Sequence,
     start: Callable[[Any], Any],
     *,
-    touches: Mapping[Value, Touch] | None = None,
+    interceptors: Mapping[Value, Interceptor] | None = None,
     carrier: Any = None,
 ) -> tuple[list, Cotangents, Any]:
     """Run forward and, from `start(output)`, backward through the rules.
 
-    Returns the flat outputs, the cotangents, and that of the carrier that `touches` thread
+    Returns the flat outputs, the cotangents, and that of the carrier that `interceptors` thread
     through the program.
     """
-    outs, back = forward(call, prepared, at, touches=touches, carrier=carrier)
+    outs, back = forward(call, prepared, at, interceptors=interceptors, carrier=carrier)
     return outs, *back(start(outs[0]))
 
 
@@ -303,7 +303,7 @@ def forward(
     prepared: Prepared,
     at: Sequence,
     *,
-    touches: Mapping[Value, Touch] | None = None,
+    interceptors: Mapping[Value, Interceptor] | None = None,
     carrier: Any = None,
 ) -> tuple[list, Callable[[Any], tuple[Cotangents, Any]]]:
     """Run forward; return the flat outputs, and what goes backward from the output's cotangent.
@@ -314,7 +314,7 @@ def forward(
     leaves = [i for i, value in enumerate(graph.ins[: len(args)]) if value in prepared.explained]
     tagged = find_tags(graph, [name for name in at if isinstance(name, str)], "lrp")
     taps = tap_names(tagged)
-    edits = Edits(steps=prepared.steps, taps=taps, touches=touches or {})
+    edits = Edits(steps=prepared.steps, taps=taps, interceptors=interceptors or {})
     weights = _weights(call, [place for place in at if isinstance(place, Where)])
     probes = {name: zeros(shape) for name, shape in tap_shapes(graph, taps).items()}
 

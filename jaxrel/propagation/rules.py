@@ -363,7 +363,7 @@ class ZBox(Rule):
     R_i = sum_j (x_i w_ij - low_i w_ij⁺ - high_i w_ij⁻) R_j / s(its sum over i).
 
     `low` and `high` are in the units of the operation's input (after normalisation), scalars or
-    arrays that broadcast to it: `[3]` for the colours of NHWC pictures.
+    arrays that broadcast to it: `[3]` for the colours of NHWC images.
     """
 
     low: Any = 0.0

@@ -1,15 +1,18 @@
-"""Explanations as a picture, or as one HTML page that needs no other file."""
+"""Explanations as an image, or as one HTML page that needs no other file."""
 
 import os
 from pathlib import Path
 
-from jaxrel.explanations.result import write_atomically
+from jaxrel.files import write_atomically
+from jaxrel.renamed import renamed
 from jaxrel.report.content import Explanations
+from jaxrel.report.figures import figure, png
 from jaxrel.report.heat import overlay
 from jaxrel.report.html import fragment, page
-from jaxrel.report.png import picture, png
 
-__all__ = ["fragment", "overlay", "page", "picture", "save"]
+__all__ = ["figure", "fragment", "overlay", "page", "save"]
+
+__getattr__ = renamed(__name__, {"picture": "jaxrel.report.figure"})
 
 
 def save(explanations: Explanations, path: str | os.PathLike[str]) -> None:
@@ -27,11 +30,11 @@ def save(explanations: Explanations, path: str | os.PathLike[str]) -> None:
     """
     match suffix := Path(path).suffix.lower():
         case ".png":
-            write_atomically(path, png(picture(explanations)))
+            write_atomically(path, png(figure(explanations)))
         case ".html":
             write_atomically(path, page(explanations).encode())
         case _:
             raise ValueError(
                 f"cannot save a report as {str(path)!r}: the suffix is {suffix!r}; "
-                "use .png (picture) or .html (page)"
+                "use .png (image) or .html (page)"
             )

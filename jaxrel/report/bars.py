@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrel.explanations.result import write_atomically
+from jaxrel.files import write_atomically
 from jaxrel.report.curves import _INK, _LINE, _MUTED, _line
 
 _BAR = "#a8cbe4"
@@ -74,7 +74,7 @@ def lines(
       curves: by method, `mean`, `low` and `high`, a list over the range each.
       over: the range.
       path: where to; must end in .png.
-      title: of the picture.
+      title: of the image.
       x: what the range is.
       y: what is measured.
       reference: the name and height of a straight line, such as chance.

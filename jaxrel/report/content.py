@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrel.explanations.flags import Verdict
+from jaxrel.explanations.flags import Flag
 from jaxrel.explanations.result import Explanation
 
 Explanations = Sequence[Explanation] | Explanation
@@ -35,18 +35,18 @@ def check(explanations: Explanations) -> list[Explanation]:
 def _difference(a: Explanation, b: Explanation) -> str | None:
     if a.target != b.target:
         return "target"
-    # A method may explain one modality only: its tokens or pictures are then left out.
+    # A method may explain one modality only: its tokens or images are then left out.
     if a.tokens and b.tokens and a.tokens != b.tokens:
         return "tokens"
-    if a.pictures is not None and b.pictures is not None:
-        same = (np.array_equal(x, y) for x, y in zip(a.pictures, b.pictures, strict=True))
-        return None if all(same) else "pictures"
+    if a.pixels is not None and b.pixels is not None:
+        same = (np.array_equal(x, y) for x, y in zip(a.pixels, b.pixels, strict=True))
+        return None if all(same) else "images"
     return None
 
 
-def shown_picture(explanations: Sequence[Explanation], index: int) -> np.ndarray | None:
-    """The picture of one example, from the first explanation that carries pictures."""
-    return next((e.pictures[index] for e in explanations if e.pictures is not None), None)
+def shown_image(explanations: Sequence[Explanation], index: int) -> np.ndarray | None:
+    """The image of one example, from the first explanation that carries images."""
+    return next((e.pixels[index] for e in explanations if e.pixels is not None), None)
 
 
 def clean(text: str) -> str:
@@ -85,16 +85,16 @@ def score(explanations: Sequence[Explanation], index: int) -> str:
     )
 
 
-def verdict(explanation: Explanation, index: int) -> Verdict | None:
+def flag(explanation: Explanation, index: int) -> Flag | None:
     """What an explanation says of the word of one example."""
-    return explanation.verdicts[index] if explanation.verdicts else None
+    return explanation.flags[index] if explanation.flags else None
 
 
 def target(explanations: Sequence[Explanation], index: int) -> tuple[str, str]:
     """What is explained of one example: the text, and its end that a method doubts, or ""."""
     text = clean(explanations[0].target[index])
-    for found in (verdict(e, index) for e in explanations):
-        if found is not None and found.doubted:
+    for found in (flag(e, index) for e in explanations):
+        if found is not None and found.flagged:
             word = f"[{clean(found.word)}]"
             # A target may be in other words, which are then marked as a whole.
             return (text.removesuffix(word), word) if text.endswith(word) else ("", text)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrel.explanations.result import write_atomically
+from jaxrel.files import write_atomically
 from jaxrel.metrics.perturbation import SIGNS, check_protocol
 
 # Okabe and Ito 2008, told apart with any colour vision; without their yellow, which is too

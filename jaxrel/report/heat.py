@@ -1,4 +1,4 @@
-"""A relevance map laid over its picture."""
+"""A relevance map laid over its image."""
 
 import numpy as np
 from jaxtyping import Float, Float32, Real, UInt8
@@ -23,44 +23,44 @@ def upsample(
 
 
 def overlay(
-    picture: UInt8[np.ndarray, "height width 3"],
+    image: UInt8[np.ndarray, "height width 3"],
     relevance: Real[np.ndarray, "rows columns"],
     *,
     signed: bool,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Draw relevance as heat over a pale grey version of the picture.
+    """Draw relevance as heat over a pale grey version of the image.
 
     The colours span the map's own range: up to its maximum, or, for signed relevance, to its
-    largest absolute value on both sides of zero. The picture is greyed and its contrast
+    largest absolute value on both sides of zero. The image is greyed and its contrast
     reduced, so that every colour shown is heat, on any background.
 
     Args:
-      picture: RGB, 0 to 255.
+      image: RGB, 0 to 255.
       relevance: a map of any resolution, finite.
       signed: whether values below zero mean something.
 
     Returns:
-      RGB, 0 to 255, of the picture's size.
+      RGB, 0 to 255, of the image's size.
     """
     limit = colours.scale(relevance)
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     values = colours.normalise(upsample(relevance, height, width), limit)
     heat = colours.colour(values, signed=signed) / 255
-    blend = (1 - _OPACITY) * _grey(picture)[..., None] + _OPACITY * heat
+    blend = (1 - _OPACITY) * _grey(image)[..., None] + _OPACITY * heat
     return np.round(255 * blend).astype(np.uint8)
 
 
 def flat(
     relevance: Real[np.ndarray, "rows columns"], height: int, width: int, *, signed: bool
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The heat alone, for a map that has no picture; its pixels stay squares."""
+    """The heat alone, for a map that has no image; its pixels stay squares."""
     values = colours.normalise(relevance, colours.scale(relevance))
     image = Image.fromarray(colours.colour(values, signed=signed))
     return np.array(image.resize((width, height), Image.Resampling.NEAREST))
 
 
-def _grey(picture: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width"]:
-    # Rec. 601 luma: how bright a picture's own values look, without leaving sRGB.
-    luma = picture @ np.array([0.299, 0.587, 0.114]) / 255
+def _grey(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width"]:
+    # Rec. 601 luma: how bright an image's own values look, without leaving sRGB.
+    luma = image @ np.array([0.299, 0.587, 0.114]) / 255
     # Black is lifted, since heat over black would lose its own lightness.
     return 0.3 + 0.65 * luma

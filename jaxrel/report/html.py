@@ -1,4 +1,4 @@
-"""Explanations as HTML: one file, pictures and style inside it, no script."""
+"""Explanations as HTML: one file, images and style inside it, no script."""
 
 import base64
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from PIL import Image
 from jaxrel.explanations.result import Explanation
 from jaxrel.report import colours, content
 from jaxrel.report.content import Explanations
-from jaxrel.report.png import fit, heat, png
+from jaxrel.report.figures import fit, heat, png
 
 _CELL = 320
 
@@ -20,12 +20,12 @@ _FRAGMENT_EXAMPLES = 8
 # Every rule is below .jaxrel, so that a notebook's own style stays as it is.
 _STYLE = """
 .jaxrel { --ink: #1c2024; --muted: #60646c; --line: #dee1e6; --paper: #ffffff; --tint: #f6f7f9;
-  --doubt: #b3261e;
+  --flagged: #b3261e;
   color-scheme: light dark; color: var(--ink); background: var(--paper);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 @media (prefers-color-scheme: dark) {
   .jaxrel { --ink: #edeef0; --muted: #b0b4ba; --line: #3a3f45; --paper: #15171a; --tint: #1d2024;
-    --doubt: #ff8a80; }
+    --flagged: #ff8a80; }
 }
 .jaxrel * { box-sizing: border-box; }
 .jaxrel h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
@@ -33,9 +33,10 @@ _STYLE = """
 .jaxrel h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
 .jaxrel p { margin: 0; }
 .jaxrel .muted { color: var(--muted); font-size: .875rem; overflow-wrap: anywhere; }
-.jaxrel .verdict { margin-top: .75rem; }
-.jaxrel .doubted { color: var(--doubt); font-size: .875rem; overflow-wrap: anywhere; }
-.jaxrel mark { color: inherit; background: none; text-decoration: underline dashed var(--doubt) 2px;
+.jaxrel .flag { margin-top: .75rem; }
+.jaxrel .flagged { color: var(--flagged); font-size: .875rem; overflow-wrap: anywhere; }
+.jaxrel mark { color: inherit; background: none;
+  text-decoration: underline dashed var(--flagged) 2px;
   text-underline-offset: .25em; }
 .jaxrel section { border-top: 1px solid var(--line); margin-top: 1.75rem; padding-top: 1.25rem; }
 .jaxrel .columns { display: grid; gap: .5rem 1.5rem; margin-top: 1rem;
@@ -60,7 +61,7 @@ _STYLE = """
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 .jaxrel th[scope=row] { color: var(--muted); font-weight: 400; }
 @media print {
-  .jaxrel { --ink: #000; --muted: #444; --line: #bbb; --paper: #fff; --doubt: #a00;
+  .jaxrel { --ink: #000; --muted: #444; --line: #bbb; --paper: #fff; --flagged: #a00;
     font-size: 11pt; }
   .jaxrel .columns { grid-template-columns: repeat(3, 1fr); }
   .jaxrel section, .jaxrel tr { break-inside: avoid; }
@@ -140,13 +141,13 @@ def _examples(explanations: Sequence[Explanation], count: int) -> str:
 
 
 def _example(explanations: Sequence[Explanation], index: int) -> str:
-    start, doubted = map(escape, content.target(explanations, index))
-    target = start + doubted
-    marked = f"<mark>{doubted}</mark>" if doubted else ""
-    shown = content.shown_picture(explanations, index)
+    start, flagged = map(escape, content.target(explanations, index))
+    target = start + flagged
+    marked = f"<mark>{flagged}</mark>" if flagged else ""
+    shown = content.shown_image(explanations, index)
     columns = [_column(explanation, index, shown) for explanation in explanations]
     if shown is not None:
-        image = _img(fit(shown, _CELL), f"The picture explained for: {target}")
+        image = _img(fit(shown, _CELL), f"The image explained for: {target}")
         columns.insert(0, _titled("input", image))
     score = _escape(content.score(explanations, index))
     return (
@@ -160,16 +161,16 @@ def _column(explanation: Explanation, index: int, shown: np.ndarray | None) -> s
     parts = []
     if explanation.image is not None:
         drawn = heat(explanation, index, shown, _CELL)
-        alt = f"Relevance of the picture by {method}, for: {_escape(explanation.target[index])}"
+        alt = f"Relevance of the image by {method}, for: {_escape(explanation.target[index])}"
         parts.append(_img(drawn, alt))
         parts.append(_bar(colours.scale(explanation.image[index]), explanation.signed))
     if words := explanation.words(index):
         values = np.array([relevance for _, relevance in words])
         parts.append(_words(words, values, explanation.signed))
         parts.append(_bar(colours.scale(values), explanation.signed))
-    if (verdict := content.verdict(explanation, index)) is not None:
-        look = "doubted" if verdict.doubted else "muted"
-        parts.append(f'<p class="verdict {look}">{_escape(str(verdict))}</p>')
+    if (flag := content.flag(explanation, index)) is not None:
+        look = "flagged" if flag.flagged else "muted"
+        parts.append(f'<p class="flag {look}">{_escape(str(flag))}</p>')
     return _titled(method, "".join(parts))
 
 

@@ -1,6 +1,6 @@
 """A function as data: graph from a jaxpr, analysis, patterns, evaluation with changes."""
 
-from jaxrel.tracing.evaluate import Edits, Evaluated, Step, Touch, tap_shapes
+from jaxrel.tracing.evaluate import Edits, Evaluated, Interceptor, Step, tap_shapes
 from jaxrel.tracing.graph import Constant, Graph, Node, Traced, Value, build, tag_name, trace
 from jaxrel.tracing.tags import tag
 
@@ -9,9 +9,9 @@ __all__ = [
     "Edits",
     "Evaluated",
     "Graph",
+    "Interceptor",
     "Node",
     "Step",
-    "Touch",
     "Traced",
     "Value",
     "build",

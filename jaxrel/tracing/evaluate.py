@@ -6,7 +6,7 @@ in whichever body that lies:
 * `steps`: a node is computed by another function (a relevance rule, say);
 * `taps`: a value is handed out, after a probe has been added to it if one was given; the
   derivative by a zero probe is the derivative by the value;
-* `touches`: a value and the carrier pass through a function. The carrier is a pytree that
+* `interceptors`: a value and the carrier pass through a function. The carrier is a pytree that
   rides through `scan`, `remat` and `cond` beside the program's own values, and its cotangent
   rides back; that is how relevance is accumulated inside the backward pass.
 
@@ -34,7 +34,7 @@ class Step(NamedTuple):
     function: Callable[..., Sequence]
 
 
-class Touch(NamedTuple):
+class Interceptor(NamedTuple):
     """`function(carrier, value, *reads) -> (carrier, value)`, applied once a value is known.
 
     `reads` are values of the same graph that are known by then.
@@ -50,11 +50,11 @@ class Edits:
 
     steps: Mapping[Node, Step] = dataclasses.field(default_factory=dict)
     taps: Mapping[Value, str] = dataclasses.field(default_factory=dict)
-    touches: Mapping[Value, Touch] = dataclasses.field(default_factory=dict)
+    interceptors: Mapping[Value, Interceptor] = dataclasses.field(default_factory=dict)
 
     def reach(self, graph: Graph) -> bool:
         """Whether anything inside the graph is edited."""
-        edited = {*self.taps, *self.touches}
+        edited = {*self.taps, *self.interceptors}
         return (
             any(value in edited for value in graph.ins)
             or any(node in self.steps for node in graph.nodes)
@@ -105,9 +105,9 @@ def evaluate(
 
     def write(value: Value, x: Any) -> None:
         nonlocal carrier
-        if value in edits.touches:
-            touch = edits.touches[value]
-            carrier, x = touch.function(carrier, x, *map(read, touch.reads))
+        if value in edits.interceptors:
+            interceptor = edits.interceptors[value]
+            carrier, x = interceptor.function(carrier, x, *map(read, interceptor.reads))
         if value in edits.taps:
             name = edits.taps[value]
             x = x + probes[name] if probes and name in probes else x
@@ -133,8 +133,8 @@ def evaluate(
 
 def _needed(graph: Graph, edits: Edits) -> list[Node]:
     """The nodes without those that only replaced steps would have read."""
-    edited = {*edits.taps, *edits.touches}
-    reads = [value for touch in edits.touches.values() for value in touch.reads]
+    edited = {*edits.taps, *edits.interceptors}
+    reads = [value for interceptor in edits.interceptors.values() for value in interceptor.reads]
     needed = {atom for atom in (*graph.outs, *reads) if isinstance(atom, Value)}
     nodes = []
     for node in reversed(graph.nodes):

@@ -1,9 +1,9 @@
-"""Captioners with attention: a picture's features, and recurrent cells that read them.
+"""Captioners with attention: an image's features, and recurrent cells that read them.
 
 Three kinds, as Sun et al. 2022 ("Explain and improve: LRP-inference fine-tuning for image
 captioning models") explain them: "adaptive", one LSTM with a visual sentinel (Lu et al. 2017);
 "gridtd", their Ada-LSTM, with a second LSTM for language; and "aoa", their MH-FC, with
-multi-head attention behind a gate (Huang et al. 2019). The picture comes as a grid of features
+multi-head attention behind a gate (Huang et al. 2019). The image comes as a grid of features
 of a VGG or a ResNet, or as features of regions (bottom-up attention, Anderson et al. 2018).
 """
 
@@ -74,9 +74,9 @@ class CaptionerConfig:
 
     Args:
       kind: "adaptive", "gridtd" or "aoa".
-      encoder: of pictures; None for a model of region features.
+      encoder: of images; None for a model of region features.
       regions: (number of regions, features of each) where there is no encoder.
-      image_size: pixels of a side of the square picture; not used for regions.
+      image_size: pixels of a side of the square image; not used for regions.
       vocab_size: tokens, the special ones included.
       embed: features of a word.
       hidden: features of states and attended values.
@@ -135,7 +135,7 @@ class CaptionerConfig:
             )
         if (self.encoder is None) == (self.regions is None):
             raise ValueError(
-                "captioner: give encoder= for pictures, or encoder=None and regions=(number, "
+                "captioner: give encoder= for images, or encoder=None and regions=(number, "
                 f"features); got encoder {self.encoder!r} and regions {self.regions!r}"
             )
         if self.regions is not None:
@@ -155,7 +155,7 @@ class CaptionerConfig:
 
     @property
     def positions(self) -> int:
-        """How many features a picture has that attention chooses from."""
+        """How many features an image has that attention chooses from."""
         return self._features[0]
 
     @property
@@ -215,7 +215,7 @@ def _check_size(name: str, value: Any) -> None:
 
 
 class Captioner(nnx.Module):
-    """Writes captions, each word from the picture and the words before it.
+    """Writes captions, each word from the image and the words before it.
 
     `inputs` is a dict {"image": float [batch, side, side, 3], normalised; "text": int [batch,
     tokens]}, as `prepare` makes it. In the place of "image" it may hold "features" float [batch,
@@ -230,7 +230,7 @@ class Captioner(nnx.Module):
     Args:
       config: the sizes.
       rngs: for the initial parameters (stream "params").
-      processor: tokenizer and picture preprocessing.
+      processor: tokenizer and image preprocessing.
 
     Raises:
       ValueError: the tokenizer has another number of tokens than the model.
@@ -258,12 +258,12 @@ class Captioner(nnx.Module):
         )
         self.head = linear(config.hidden, config.vocab_size, dtype=dtype, rngs=rngs)
 
-    # The pieces, from the picture to the word.
+    # The pieces, from the image to the word.
 
     def encode(
         self, image: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch positions features"]:
-        """Return the features of normalised pictures, row by row.
+        """Return the features of normalised images, row by row.
 
         Raises:
           ValueError: the model reads features of regions.
@@ -279,7 +279,7 @@ class Captioner(nnx.Module):
         features: Float[Array, "batch positions features"],
         heads: Bool[Array, "batch heads"] | None = None,
     ) -> tuple[Context, Any]:
-        """Return what every step reads of the pictures, and the state before the first word.
+        """Return what every step reads of the images, and the state before the first word.
 
         Args:
           features: as `encode` returns them, or of regions.
@@ -308,7 +308,7 @@ class Captioner(nnx.Module):
         """Read one word: the next state, and what the word after it is predicted from.
 
         Args:
-          context: of the picture, from `start`.
+          context: of the image, from `start`.
           state: before the word.
           embedded: the word.
           dropout_key: for dropout; None: no dropout.
@@ -359,7 +359,7 @@ class Captioner(nnx.Module):
         """Read whole captions; one scan runs over their words.
 
         Args:
-          features: of the pictures.
+          features: of the images.
           text: token ids.
           heads: see `start`.
           dropout_key: for dropout inside the cell; None: no dropout.
@@ -388,7 +388,7 @@ class Captioner(nnx.Module):
         """Return the logits of the next word after each token of the captions.
 
         Args:
-          inputs: pictures or features, and captions, one caption per picture.
+          inputs: images or features, and captions, one caption per image.
           return_attention: also return the attention maps.
           dropout_key: for dropout, as in training; None: no dropout.
 
@@ -419,7 +419,7 @@ class Captioner(nnx.Module):
         For training with scheduled sampling (Bengio et al. 2015).
 
         Args:
-          inputs: pictures or features, and captions.
+          inputs: images or features, and captions.
           own_words: the captions in which, from there on, the most probable word is read in the
             place of the caption's.
           from_step: the first place where it is.
@@ -450,7 +450,7 @@ class Captioner(nnx.Module):
         """Return the logit of one word of each caption: the scalar that explanations explain.
 
         Args:
-          inputs: pictures and captions; "position" int [batch], if there, is the target.
+          inputs: images and captions; "position" int [batch], if there, is the target.
           target: the position of the word in its caption, from 1 (0 is the start token), one or
             one per caption.
 
@@ -502,12 +502,12 @@ class Captioner(nnx.Module):
             )
         )
 
-    def readout(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
+    def target_tokens(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
         """Return the token that each word is predicted from: the one before it."""
         return {"text": jnp.asarray(inputs["position"]) - 1}
 
     def content(self, inputs: Inputs) -> dict[str, Bool[Array, "batch tokens"]]:
-        """Return what stands for something: positions of the picture, and words.
+        """Return what stands for something: positions of the image, and words.
 
         A region whose features are all zero is padding. With "position" in the inputs, the words
         are those before it.
@@ -529,23 +529,23 @@ class Captioner(nnx.Module):
         rows = self.processor.tokens(np.asarray(inputs["text"]))
         return [["" if token == unknown else token for token in row] for row in rows]
 
-    def seen(self, picture: Any) -> Any:
-        """Return the part of a picture that the model sees; `prepare` crops to the middle."""
-        return picture if self.encoder is None else self.processor.seen(picture)
+    def seen(self, image: Any) -> Any:
+        """Return the part of an image that the model sees; `prepare` crops to the middle."""
+        return image if self.encoder is None else self.processor.seen(image)
 
     # Captions.
 
     def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
-        """Make inputs from pictures and captions; without a caption the model writes it.
+        """Make inputs from images and captions; without a caption the model writes it.
 
         Args:
-          image: a PIL picture, a uint8 [height, width, 3] array, or a list of them; for a model
+          image: a PIL image, a uint8 [height, width, 3] array, or a list of them; for a model
             of regions their features, [regions, features], a batch or a list of them.
           text: a caption or a list of captions to explain in the place of the model's own.
 
         Raises:
-          TypeError: not a picture, or not text.
-          ValueError: no picture, features of a wrong shape or that are not finite, an empty
+          TypeError: not an image, or not text.
+          ValueError: no image, features of a wrong shape or that are not finite, an empty
             caption, one that is too long, or one with a word that the model does not know.
         """
         if self.encoder is None:
@@ -560,10 +560,10 @@ class Captioner(nnx.Module):
         return seen | {"text": jnp.asarray(ids)}
 
     def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
-        """Bring inputs to one row per word: its picture, its caption and its position.
+        """Bring inputs to one row per word: its image, its caption and its position.
 
         Args:
-          inputs: pictures and captions, one caption per picture.
+          inputs: images and captions, one caption per image.
           target: the positions of the words to explain, from 1, or one; by default all words
             but those that the tokenizer does not know.
 
@@ -600,7 +600,7 @@ class Captioner(nnx.Module):
     ) -> tuple[decoding.Step, Any]:
         """Return a step function and its first state, for `jaxrel.models.decoding`.
 
-        Its rows are `picture * beams + beam`, for any number of beams; what is read of a picture
+        Its rows are `image * beams + beam`, for any number of beams; what is read of an image
         is not repeated for each.
         """
         context, first = self.start(features)
@@ -625,10 +625,10 @@ class Captioner(nnx.Module):
         length_penalty: float | None = None,
         unknown: bool = True,
     ) -> Int[Array, "batch tokens"]:
-        """Write a caption for each picture.
+        """Write a caption for each image.
 
         Args:
-          image: normalised pictures [batch, side, side, 3], or features [batch, positions,
+          image: normalised images [batch, side, side, 3], or features [batch, positions,
             features].
           beams: of beam search; 1 is greedy.
           length_penalty: see `jaxrel.models.decoding.beam_search`.
@@ -650,10 +650,10 @@ class Captioner(nnx.Module):
         return found.ids
 
     def predict(self, inputs: Inputs, *, beams: int = 1) -> list[str]:
-        """Return a caption for each picture, in words.
+        """Return a caption for each image, in words.
 
         Args:
-          inputs: pictures or features.
+          inputs: images or features.
           beams: of beam search; 1 is greedy.
         """
         seen = jnp.asarray(inputs["features" if "features" in inputs else "image"])
@@ -673,7 +673,7 @@ class Captioner(nnx.Module):
         dtype: str | None = None,
         allow_pickle: bool = False,
     ) -> "Captioner":
-        """Load a model and its tokenizer and picture preprocessing.
+        """Load a model and its tokenizer and image preprocessing.
 
         Args:
           name_or_folder: a bundled model, a folder that `save_pretrained` wrote, or a hub name.
@@ -713,7 +713,7 @@ class Captioner(nnx.Module):
         Args:
           config: the sizes; attention "as coded", with which those weights were trained.
           tensors: by the names of its PyTorch state dict, such as "AdaLSTM.x_gate.weight".
-          processor: tokenizer and picture preprocessing.
+          processor: tokenizer and image preprocessing.
 
         Raises:
           ValueError: the tensors are not those of a model of these sizes, or are not finite; or
@@ -798,10 +798,10 @@ class Captioner(nnx.Module):
                     f"text holds the id {int(ids[outside][0])}, and this model has "
                     f"the ids 0 to {self.config.vocab_size - 1}: another tokenizer made it"
                 )
-        pictures = len(inputs["features"] if "features" in inputs else inputs["image"])
-        if pictures != len(text):
+        images = len(inputs["features"] if "features" in inputs else inputs["image"])
+        if images != len(text):
             raise ValueError(
-                f"{pictures} pictures and {len(text)} captions: give one caption per picture"
+                f"{images} images and {len(text)} captions: give one caption per image"
             )
         if inputs.get("heads") is not None:
             self._check_heads(inputs["heads"], len(text))
@@ -819,7 +819,7 @@ class Captioner(nnx.Module):
             )
 
     def _check_seen(self, inputs: Inputs) -> None:
-        """Check the pictures or features of the inputs."""
+        """Check the images or features of the inputs."""
         held = [name for name in ("image", "features") if name in inputs]
         wanted = "features" if self.encoder is None else "image (or features)"
         if len(held) != 1 or (self.encoder is None and held == ["image"]):
@@ -848,7 +848,7 @@ class Captioner(nnx.Module):
     def _region_features(self, image: Any) -> Float[np.ndarray, "batch regions features"]:
         """Features of regions as a batch; ValueError if they are not this model's."""
         number, width = self.config.positions, self.config.features
-        expected = f"[{number}, {width}] for each picture: {number} regions of {width} features"
+        expected = f"[{number}, {width}] for each image: {number} regions of {width} features"
         if image is None or (isinstance(image, list | tuple) and not image):
             raise ValueError(f"no features: pass image= those of the regions, {expected}")
         given = image if isinstance(image, list | tuple) else [image]
@@ -858,7 +858,7 @@ class Captioner(nnx.Module):
         for i, one in enumerate(arrays):
             if one.shape != (number, width) or one.dtype.kind not in "fiu":
                 raise ValueError(
-                    f"the features of picture {i} are {one.dtype} {list(one.shape)}, and this "
+                    f"the features of image {i} are {one.dtype} {list(one.shape)}, and this "
                     f"model reads floats {expected} (zeros where there are fewer)"
                 )
         features = np.stack(arrays).astype(np.float32)
@@ -896,7 +896,7 @@ def _check_finite(features: np.ndarray) -> None:
     if wrong.size:
         bad = int((~np.isfinite(features[wrong[0]])).sum())
         raise ValueError(
-            f"the features of picture {wrong[0]} have {bad} values that are NaN or infinite; "
+            f"the features of image {wrong[0]} have {bad} values that are NaN or infinite; "
             "extract them again"
         )
 

@@ -1,6 +1,6 @@
 """Recurrent cells of captioners: the LSTM, and one step of each of the three captioners.
 
-A cell begins with `start`, which computes what every step reads of the picture, and is then
+A cell begins with `start`, which computes what every step reads of the image, and is then
 called once per word. Its gates, attention maps and sums are written as the explanation of Sun et
 al. 2022 takes them apart: each linear map of [x; h] is one product with one bias, and so each
 pre-activation is one sum.
@@ -23,10 +23,10 @@ LSTMState = tuple[Array, Array]
 
 
 class Context(NamedTuple):
-    """What every step reads of a picture.
+    """What every step reads of an image.
 
     Attributes:
-      image: the whole picture, part of each step's input.
+      image: the whole image, part of each step's input.
       keys: of each position, for the attention scores.
       values: of each position, which attention averages.
     """
@@ -181,7 +181,7 @@ class AdaptiveCell(nnx.Module):
     Args:
       embed: features of a word.
       hidden: features of everything else.
-      positions: of the picture.
+      positions: of the image.
       width: features of the mean that `start` is given.
       form: of the attention scores; see `AdaptiveAttention`.
       dtype: of the computation.

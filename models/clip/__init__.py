@@ -245,7 +245,7 @@ def kept_mask(keep: Kept | None) -> Mask | None:
 
 
 class VisionTower(nnx.Module):
-    """A picture to a class token and patch tokens (Dosovitskiy et al. 2021).
+    """An image to a class token and patch tokens (Dosovitskiy et al. 2021).
 
     With a `projection` it also embeds them; None leaves those parameters out.
     """
@@ -408,7 +408,7 @@ class CLIP(nnx.Module):
     Args:
       config: the sizes.
       rngs: for the initial parameters (stream "params").
-      processor: tokenizer and picture preprocessing for `prepare` and `tokens`.
+      processor: tokenizer and image preprocessing for `prepare` and `tokens`.
 
     Raises:
       ValueError: the tokenizer has more tokens than the model.
@@ -434,7 +434,7 @@ class CLIP(nnx.Module):
         dtype: str | None = None,
         allow_pickle: bool = False,
     ) -> "CLIP":
-        """Load a model and its tokenizer and picture preprocessing.
+        """Load a model and its tokenizer and image preprocessing.
 
         Args:
           name_or_folder: a bundled model, a local folder in the Hugging Face layout
@@ -498,10 +498,10 @@ class CLIP(nnx.Module):
         )
 
     def __call__(self, inputs: Inputs, *, return_attention: bool = False) -> Any:
-        """Compare every picture with every text.
+        """Compare every image with every text.
 
         Args:
-          inputs: pictures and texts, of batch sizes that may differ.
+          inputs: images and texts, of batch sizes that may differ.
           return_attention: also return the attention maps.
 
         Returns:
@@ -528,7 +528,7 @@ class CLIP(nnx.Module):
     def encode_image(
         self, image: Float[Array | np.ndarray, "batch height width 3"]
     ) -> Float[Array, "batch embed"]:
-        """Return the embeddings of pictures, of length 1."""
+        """Return the embeddings of images, of length 1."""
         return self._encode_image(self._check_image(image), False)[0]
 
     def encode_text(
@@ -538,15 +538,15 @@ class CLIP(nnx.Module):
         return self._encode_text(self._check_text(text), False)[0]
 
     def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
-        """Bring inputs to one picture and one text per row, which `score` compares.
+        """Bring inputs to one image and one text per row, which `score` compares.
 
         Args:
-          inputs: pictures and texts.
-          target: the index of the text for each picture, or one for all. None: picture i goes
-            with text i, and one picture (or text) goes with all texts (or pictures).
+          inputs: images and texts.
+          target: the index of the text for each image, or one for all. None: image i goes
+            with text i, and one image (or text) goes with all texts (or images).
 
         Returns:
-          Inputs with the same number of pictures and texts.
+          Inputs with the same number of images and texts.
 
         Raises:
           ValueError: the numbers do not fit, or `target` is no index of a text.
@@ -558,9 +558,9 @@ class CLIP(nnx.Module):
             text = text[target]
         if len(image) != len(text) and 1 not in (len(image), len(text)):
             raise ValueError(
-                f"{len(image)} pictures and {len(text)} texts make no pairs: give as many "
-                "pictures as texts, one picture, one text, or target= the text's index for "
-                "each picture"
+                f"{len(image)} images and {len(text)} texts make no pairs: give as many "
+                "images as texts, one image, one text, or target= the text's index for "
+                "each image"
             )
         rows = max(len(image), len(text))
         image, text = (jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (image, text))
@@ -573,7 +573,7 @@ class CLIP(nnx.Module):
         row of the attention maps only, and the gradient of the sum is each row's own.
 
         Args:
-          inputs: pictures and texts.
+          inputs: images and texts.
           target: see `pairs`.
 
         Returns:
@@ -588,7 +588,7 @@ class CLIP(nnx.Module):
         return jnp.exp(self.logit_scale[...]) * jnp.sum(image * text, axis=-1)
 
     def predict(self, inputs: Inputs) -> Float[Array, "images texts"]:
-        """Return the probability of each text for each picture, among the texts given."""
+        """Return the probability of each text for each image, among the texts given."""
         return jax.nn.softmax(self(inputs)["logits_per_image"], axis=-1)
 
     def attention_gradients(
@@ -597,7 +597,7 @@ class CLIP(nnx.Module):
         """Return scores, attention maps and the scores' gradients by them, in one pass.
 
         Args:
-          inputs: pictures and texts.
+          inputs: images and texts.
           target: see `pairs`.
 
         Returns:
@@ -607,7 +607,7 @@ class CLIP(nnx.Module):
         score = capture_with_grad(lambda inputs: self.score(inputs, target), ("vision", "text"))
         return score(inputs)
 
-    def readout(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
+    def target_tokens(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
         """Return the index of the token each embedding is read from: CLS, and the end token."""
         image, text = self._check(inputs)
         return {
@@ -627,18 +627,18 @@ class CLIP(nnx.Module):
         }
 
     def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
-        """Make inputs from pictures and sentences, with the model's own preprocessing.
+        """Make inputs from images and sentences, with the model's own preprocessing.
 
         Args:
-          image: a PIL picture, a uint8 [height, width, 3] array, or a list of them.
+          image: a PIL image, a uint8 [height, width, 3] array, or a list of them.
           text: a sentence or a list of sentences.
 
         Returns:
           Inputs: "image" float32 NHWC, "text" int32, padded to the context length.
 
         Raises:
-          TypeError: not a picture or not text.
-          ValueError: no picture, no or empty text, a text that is too long or of which the
+          TypeError: not an image or not text.
+          ValueError: no image, no or empty text, a text that is too long or of which the
             model knows no word, a tokenizer that is not this model's, or a model folder
             without tokenizer or preprocessing.
 
@@ -665,14 +665,14 @@ class CLIP(nnx.Module):
         return self.processor.tokens(np.asarray(inputs["text"]))
 
     def describe(self, inputs: Inputs) -> list[str]:
-        """Return what each pair's score says of its picture: the text, as the model reads it."""
+        """Return what each pair's score says of its image: the text, as the model reads it."""
         tokens = self.tokens(inputs)
         words = (" ".join(filter(None, row)).replace(" ##", "") for row in tokens)
         return list(words)
 
-    def seen(self, picture: Any) -> Any:
-        """Return the part of a picture that the model sees; `prepare` crops to the middle."""
-        return self.processor.seen(picture)
+    def seen(self, image: Any) -> Any:
+        """Return the part of an image that the model sees; `prepare` crops to the middle."""
+        return self.processor.seen(image)
 
     def _encode_image(self, image: Array, return_attention: bool) -> tuple[Array, Array | None]:
         tokens, maps = self.vision(
@@ -790,7 +790,7 @@ def check_vocabulary(processor: Processor, config: CLIPConfig) -> None:
 def _check_target(target: Array, texts: int) -> None:
     if not jnp.issubdtype(target.dtype, jnp.integer) or target.ndim != 1:
         raise ValueError(
-            f"target must be the text's index, one or one per picture, got {target.dtype} of "
+            f"target must be the text's index, one or one per image, got {target.dtype} of "
             f"shape {list(target.shape)}"
         )
     # A traced index cannot be looked at; out of range it would be clamped by XLA.

@@ -1,6 +1,6 @@
 """CLIPmapper: CLIP's encoders, then a mapper over both streams (Huang et al. 2023).
 
-Stage 1 turns a picture into patch tokens and a text into word tokens, with the two towers of a
+Stage 1 turns an image into patch tokens and a text into word tokens, with the two towers of a
 CLIP model. Stage 2, the mapper, has single-modality self-attention and cross-modality
 co-attention in every layer. Two models are made of it: one answers questions, one captions.
 """
@@ -172,7 +172,7 @@ class CLIPMapper(nnx.Module):
     Args:
       config: the sizes.
       rngs: for the initial parameters (stream "params").
-      processor: tokenizer and picture preprocessing.
+      processor: tokenizer and image preprocessing.
 
     Raises:
       ValueError: the tokenizer has more tokens than the model.
@@ -216,10 +216,10 @@ class CLIPMapper(nnx.Module):
         *,
         return_attention: bool = False,
     ) -> tuple[Float[Array, "batch seen features"], Maps]:
-        """Stage 1 of the picture: its tokens, and with `return_attention` the maps by name.
+        """Stage 1 of the image: its tokens, and with `return_attention` the maps by name.
 
         Args:
-          image: normalised pictures.
+          image: normalised images.
           keep: which of the tokens are seen. bool [batch, tokens] hides the others, which are to
             be hidden from stage 2 too; indices [batch, kept] leave them out.
           return_attention: also return the attention maps by name.
@@ -261,10 +261,10 @@ class CLIPMapper(nnx.Module):
         """Stage 1 of the text, and stage 2: the text's tokens, normalised for the head.
 
         Args:
-          image: the picture's tokens, as `encode_image` returns them.
+          image: the image's tokens, as `encode_image` returns them.
           text: token ids.
           encoded: the text's tokens, as `encode_text` returns them; None: they are made here.
-          image_keep: which of the picture's tokens are seen.
+          image_keep: which of the image's tokens are seen.
           text_keep: which of the text's tokens are seen, beside the padding, which never is.
           return_attention: also return the attention maps by name.
         """
@@ -290,7 +290,7 @@ class CLIPMapper(nnx.Module):
     ) -> tuple[
         tuple[Float[Array, "batch tokens mapped"], Float[Array, "batch words mapped"]], Maps
     ]:
-        """As `map`, with the picture's tokens as the last layer's words read them before these."""
+        """As `map`, with the image's tokens as the last layer's words read them before these."""
         maps: Maps = {}
         if encoded is None:
             encoded, maps = self.encode_text(text, text_keep, return_attention=return_attention)
@@ -321,7 +321,7 @@ class CLIPMapper(nnx.Module):
         dtype: str | None = None,
         allow_pickle: bool = False,
     ) -> "CLIPMapper":
-        """Load a model and its tokenizer and picture preprocessing.
+        """Load a model and its tokenizer and image preprocessing.
 
         Args:
           name_or_folder: a bundled model, a folder that `save_pretrained` wrote, or a hub name.
@@ -409,7 +409,7 @@ class CLIPMapper(nnx.Module):
     def layout(self) -> Layout:
         """What the axes of the attention maps mean, and in which order the streams attend.
 
-        Stream s is the text, which is read out, and stream q the picture.
+        Stream s is the text, which is read out, and stream q the image.
         """
         vision, text = self.config.clip.vision, self.config.clip.text
         reads = (("qs", "image_to_text"),) if self.config.task == "vqa" else ()
@@ -443,7 +443,7 @@ class CLIPMapper(nnx.Module):
           The scores, and two dicts by name: maps and gradients [layers, batch, heads, query,
           key], float32.
         """
-        names = [tag for block in self.layout.schedule for moment in block for _, tag in moment]
+        names = [tag for block in self.layout.schedule for stage in block for _, tag in stage]
         captured = capture_with_grad(lambda inputs: self.score(inputs, target), names)
         score, *both = captured(inputs)
         # A mapper of one layer runs no scan, which would give the maps their layer axis.
@@ -467,9 +467,9 @@ class CLIPMapper(nnx.Module):
         rows = self.processor.tokens(np.asarray(inputs["text"]))
         return [["" if token == unknown else token for token in row] for row in rows]
 
-    def seen(self, picture: Any) -> Any:
-        """Return the part of a picture that the model sees; `prepare` crops to the middle."""
-        return self.processor.seen(picture)
+    def seen(self, image: Any) -> Any:
+        """Return the part of an image that the model sees; `prepare` crops to the middle."""
+        return self.processor.seen(image)
 
     def _token_ids(self, text: Any) -> Int[Array, "batch tokens"]:
         """Texts as token ids; ValueError if they do not end as the model expects."""
@@ -509,7 +509,7 @@ class CLIPMapper(nnx.Module):
             raise TypeError(f"text must be integer token ids, got {text.dtype}; use model.prepare")
         if len(image) != len(text):
             raise ValueError(
-                f"{len(image)} pictures and {len(text)} texts: give one text per picture, or "
+                f"{len(image)} images and {len(text)} texts: give one text per image, or "
                 "repeat the one that is shared"
             )
         for name, stream in (("image_keep", "vision"), ("text_keep", "text")):
@@ -551,7 +551,7 @@ class CLIPMapperVQA(CLIPMapper):
         """Return the answers' logits.
 
         Args:
-          inputs: pictures and questions, one question per picture.
+          inputs: images and questions, one question per image.
           return_attention: also return the attention maps.
 
         Returns:
@@ -588,7 +588,7 @@ class CLIPMapperVQA(CLIPMapper):
         """Return the logit of one answer per question: the scalar that explanations explain.
 
         Args:
-          inputs: pictures and questions; "answer" int [batch], if there, is the target.
+          inputs: images and questions; "answer" int [batch], if there, is the target.
           target: the answer's index, one or one per question; None: those of the inputs, or
             else the most probable.
         """
@@ -600,10 +600,10 @@ class CLIPMapperVQA(CLIPMapper):
         return jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
 
     def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
-        """Make inputs from pictures and questions, with the model's own preprocessing.
+        """Make inputs from images and questions, with the model's own preprocessing.
 
         Args:
-          image: a PIL picture, a uint8 [height, width, 3] array, or a list of them.
+          image: a PIL image, a uint8 [height, width, 3] array, or a list of them.
           text: a question or a list of questions.
 
         Raises:
@@ -613,22 +613,22 @@ class CLIPMapperVQA(CLIPMapper):
         return {"image": jnp.asarray(self.processor.image(image)), "text": ids}
 
     def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
-        """Bring inputs to one picture, question and answer per row.
+        """Bring inputs to one image, question and answer per row.
 
         Args:
-          inputs: pictures and questions.
+          inputs: images and questions.
           target: the answer to explain, in words or as an index, one or one per question; the
             most probable by default.
 
         Raises:
           ValueError: the numbers do not fit, or the model does not have this answer.
         """
-        pictures, questions = len(inputs["image"]), len(inputs["text"])
-        rows = max(pictures, questions)
-        if {pictures, questions} - {1, rows}:
+        images, questions = len(inputs["image"]), len(inputs["text"])
+        rows = max(images, questions)
+        if {images, questions} - {1, rows}:
             raise ValueError(
-                f"{pictures} pictures and {questions} questions make no pairs: give as many "
-                "pictures as questions, one picture, or one question"
+                f"{images} images and {questions} questions make no pairs: give as many "
+                "images as questions, one image, or one question"
             )
         paired = {name: jnp.broadcast_to(x, (rows, *x.shape[1:])) for name, x in inputs.items()}
         if target is None:
@@ -660,14 +660,14 @@ class CLIPMapperVQA(CLIPMapper):
         named = [self.config.answers[i] for i in answer]
         return [f"{name} ({p:.0%})" for name, p in zip(named, probability, strict=True)]
 
-    def readout(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
+    def target_tokens(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
         """Return the token that the answer is read from: the question's end."""
         end = end_of_text(inputs["text"], self.config.clip.text.eos_token_id)
         return {"text": end}
 
 
 class CLIPMapperCaption(CLIPMapper):
-    """CLIPmapper that writes captions: each word from the picture and the words before it."""
+    """CLIPmapper that writes captions: each word from the image and the words before it."""
 
     task = "caption"
 
@@ -675,7 +675,7 @@ class CLIPMapperCaption(CLIPMapper):
         """Return the logits of the next word after each token of the captions.
 
         Args:
-          inputs: pictures and captions, one caption per picture.
+          inputs: images and captions, one caption per image.
           return_attention: also return the attention maps.
 
         Returns:
@@ -713,7 +713,7 @@ class CLIPMapperCaption(CLIPMapper):
         """Return the logit of one word of each caption: the scalar that explanations explain.
 
         Args:
-          inputs: pictures and captions; "position" int [batch], if there, is the target. With
+          inputs: images and captions; "position" int [batch], if there, is the target. With
             "words" bool [batch, tokens] it is the mean of the logits of several words.
           target: the position of the word in its caption, from 1 (0 is the start token), one or
             one per caption.
@@ -737,11 +737,11 @@ class CLIPMapperCaption(CLIPMapper):
     def generate(
         self, image: Float[Array, "batch height width 3"], keep: Kept | None = None
     ) -> Int[Array, "batch words"]:
-        """Write a caption for each picture, the most probable word at each step (greedy).
+        """Write a caption for each image, the most probable word at each step (greedy).
 
         Args:
-          image: normalised pictures.
-          keep: which of the picture's tokens are seen, as in `encode_image`; all by default.
+          image: normalised images.
+          keep: which of the image's tokens are seen, as in `encode_image`; all by default.
 
         Returns:
           Token ids with start and end, padded; a caption that has not ended when the context
@@ -777,10 +777,10 @@ class CLIPMapperCaption(CLIPMapper):
     def begin(
         self, image: Float[Array, "batch tokens features"], image_mask: Mask | None = None
     ) -> tuple[Memory, dict[str, Memories]]:
-        """Return what is remembered of a picture before its caption, for `next_word`.
+        """Return what is remembered of an image before its caption, for `next_word`.
 
         Args:
-          image: the picture's tokens, as `encode_image` returns them.
+          image: the image's tokens, as `encode_image` returns them.
           image_mask: which of them are seen.
         """
         context = self.config.clip.text.context
@@ -816,7 +816,7 @@ class CLIPMapperCaption(CLIPMapper):
         return logits, (of_tower, of_mapper)
 
     def predict(self, inputs: Inputs) -> list[str]:
-        """Return a caption for each picture, in words."""
+        """Return a caption for each image, in words."""
         ids = _generate(self, jnp.asarray(inputs["image"]))
         return self.sentences(ids)
 
@@ -826,10 +826,10 @@ class CLIPMapperCaption(CLIPMapper):
         return sentences(rows)
 
     def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
-        """Make inputs from pictures and captions; without a caption the model writes it.
+        """Make inputs from images and captions; without a caption the model writes it.
 
         Args:
-          image: a PIL picture, a uint8 [height, width, 3] array, or a list of them.
+          image: a PIL image, a uint8 [height, width, 3] array, or a list of them.
           text: a caption or a list of captions to explain in the place of the model's own.
 
         Raises:
@@ -841,10 +841,10 @@ class CLIPMapperCaption(CLIPMapper):
         return {"image": pixels, "text": self._token_ids(text)}
 
     def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
-        """Bring inputs to one row per word: its picture, its caption and its position.
+        """Bring inputs to one row per word: its image, its caption and its position.
 
         Args:
-          inputs: pictures and captions, one caption per picture.
+          inputs: images and captions, one caption per image.
           target: the positions of the words to explain, from 1, or one; by default all words
             but those that the tokenizer does not know, such as a word tokenizer's commas.
             "caption" explains each caption as a whole, in one row: the mean of its words' logits.
@@ -852,11 +852,9 @@ class CLIPMapperCaption(CLIPMapper):
         Raises:
           ValueError: the numbers do not fit, or a caption has no word there.
         """
-        pictures, captions = len(inputs["image"]), len(inputs["text"])
-        if pictures != captions:
-            raise ValueError(
-                f"{pictures} pictures and {captions} captions: give one caption per picture"
-            )
+        images, captions = len(inputs["image"]), len(inputs["text"])
+        if images != captions:
+            raise ValueError(f"{images} images and {captions} captions: give one caption per image")
         words = np.asarray(self.content(inputs)["text"]).sum(-1)
         shown = self.tokens(inputs)
         if isinstance(target, str) and target == "caption":
@@ -875,7 +873,7 @@ class CLIPMapperCaption(CLIPMapper):
             return [" ".join(filter(None, row)) for row in rows]
         return describe_words(rows, inputs["position"])
 
-    def readout(self, inputs: Inputs) -> dict[str, Array]:
+    def target_tokens(self, inputs: Inputs) -> dict[str, Array]:
         """Return the token that each word is predicted from: the one before it.
 
         Of whole captions the weights of all that a word is predicted from, [batch, tokens].

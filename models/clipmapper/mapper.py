@@ -58,8 +58,8 @@ class MapperLayer(nnx.Module):
     Args:
       width, heads, mlp_width: as in `Transformer`, the same for both streams.
       depth: of the mapper.
-      picture: what becomes of the picture's stream after its own attention: "reads" the text,
-        stays "apart" from it (a caption must not reach its own words through the picture), or
+      image_stream: what becomes of the image's stream after its own attention: "reads" the text,
+        stays "apart" from it (a caption must not reach its own words through the image), or
         "ends" (in the last layer, where nothing reads it any more).
     """
 
@@ -70,7 +70,7 @@ class MapperLayer(nnx.Module):
         mlp_width: int,
         *,
         depth: int,
-        picture: str,
+        image_stream: str,
         activation: str,
         eps: float,
         dtype: Any,
@@ -90,11 +90,11 @@ class MapperLayer(nnx.Module):
         self.text_single = sublayer()
         self.text_to_image = sublayer()
         self.text_self = block()
-        if picture == "reads":
+        if image_stream == "reads":
             self.image_to_text = sublayer()
-        if picture != "ends":
+        if image_stream != "ends":
             self.image_self = block()
-        self.picture = picture
+        self.image_stream = image_stream
 
     def __call__(
         self,
@@ -115,11 +115,11 @@ class MapperLayer(nnx.Module):
         text, maps["text_to_image"] = self.text_to_image(
             text, self.text_to_image.read(image), image_mask, "text_to_image"
         )
-        if self.picture == "reads":
+        if self.image_stream == "reads":
             image, maps["image_to_text"] = self.image_to_text(
                 image, self.image_to_text.read(read), text_mask, "image_to_text"
             )
-        if self.picture != "ends":
+        if self.image_stream != "ends":
             image, maps["image_self"] = self.image_self(image, image_mask, "image_self")
         text, maps["text_self"] = self.text_self(text, text_mask, "text_self")
         return (image, text), maps
@@ -127,7 +127,7 @@ class MapperLayer(nnx.Module):
     def begin(
         self, image: Float[Array, "batch patches width"], image_mask: Mask | None, tokens: int
     ) -> tuple[Float[Array, "batch patches width"], Memories]:
-        """Apply the picture's side, which does not read the text; see `Mapper.begin`."""
+        """Apply the image's side, which does not read the text; see `Mapper.begin`."""
         image, _ = self.image_single(
             image, self.image_single.read(image), image_mask, "image_single"
         )
@@ -136,7 +136,7 @@ class MapperLayer(nnx.Module):
             "text_to_image": self.text_to_image.read(image),
             "text_self": self.text_self.attention.empty(len(image), tokens),
         }
-        if self.picture != "ends":
+        if self.image_stream != "ends":
             image, _ = self.image_self(image, image_mask, "image_self")
         return image, memories
 
@@ -162,12 +162,12 @@ class MapperLayer(nnx.Module):
 class Mapper(nnx.Module):
     """Stage 2 of CLIPmapper: all layers but the last are stacked and run by one scan.
 
-    Of the last layer only what reaches the text exists: after its own attention the picture's
+    Of the last layer only what reaches the text exists: after its own attention the image's
     stream is read, and then ends.
 
     Args:
       width, layers, heads, mlp_width, activation, eps, dtype, rngs: as in `Transformer`.
-      co_attention: whether the picture also attends to the text.
+      co_attention: whether the image also attends to the text.
     """
 
     def __init__(
@@ -183,13 +183,13 @@ class Mapper(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
-        def layer(picture: str, rngs: nnx.Rngs) -> MapperLayer:
+        def layer(image_stream: str, rngs: nnx.Rngs) -> MapperLayer:
             return MapperLayer(
                 width,
                 heads,
                 mlp_width,
                 depth=layers,
-                picture=picture,
+                image_stream=image_stream,
                 activation=activation,
                 eps=eps,
                 dtype=dtype,
@@ -217,7 +217,7 @@ class Mapper(nnx.Module):
         """Run all layers.
 
         Args:
-          image: the picture's tokens.
+          image: the image's tokens.
           text: the text's tokens.
           image_mask: which patches are seen, broadcasting to [batch, heads, query, patches].
           text_mask: which tokens of the text are seen.
@@ -225,7 +225,7 @@ class Mapper(nnx.Module):
           return_attention: also return the attention maps.
 
         Returns:
-          The streams, the picture's as the text reads it in the last layer, the text's after it;
+          The streams, the image's as the text reads it in the last layer, the text's after it;
           and the maps of all layers by name (or None).
         """
         stacked: dict[str, Array] = {}
@@ -247,15 +247,15 @@ class Mapper(nnx.Module):
     def begin(
         self, image: Float[Array, "batch patches width"], image_mask: Mask | None, tokens: int
     ) -> dict[str, Memories]:
-        """Read a picture before its text is written, where it does not attend to the text.
+        """Read an image before its text is written, where it does not attend to the text.
 
         Args:
-          image: the picture's tokens.
+          image: the image's tokens.
           image_mask: as in a call.
           tokens: how many there are places for.
 
         Returns:
-          What each layer's attentions have read of the picture, and places for the text.
+          What each layer's attentions have read of the image, and places for the text.
         """
         memories = {}
         if self.layers > 1:

@@ -1,4 +1,4 @@
-"""Convolutional picture encoders: VGG (Simonyan and Zisserman 2015) and ResNet (He et al. 2016).
+"""Convolutional image encoders: VGG (Simonyan and Zisserman 2015) and ResNet (He et al. 2016).
 
 They end where a captioner reads them, with a grid of features and no classifier: VGG at the
 ReLU of its last convolution, before the last pooling, and ResNet at its last stage.
@@ -34,7 +34,7 @@ from jaxrel.models.checkpoint import (
 )
 from jaxrel.models.processor import _image_processor
 
-# Of the pictures that the published encoders were trained on, for each channel in 0..1.
+# Of the images that the published encoders were trained on, for each channel in 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -81,7 +81,7 @@ class VGGConfig:
         """Return (rows, columns) of the features.
 
         Args:
-          image_size: pixels of a side of a square picture, or (height, width).
+          image_size: pixels of a side of a square image, or (height, width).
 
         Raises:
           ValueError: a side is no positive integer, or too small for the poolings.
@@ -90,7 +90,7 @@ class VGGConfig:
         factor = 2 ** (len(self.stages) - 1)
         if min(height, width) < factor:
             raise ValueError(
-                f"vgg: a picture of {height} x {width} pixels is too small: {len(self.stages) - 1} "
+                f"vgg: an image of {height} x {width} pixels is too small: {len(self.stages) - 1} "
                 f"poolings halve it, so each side needs at least {factor} pixels"
             )
         return height // factor, width // factor
@@ -171,7 +171,7 @@ class ResNetConfig:
         """Return (rows, columns) of the features.
 
         Args:
-          image_size: pixels of a side of a square picture, or (height, width).
+          image_size: pixels of a side of a square image, or (height, width).
 
         Raises:
           ValueError: a side is no positive integer.
@@ -310,7 +310,7 @@ class VGG(nnx.Module):
     def __call__(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch rows columns channels"]:
-        """Return the features of normalised pictures, which are not negative.
+        """Return the features of normalised images, which are not negative.
 
         Raises:
           ValueError, TypeError: see `check_images`.
@@ -454,7 +454,7 @@ class ResNet(nnx.Module):
     def __call__(
         self, images: Float[Array, "batch height width 3"]
     ) -> Float[Array, "batch rows columns channels"]:
-        """Return the features of normalised pictures, which are not negative.
+        """Return the features of normalised images, which are not negative.
 
         Raises:
           ValueError, TypeError: see `check_images`.
@@ -492,7 +492,7 @@ def _conv(
         outputs,
         (side, side),
         strides=stride,
-        # "SAME" would pad a picture of even size on one side only where the stride is 2.
+        # "SAME" would pad an image of even size on one side only where the stride is 2.
         padding=side // 2,
         use_bias=use_bias,
         kernel_init=nnx.initializers.he_normal(),
@@ -506,16 +506,15 @@ def check_images(config: EncoderConfig, images: Any) -> None:
 
     Args:
       config: the sizes.
-      images: what should be normalised pictures, float [batch, height, width, 3].
+      images: what should be normalised images, float [batch, height, width, 3].
 
     Raises:
-      ValueError: another shape, or pictures that are too small.
+      ValueError: another shape, or images that are too small.
       TypeError: another dtype.
     """
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(
-            "images must be normalised pictures [batch, height, width, 3], got "
-            f"{list(images.shape)}"
+            f"images must be normalised images [batch, height, width, 3], got {list(images.shape)}"
         )
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(f"images must be normalised floats, got {images.dtype}")
@@ -523,16 +522,16 @@ def check_images(config: EncoderConfig, images: Any) -> None:
 
 
 def imagenet_processing(image_size: int = 224) -> Any:
-    """Picture preprocessing of encoders trained on ImageNet, as captioners use it.
+    """Image preprocessing of encoders trained on ImageNet, as captioners use it.
 
-    The whole picture is resized to a square, without keeping the aspect, and normalised (Sun et
+    The whole image is resized to a square, without keeping the aspect, and normalised (Sun et
     al. 2022); `image_processing` crops instead.
 
     Args:
       image_size: pixels of a side of the square the model sees.
 
     Returns:
-      A `transformers` image processor for PIL pictures, for `Processor`.
+      A `transformers` image processor for PIL images, for `Processor`.
     """
     return _image_processor(
         size={"height": image_size, "width": image_size},

@@ -334,11 +334,11 @@ def test_heads(method):
     np.testing.assert_array_equal(method(attn, grad, values, heads=[0, -1]), expected)
 
 
-@pytest.mark.parametrize("readout", [2, -3, np.int64(2), np.array([2, 2]), jnp.array([2, -3])])
-def test_row(readout):
+@pytest.mark.parametrize("target_token", [2, -3, np.int64(2), np.array([2, 2]), jnp.array([2, -3])])
+def test_row(target_token):
     relevance = np.arange(50, dtype=np.float32).reshape(2, 5, 5)
-    np.testing.assert_array_equal(attention.row(relevance, readout), relevance[:, 2])
-    np.testing.assert_array_equal(jax.jit(attention.row)(relevance, readout), relevance[:, 2])
+    np.testing.assert_array_equal(attention.row(relevance, target_token), relevance[:, 2])
+    np.testing.assert_array_equal(jax.jit(attention.row)(relevance, target_token), relevance[:, 2])
 
 
 def test_row_of_a_missing_token_under_jit_is_nan():
@@ -382,22 +382,22 @@ def test_selection_of_another_type(selection):
 
 
 @pytest.mark.parametrize(
-    ("readout", "error", "text"),
+    ("target_token", "error", "text"),
     [
-        (5, ValueError, "readout: 5 does not exist; there are 5 tokens, 0 to 4"),
-        (np.array([0, -6]), ValueError, "readout: -6 does not exist; there are 5 tokens"),
+        (5, ValueError, "target_token: 5 does not exist; there are 5 tokens, 0 to 4"),
+        (np.array([0, -6]), ValueError, "target_token: -6 does not exist; there are 5 tokens"),
         (np.array([0, 1, 2]), ValueError, "one for each of 2 examples, got shape (3,)"),
-        (0.5, TypeError, "readout: expected integers, got float"),
+        (0.5, TypeError, "target_token: expected integers, got float"),
     ],
 )
-def test_readout_that_does_not_fit(readout, error, text):
-    with pytest.raises(error, match="readout") as caught:
-        maps.readout_index(readout, batch=2, tokens=5)
+def test_target_token_that_does_not_fit(target_token, error, text):
+    with pytest.raises(error, match="target_token") as caught:
+        maps.token_index(target_token, batch=2, tokens=5)
     assert text in str(caught.value)
 
 
 def test_row_of_a_missing_token():
-    with pytest.raises(ValueError, match="readout: 3 does not exist; there are 3 tokens"):
+    with pytest.raises(ValueError, match="target_token: 3 does not exist; there are 3 tokens"):
         attention.row(np.ones((1, 3, 3), np.float32), 3)
 
 

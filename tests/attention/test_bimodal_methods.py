@@ -9,9 +9,7 @@ import jaxrel
 from jaxrel import attention
 from jaxrel.attention import TWO_STREAM_METHODS, Layers, two_streams
 from jaxrel.attention.bimodal_methods import BY_LRP
-from tests.models.test_clipmapper import TEXTS, answered, random_mapper, random_pictures
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from tests.models.test_clipmapper import TEXTS, answered, random_images, random_mapper
 
 # ---- the equations, written out for one example in float64
 
@@ -40,18 +38,18 @@ def rbar(r, kept):
 def by_loop(schedule, b, importance=None, residual=True):
     """Equations 5 to 11 over a schedule; `kept` is the diagonal that residuals carry."""
     size = {}
-    for moment in (moment for block in schedule for moment in block):
-        for pair, layers in moment.items():
+    for stage in (stage for block in schedule for stage in block):
+        for pair, layers in stage.items():
             size[pair[0]], size[pair[1]] = layers.attn.shape[-2:]
     r = {x + y: np.eye(size[x]) * (x == y) for x in "sq" for y in "sq"}
     r |= {x + y: np.zeros((size[x], size[y])) for x, y in ("sq", "qs")}
     kept = {x: np.eye(size[x]) for x in "sq"}
     for block in schedule:
-        count = max(len(layers.attn) for moment in block for layers in moment.values())
+        count = max(len(layers.attn) for stage in block for layers in stage.values())
         for i in range(count):
-            for moment in block:
+            for stage in block:
                 old, old_kept = dict(r), dict(kept)
-                for (x, y), layers in moment.items():
+                for (x, y), layers in stage.items():
                     if i >= len(layers.attn):
                         continue
                     a, other = abar(layers, i, b), "q" if x == "s" else "s"
@@ -76,7 +74,7 @@ def random_layers(rng, count, query, key, batch=2, heads=2, width=3):
 
 
 def random_schedule(seed=0, s=3, q=4, layers=3, reads=True):
-    """CLIPmapper's: two towers, then the mapper, whose last layer lacks the picture's part."""
+    """CLIPmapper's: two towers, then the mapper, whose last layer lacks the image's part."""
     rng = np.random.default_rng(seed)
 
     def kind(count, pair):
@@ -128,9 +126,9 @@ def test_known_models_are_schedules():
     s, q, of_s, of_q, s_cross, q_cross = (float32(random_layers(rng, *size)) for size in sizes)
     expected = attention.bimodal(s, q, attention.CoAttention(s_cross, of_s, q_cross, of_q))
     short = [jax.tree.map(lambda x: x[:2], layers) for layers in (q_cross, of_q)]
-    moments = [{"sq": s_cross, "qs": short[0]}, {"ss": of_s, "qq": short[1]}]
-    # A block without moments has no layers.
-    maps = two_streams([[{"ss": s}], [], [{"qq": q}], moments])
+    stages = [{"sq": s_cross, "qs": short[0]}, {"ss": of_s, "qq": short[1]}]
+    # A block without stages has no layers.
+    maps = two_streams([[{"ss": s}], [], [{"qq": q}], stages])
     jax.tree.map(assert_same, maps, expected)
     expected = attention.encoder_decoder(q, of_s, s_cross, importance="norm")
     maps = two_streams([[{"qq": q}], [{"ss": of_s}, {"sq": s_cross}]], importance="norm")
@@ -154,11 +152,9 @@ def test_schedules_that_do_not_fit():
     schedule = float32(random_schedule(3))
     towers, mapper = schedule[:2], schedule[2]
     ss, sq, qq = mapper[0]["ss"], mapper[1]["sq"], mapper[0]["qq"]
-    for moment, got in (({"st": ss}, "st"), ({"ss": ss, "sq": sq}, "ss, sq"), ({}, "none")):
-        with error(
-            rf"two_streams: a moment maps pairs .* the pairs are ss, sq, qq, qs; got {got}$"
-        ):
-            two_streams([*towers, [moment]])
+    for stage, got in (({"st": ss}, "st"), ({"ss": ss, "sq": sq}, "ss, sq"), ({}, "none")):
+        with error(rf"two_streams: a stage maps pairs .* the pairs are ss, sq, qq, qs; got {got}$"):
+            two_streams([*towers, [stage]])
     with error(r"two_streams: no stream attends to the other; use equal or weighted"):
         two_streams(towers)
     with error(r"two_streams: sq: expected maps \[layers, batch, .* got \(2, 2, 3, 4\)"):
@@ -185,7 +181,7 @@ def test_schedules_that_do_not_fit():
 
 
 def tags_of(schedule):
-    return tuple(tag for block in schedule for moment in block for _, tag in moment)
+    return tuple(tag for block in schedule for stage in block for _, tag in stage)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +196,7 @@ def caption():
 
 @pytest.fixture(scope="module")
 def questions(vqa):
-    return answered(vqa.prepare(image=random_pictures(), text=TEXTS))
+    return answered(vqa.prepare(image=random_images(), text=TEXTS))
 
 
 def all_methods(model, inputs, methods=TWO_STREAM_METHODS):
@@ -221,7 +217,7 @@ def all_methods(model, inputs, methods=TWO_STREAM_METHODS):
         lambda model, inputs: model.score(inputs),
         schedule,
         method=methods,
-        readout=model.readout(inputs)["text"],
+        target_token=model.target_tokens(inputs)["text"],
     )
     with pytest.MonkeyPatch.context() as patch:
         for name in ("capture_with_grad", "lrp"):
@@ -248,13 +244,13 @@ def transformer_attribution(layers, b):
 def rows_by_hand(name, schedule, layers, b, seen):
     """The maps ss and sq of one example; `seen` tokens of s reach what is explained."""
     if name in ("equal", "weighted", "equal_lrp"):
-        blocks = [[{p: layers[tag] for p, tag in moment} for moment in block] for block in schedule]
+        blocks = [[{p: layers[tag] for p, tag in stage} for stage in block] for block in schedule]
         maps = by_loop(blocks, b, "grad_value" if name == "weighted" else None, residual=False)
         return maps["ss"], maps["sq"]
 
     def kind(pair):
         for block in schedule:
-            there = [layers[tag] for moment in block for p, tag in moment if p == pair]
+            there = [layers[tag] for stage in block for p, tag in stage if p == pair]
             for i in range(max((len(x.attn) for x in there), default=0)):
                 for x in there:
                     if i < len(x.attn):
@@ -299,13 +295,13 @@ def test_methods_are_what_they_say(vqa, questions, explained):
         )
         for tag in tags_of(schedule)
     }
-    readout = np.asarray(vqa.readout(questions)["text"])
+    target_token = np.asarray(vqa.target_tokens(questions)["text"])
     assert set(rows) == set(TWO_STREAM_METHODS)
     for name, of_method in rows.items():
         layers = plain
         if name in BY_LRP:
             layers = {tag: x._replace(attn=made_of["lrp"][tag]) for tag, x in plain.items()}
-        for b, token in enumerate(readout):
+        for b, token in enumerate(target_token):
             maps = rows_by_hand(name, schedule, layers, b, seen=token + 1)
             for row, expected in zip(of_method, maps, strict=True):
                 scale = np.abs(expected[token]).max()
@@ -320,7 +316,7 @@ def test_methods_are_what_they_say(vqa, questions, explained):
 def test_padding_does_not_matter(vqa, questions, explained):
     """It has no relevance, and what it is changes that of nothing else."""
     (_, rows), _ = explained
-    padding = np.arange(9) > np.asarray(vqa.readout(questions)["text"])[:, None]
+    padding = np.arange(9) > np.asarray(vqa.target_tokens(questions)["text"])[:, None]
     changed = {**questions, "text": jnp.where(padding, 5, questions["text"])}
     (_, others), _ = ALL_METHODS(vqa, changed)
     for name, of_method in rows.items():
@@ -333,7 +329,7 @@ def test_padding_does_not_matter(vqa, questions, explained):
 def test_one_layer():
     """The values of a single layer, tagged outside a scan, have no layer axis."""
     model = random_mapper("vqa", layers=1)
-    inputs = answered(model.prepare(image=random_pictures(), text=TEXTS))
+    inputs = answered(model.prepare(image=random_images(), text=TEXTS))
     (_, rows), _ = jax.eval_shape(lambda: all_methods(model, inputs, WITHOUT_LRP))
     assert {(text.shape, image.shape) for text, image in rows.values()} == {((2, 9), (2, 5))}
 
@@ -342,15 +338,15 @@ def test_methods_that_do_not_fit(vqa, questions):
     fun = attention.value_and_two_stream_relevance
     schedule = vqa.layout.schedule
     with error(r"unknown attention method 'lrp'; there are equal, weighted, raw"):
-        fun(lambda x: x, schedule, method="lrp", readout=0)
+        fun(lambda x: x, schedule, method="lrp", target_token=0)
     with error(r"importance: 'size' is unknown"):
-        fun(lambda x: x, schedule, method="weighted", readout=0, importance="size")
-    other = [[(("sq", "text_to_picture"),)]]
-    with error(r"tags nothing named 'text_to_picture'; its tags: .*'text_to_image'"):
-        fun(lambda x: vqa.score(x), other, method="equal", readout=0)(questions)
+        fun(lambda x: x, schedule, method="weighted", target_token=0, importance="size")
+    other = [[(("sq", "text_to_image"),)]]
+    with error(r"tags nothing named 'text_to_image'; its tags: .*'text_to_image'"):
+        fun(lambda x: vqa.score(x), other, method="equal", target_token=0)(questions)
     alone = [[(("sq", "text_to_image"),)]]
     with error(r"the schedule has no attention of the kind 'ss'"):
-        jax.eval_shape(fun(lambda x: vqa.score(x), alone, method="raw", readout=0), questions)
+        jax.eval_shape(fun(lambda x: vqa.score(x), alone, method="raw", target_token=0), questions)
 
 
 # ---- explain
@@ -366,7 +362,7 @@ def assert_close(one, text, image):
 
 def test_explain_questions(vqa, questions, explained):
     one = jaxrel.explain(
-        vqa, image=random_pictures(), text=TEXTS, target=["two", "red"], method="weighted"
+        vqa, image=random_images(), text=TEXTS, target=["two", "red"], method="weighted"
     )
     (score, rows), _ = explained
     text, image = (np.asarray(x) for x in rows["weighted"])
@@ -382,19 +378,19 @@ def test_explain_questions(vqa, questions, explained):
 
 def test_explain_the_words_of_captions(caption):
     """Each word as if it were alone: later words and other captions change nothing."""
-    pictures = random_pictures(3)
+    images = random_images(3)
 
-    def explain(pictures, text):
-        return jaxrel.explain(caption, image=pictures, text=text, method=WITHOUT_LRP)
+    def explain(images, text):
+        return jaxrel.explain(caption, image=images, text=text, method=WITHOUT_LRP)
 
-    maps = explain(pictures[:2], TEXTS)
-    others = explain(pictures[:2], ["what is a red square", "a red square"])
-    beside = explain([pictures[2], pictures[1]], ["is a circle above what", TEXTS[1]])
+    maps = explain(images[:2], TEXTS)
+    others = explain(images[:2], ["what is a red square", "a red square"])
+    beside = explain([images[2], images[1]], ["is a circle above what", TEXTS[1]])
     for one, other, another in zip(maps, others, beside, strict=True):
         assert (one.image.shape, one.text.shape) == ((8, 2, 2), (8, 9))
-        assert one.report["picture"] == [0, 0, 0, 0, 0, 1, 1, 1]
+        assert one.report["image"] == [0, 0, 0, 0, 0, 1, 1, 1]
         assert one.target[4] == "what is a red [circle]"
-        np.testing.assert_array_equal(one.pictures[7], caption.seen(pictures[1]))
+        np.testing.assert_array_equal(one.pixels[7], caption.seen(images[1]))
         for i in (0, 1, 2, 3, 5):
             assert_close(other[i], one[i].text, one[i].image)
             # A word has the relevance of those before it.
@@ -407,28 +403,28 @@ def test_explain_the_words_of_captions(caption):
 
 
 def test_what_explain_refuses():
-    model, picture = random_mapper("vqa", layers=1), random_pictures(1)[0]
+    model, image = random_mapper("vqa", layers=1), random_images(1)[0]
     known = "equal, weighted, raw, rollout, grad_cam, transformer_attribution, equal_lrp"
     with error(rf"unknown method 'no_aggregation'; there are {known}"):
-        jaxrel.explain(model, image=picture, text="what is red", method="no_aggregation")
+        jaxrel.explain(model, image=image, text="what is red", method="no_aggregation")
     for choice in ({"layers": [-1]}, {"heads": [0]}):
         with error(r"layers and heads choose .* in CLIPMapperVQA they attend to each other"):
-            jaxrel.explain(model, image=picture, text="what is red", **choice)
+            jaxrel.explain(model, image=image, text="what is red", **choice)
     with error(r"this model has no answer 'purple'; it has 4 answers: red, blue, two, yes"):
-        jaxrel.explain(model, image=picture, text="what is red", target="purple")
+        jaxrel.explain(model, image=image, text="what is red", target="purple")
 
 
 def test_explain_whole_captions(caption):
     """The mean of the words' logits, and of what is linear in them."""
-    pictures = random_pictures()
-    words = jaxrel.explain(caption, image=pictures, text=TEXTS, method=["raw", "lrp"])
+    images = random_images()
+    words = jaxrel.explain(caption, image=images, text=TEXTS, method=["raw", "lrp"])
     whole = jaxrel.explain(
-        caption, image=pictures, text=TEXTS, target="caption", method=["raw", "lrp"]
+        caption, image=images, text=TEXTS, target="caption", method=["raw", "lrp"]
     )
     for one, by_word in zip(whole, words, strict=True):
         assert one.target == tuple(TEXTS)
-        assert one.report["picture"] == [0, 1]
-        of = np.asarray(by_word.report["picture"])
+        assert one.report["image"] == [0, 1]
+        of = np.asarray(by_word.report["image"])
         image = np.stack([by_word.image[of == i].mean(0) for i in (0, 1)])
         score = [by_word.score[of == i].mean() for i in (0, 1)]
         np.testing.assert_allclose(one.score, score, rtol=1e-5)

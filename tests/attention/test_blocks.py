@@ -14,8 +14,6 @@ from jaxrel.attention import streaming as carriers
 from jaxrel.attention.blocks import blockwise
 from jaxrel.attention.streaming import Carrier
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LAYERS, BATCH, HEADS, TOKENS, WIDTH = 3, 2, 2, 7, 4
 CLASS = 1
 
@@ -64,12 +62,12 @@ def feed_forward(weights, x):
     return x + jax.nn.gelu(norm(x) @ weights["up"]) @ weights["down"]
 
 
-def explained(head, x, readout):
-    return (x[:, readout] @ head)[:, CLASS]
+def explained(head, x, target_token):
+    return (x[:, target_token] @ head)[:, CLASS]
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def matrix_form(weights, head, x, readout, importance):
+def matrix_form(weights, head, x, target_token, importance):
     """The whole matrix, from all maps and gradients side by side."""
     batch, tokens, width = x.shape
     probes = (
@@ -86,7 +84,7 @@ def matrix_form(weights, head, x, readout, importance):
             return feed_forward(weights, x + after + on_sum), (attn, x, after)
 
         out, maps = jax.lax.scan(layer, x, (weights, probes))
-        return explained(head, out, readout).sum(), maps
+        return explained(head, out, target_token).sum(), maps
 
     (grad, value_grad), (attn, before, after) = jax.grad(run, has_aux=True)(probes)
     if importance is None:
@@ -97,7 +95,7 @@ def matrix_form(weights, head, x, readout, importance):
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), static_argnames="block")
-def streaming_form(weights, head, x, readout, importance, *, block=None, seeds=None):
+def streaming_form(weights, head, x, target_token, importance, *, block=None, seeds=None):
     """One row, or one per seed, as the cotangent of a carrier; each layer rematerialised."""
     batch, tokens, _ = x.shape
 
@@ -117,11 +115,11 @@ def streaming_form(weights, head, x, readout, importance, *, block=None, seeds=N
 
     def run(carrier):
         (out, carrier), _ = jax.lax.scan(layer, (x, carrier), weights)
-        return explained(head, out, readout), carrier
+        return explained(head, out, target_token), carrier
 
     (y, _), pullback = jax.vjp(run, carriers.zeros(batch, tokens, x.dtype))
     if seeds is None:
-        seed = carriers.seed(readout, batch=batch, tokens=tokens, dtype=x.dtype)
+        seed = carriers.seed(target_token, batch=batch, tokens=tokens, dtype=x.dtype)
         return pullback((jnp.ones_like(y), seed))[0].keep
     return jax.vmap(lambda seed: pullback((jnp.ones_like(y), seed))[0].keep)(seeds)
 
@@ -329,17 +327,19 @@ def test_weigh_by_hand():
     np.testing.assert_array_equal(after_grad, [[[7], [8]]])
 
 
-@pytest.mark.parametrize("readout", [1, -1, np.array([1, -1])])
-def test_seed(readout):
-    for part in carriers.seed(readout, batch=2, tokens=2):
+@pytest.mark.parametrize("target_token", [1, -1, np.array([1, -1])])
+def test_seed(target_token):
+    for part in carriers.seed(target_token, batch=2, tokens=2):
         np.testing.assert_array_equal(part, [[0, 1], [0, 1]])
 
 
 # ---- errors
 
 
-def test_missing_readout():
-    with pytest.raises(ValueError, match="readout: 2 does not exist; there are 2 tokens, 0 to 1"):
+def test_missing_target_token():
+    with pytest.raises(
+        ValueError, match="target_token: 2 does not exist; there are 2 tokens, 0 to 1"
+    ):
         carriers.seed(2, batch=1, tokens=2)
 
 

@@ -16,8 +16,6 @@ from jaxrel.attention.schedules import (
 )
 from tests.paths import FIXTURES
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def array(rows):
     """One example."""
@@ -137,7 +135,7 @@ def assert_maps(maps, data, prefix, names=NAMES):
 def test_bimodal_matches_the_reference(lxmert, prefix, lrp, normalise):
     layers = lxmert_layers(lxmert, prefix, attn="cam" if lrp else "attn")
     name = ("ours_with_lrp" if lrp else "ours_no_lrp") + ("" if normalise else "_no_norm")
-    maps = attention.bimodal(*layers, normalise=normalise, readout=0)
+    maps = attention.bimodal(*layers, normalise=normalise, target_token=0)
     assert_maps(maps, lxmert, f"{prefix}out/{name}")
 
 
@@ -206,10 +204,10 @@ def test_row_without_positive_gradient_stays_zero_where_the_reference_has_nan(lx
         for i in range(int(lxmert["config/lang_layers"]))
     }
     layers = lxmert_layers(lxmert, cross_layers=1, grads=grads)
-    plain = attention.bimodal(*layers, normalise=False, readout=0)
+    plain = attention.bimodal(*layers, normalise=False, target_token=0)
     names = {"ss": "R_t_t", "sq": "R_t_i"}
     assert_maps(plain, lxmert, "edge/out/ours_no_lrp_no_norm", names)
-    maps = attention.bimodal(*layers, readout=0)
+    maps = attention.bimodal(*layers, target_token=0)
     assert_maps(maps, lxmert, "edge/out/ours_no_lrp", {"ss": "R_t_t"})
     # The reference divides that row, 0, by its sum, 0, and every entry turns NaN.
     assert np.isnan(lxmert["edge/out/ours_no_lrp/R_t_i"]).all()
@@ -461,10 +459,10 @@ def test_a_stream_without_layers_of_its_own():
         np.testing.assert_array_equal(one, other)
 
 
-def test_readout_of_each_example():
+def test_target_token_of_each_example():
     layers = random_models(4, dtype=np.float32)["bimodal"]
     plain = attention.bimodal(*layers)
-    maps = attention.bimodal(*layers, readout=np.array([2, 0]))
+    maps = attention.bimodal(*layers, target_token=np.array([2, 0]))
     np.testing.assert_array_equal(maps.ss, plain.ss.at[0, 2, 2].set(0).at[1, 0, 0].set(0))
     np.testing.assert_array_equal(maps.sq, plain.sq)
 
@@ -472,9 +470,11 @@ def test_readout_of_each_example():
 # ---- errors
 
 
-def test_readout_that_does_not_exist():
-    with pytest.raises(ValueError, match="readout: 3 does not exist; there are 3 tokens, 0 to 2"):
-        attention.bimodal(*random_models(5, dtype=np.float32)["bimodal"], readout=3)
+def test_target_token_that_does_not_exist():
+    with pytest.raises(
+        ValueError, match="target_token: 3 does not exist; there are 3 tokens, 0 to 2"
+    ):
+        attention.bimodal(*random_models(5, dtype=np.float32)["bimodal"], target_token=3)
 
 
 def test_layers_that_do_not_fit():

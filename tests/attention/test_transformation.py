@@ -12,8 +12,6 @@ from jax import numpy as jnp
 import jaxrel
 from jaxrel import attention
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LAYERS, BATCH, TOKENS, WIDTH, HEADS = 2, 2, 5, 8, 2
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(BATCH, TOKENS, WIDTH)).astype(np.float32)
@@ -137,7 +135,7 @@ def test_streaming_equals_the_matrix_form_however_the_model_is_written(form, met
 
 @pytest.mark.parametrize("form", ["scan", "remat", "argument", "vmap inside"])
 def test_all_methods_from_one_pass(form, reference):
-    found = FORMS[form](method=FROM_MAPS, readout=None)
+    found = FORMS[form](method=FROM_MAPS, target_token=None)
     assert set(found) == set(FROM_MAPS)
     for method, got in found.items():
         np.testing.assert_allclose(got, matrix(method, reference), rtol=2e-5, atol=2e-6)
@@ -149,7 +147,7 @@ def test_measures_and_layers(importance, reference):
     stacked = FORMS["remat"](importance=importance, form="stacked")
     np.testing.assert_allclose(streamed, stacked, rtol=2e-5, atol=2e-6)
     for layers in (slice(-1, None), [0]):
-        got = FORMS["scan"](importance=importance, layers=layers, readout=[1, 3])
+        got = FORMS["scan"](importance=importance, layers=layers, target_token=[1, 3])
         want = matrix("weighted", reference, importance=importance, layers=layers)
         np.testing.assert_allclose(got, want[[0, 1], [1, 3]], rtol=2e-5, atol=2e-6)
 
@@ -285,7 +283,7 @@ def test_sites_are_found_by_structure(fun, sizes, residual):
     (stack,) = attention.sites(fun)(X)
     assert stack.sites[0].shape == (*sizes, TOKENS, TOKENS)
     assert (stack.layers, stack.is_self, stack.has_residual) == (1, True, residual)
-    matrix = attention.relevance(fun, method="raw", readout=None)(X)
+    matrix = attention.relevance(fun, method="raw", target_token=None)(X)
     # Rows of a softmax sum to 1 (0.5 with the constant dropout factor of one case).
     total = 0.5 if fun is masked_dropout else 1
     np.testing.assert_allclose(matrix.sum(-1), total, rtol=0.01)
@@ -440,10 +438,10 @@ ERRORS = {
         ValueError,
         "size.*grad_value, norm, abs_grad_value",
     ),
-    "readout": (
-        lambda: attention.relevance(scanned, readout=TOKENS)(X),
+    "target_token": (
+        lambda: attention.relevance(scanned, target_token=TOKENS)(X),
         ValueError,
-        "readout: 5 does not exist; there are 5 tokens, 0 to 4",
+        "target_token: 5 does not exist; there are 5 tokens, 0 to 4",
     ),
     "layer": (
         lambda: attention.relevance(scanned, layers=[LAYERS])(X),
@@ -473,7 +471,7 @@ ERRORS = {
     "form": (
         lambda: attention.relevance(scanned, form="streaming", layers=[0]),
         ValueError,
-        "form='streaming' computes one read-out row",
+        "form='streaming' computes one target token row",
     ),
     "not square": (
         lambda: attention.relevance(
@@ -679,10 +677,10 @@ LOUD = {
         ValueError,
         "argnums 3 does not fit a call with 1 arguments",
     ),
-    "readout": (
-        lambda: attention.relevance(scanned, readout="mean")(X),
+    "target_token": (
+        lambda: attention.relevance(scanned, target_token="mean")(X),
         ValueError,
-        "readout must be a token's index, or one per example, got 'mean'",
+        "target_token must be a token's index, or one per example, got 'mean'",
     ),
 }
 

@@ -118,7 +118,7 @@ def _difference(found: Any, loop: Any) -> float:
 
 
 def _model(kind: str, quick: bool) -> tuple[Captioner, dict[str, Any]]:
-    """A captioner of the paper's size with random weights, and one picture with a caption."""
+    """A captioner of the paper's size with random weights, and one image with a caption."""
     width, side, vocabulary = (16, 32, 40) if quick else (512, 224, 9586)
     tokenizer = word_tokenizer([f"word{i}" for i in range(vocabulary - 4)], 12)
     config = CaptionerConfig(

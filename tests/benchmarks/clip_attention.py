@@ -26,7 +26,7 @@ PER_LAYER, ONCE = "torch, grad per layer", "torch, grad once"
 
 NO_TORCH = " Torch is not compared: it is not installed, or JAX is not on a CPU."
 NOTE = """\
-The score of each of {batch} pairs of a picture ({vision} tokens) and a text ({text} tokens) is
+The score of each of {batch} pairs of an image ({vision} tokens) and a text ({text} tokens) is
 explained in both towers. `jax.grad` is of the same model's summed score by the position
 embeddings of both towers: the backward pass goes through all layers and computes no other
 parameter's gradient. Memory is XLA's temporary memory; for torch, the most bytes of tensors held
@@ -40,7 +40,7 @@ def run(*, batch: int, quick: bool, repeats: int) -> Table:
     """All methods on one batch.
 
     Args:
-      batch: pairs of a picture and a text.
+      batch: pairs of an image and a text.
       quick: tiny sizes, only to see that it works.
       repeats: rounds of measurements.
     """
@@ -107,7 +107,7 @@ def explain(method: Any, form: Any) -> Callable:
         relevance = attention.relevance(
             lambda model, inputs: model.score(inputs),
             method=method,
-            readout=model.readout(inputs),
+            target_token=model.target_tokens(inputs),
             attention=STREAMS,
             form=form,
         )
@@ -121,7 +121,7 @@ def torch_candidates(model: CLIP, inputs: Mapping, streamed: Callable) -> list[C
     from tests.benchmarks import torch_clip
 
     twin = torch_clip.TorchCLIP(model)
-    ends = np.array(model.readout(inputs)["text"])
+    ends = np.array(model.target_tokens(inputs)["text"])
     expected = jax.jit(streamed)(model, inputs)
     candidates = []
     for name, how in ((PER_LAYER, torch_clip.grad_per_layer), (ONCE, torch_clip.grad_once)):

@@ -57,7 +57,7 @@ def vgg16(rng: np.random.Generator, batch: int, quick: bool) -> Network:
     flat = (side // 32) ** 2 * inputs
     sizes = (flat, hidden, hidden, classes)
     dense = [affine(rng, *pair) for pair in pairwise(sizes)]
-    return Network(apply_vgg, {"stages": stages, "dense": dense}, pictures(rng, batch, side))
+    return Network(apply_vgg, {"stages": stages, "dense": dense}, images(rng, batch, side))
 
 
 def apply_vgg(params: Params, x: Any) -> Any:
@@ -94,7 +94,7 @@ def resnet50(rng: np.random.Generator, batch: int, quick: bool) -> Network:
         "blocks": blocks,
         "head": affine(rng, inputs, classes),
     }
-    return Network(apply_resnet, params, pictures(rng, batch, side))
+    return Network(apply_resnet, params, images(rng, batch, side))
 
 
 def apply_resnet(params: Params, x: Any) -> Any:
@@ -148,7 +148,7 @@ def vit(rng: np.random.Generator, batch: int, quick: bool) -> Network:
         "head": affine(rng, width, classes),
     }
     options = {"heads": heads}
-    return Network(partial(apply_vit, **options), params, pictures(rng, batch, side), options)
+    return Network(partial(apply_vit, **options), params, images(rng, batch, side), options)
 
 
 def apply_vit(params: Params, x: Any, *, heads: int) -> Any:
@@ -326,7 +326,7 @@ def norm(
     return scale | ({"bias": 0.1 * noise(rng, *shape)} if bias else {})
 
 
-def pictures(rng: np.random.Generator, batch: int, side: int) -> np.ndarray:
+def images(rng: np.random.Generator, batch: int, side: int) -> np.ndarray:
     """Noise between LOW and HIGH."""
     return noise(rng, batch, side, side, 3).clip(LOW, HIGH)
 

@@ -29,7 +29,7 @@ Explain = Callable[[], np.ndarray]
 
 
 def zennit_peers(network: Network, targets: np.ndarray) -> dict[str, Explain]:
-    """By composite: the relevance of the network's pictures for a class of each, by zennit.
+    """By composite: the relevance of the network's images for a class of each, by zennit.
 
     What a canonizer does is done beforehand, and not timed: batch normalisation is folded into
     the weights, and sums are modules.
@@ -376,7 +376,7 @@ def unstacked(params: Any, index: int) -> Any:
 
 
 def tensor(x: Any) -> torch.Tensor:
-    """Pictures with the channels first; all else as it is."""
+    """Images with the channels first; all else as it is."""
     x = torch.tensor(np.asarray(x))
     return x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x
 

@@ -9,8 +9,6 @@ from PIL import Image
 from jaxrel import cli
 from tests.models.test_captioner import captioner
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -20,15 +18,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def scene(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "picture.png")
-    return str(tmp_path / "picture.png")
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    return str(tmp_path / "image.png")
 
 
-def test_explain_every_word(folder, picture, tmp_path, capsys):
+def test_explain_every_word(folder, scene, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["explain", picture, "--caption", "--model", folder, "--json", "--out", str(out)]
+    arguments = ["explain", scene, "--caption", "--model", folder, "--json", "--out", str(out)]
     assert cli.main([*arguments, "--method", "lrp,attention", "--heads", "1"]) == 0
     found = json.loads(capsys.readouterr().out)["explanations"]
     assert [one["method"] for one in found] == ["lrp", "attention"]
@@ -39,8 +37,8 @@ def test_explain_every_word(folder, picture, tmp_path, capsys):
     assert sorted(file.name for file in out.iterdir()) == ["explanation.html", "explanation.png"]
 
 
-def test_lrp_is_the_usual_method(folder, picture, tmp_path, capsys):
-    arguments = ["explain", picture, "--caption", "--model", folder, "--json"]
+def test_lrp_is_the_usual_method(folder, scene, tmp_path, capsys):
+    arguments = ["explain", scene, "--caption", "--model", folder, "--json"]
     assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     (one,) = json.loads(capsys.readouterr().out)["explanations"]
     assert one["method"] == "lrp"
@@ -56,9 +54,9 @@ def test_lrp_is_the_usual_method(folder, picture, tmp_path, capsys):
         (["--question", "what is red?"], "is made for --caption, not for --question"),
     ],
 )
-def test_what_cannot_be(arguments, text, folder, picture, tmp_path, capsys):
+def test_what_cannot_be(arguments, text, folder, scene, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["explain", picture, *arguments, "--model", folder, "--out", str(out)]
+    command = ["explain", scene, *arguments, "--model", folder, "--out", str(out)]
     assert cli.main(command) == 2
     assert text in capsys.readouterr().err
     assert not out.exists()

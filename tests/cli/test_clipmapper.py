@@ -22,8 +22,6 @@ from jaxrel.models import (
     word_tokenizer,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WORDS = ("circle", "colour", "is", "red", "the", "what")
 CLIP = CLIPConfig(
     vision=VisionConfig(8, 1, 2, 8, image_size=16, patch_size=8),
@@ -58,7 +56,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     rng = np.random.default_rng(0)
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for path in paths:
@@ -81,9 +79,9 @@ def run(folders, tmp_path, capsys):
     return run
 
 
-def test_a_question(run, pictures, tmp_path):
+def test_a_question(run, images, tmp_path):
     asked = ("--question", "what colour is the circle?", "--method", "weighted,raw", "--json")
-    status, printed, _ = run("vqa", pictures[0], *asked)
+    status, printed, _ = run("vqa", images[0], *asked)
     assert status == 0
     for one in json.loads(printed)["explanations"]:
         (example,) = one["examples"]
@@ -97,21 +95,21 @@ def test_a_question(run, pictures, tmp_path):
     ]
 
 
-def test_an_answer_of_the_users(run, pictures):
+def test_an_answer_of_the_users(run, images):
     asked = ("--question", "what colour is the circle", "--answer", "no", "--method", "raw")
-    status, printed, _ = run("vqa", *pictures, *asked)
+    status, printed, _ = run("vqa", *images, *asked)
     assert status == 0
     lines = printed.splitlines()
-    assert lines[0].startswith(f"{pictures[0]}, no (")
-    assert lines[1].startswith(f"{pictures[1]}, no (")
+    assert lines[0].startswith(f"{images[0]}, no (")
+    assert lines[1].startswith(f"{images[1]}, no (")
 
 
-def test_captions_are_explained_word_by_word(run, pictures):
-    status, printed, _ = run("caption", *pictures, "--caption", "--method", "raw", "--json")
+def test_captions_are_explained_word_by_word(run, images):
+    status, printed, _ = run("caption", *images, "--caption", "--method", "raw", "--json")
     assert status == 0
     examples = json.loads(printed)["explanations"][0]["examples"]
-    for path in pictures:
-        targets = [one["target"] for one in examples if one["picture"] == str(path)]
+    for path in images:
+        targets = [one["target"] for one in examples if one["image"] == str(path)]
         # Each target is the caption so far, with its last word in brackets.
         caption = targets[-1].replace("[", "").replace("]", "").split()
         assert len(targets) == len(caption)
@@ -155,8 +153,8 @@ BAD = {
 
 
 @pytest.mark.parametrize(("model", "options", "text"), BAD.values(), ids=BAD.keys())
-def test_bad_options(run, pictures, tmp_path, model, options, text):
-    status, printed, errors = run(model, pictures[0], *options)
+def test_bad_options(run, images, tmp_path, model, options, text):
+    status, printed, errors = run(model, images[0], *options)
     assert (status, printed) == (2, "")
     assert "Traceback" not in errors
     assert text in errors

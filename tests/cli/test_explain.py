@@ -24,8 +24,6 @@ from jaxrel.models import (
     word_tokenizer,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WORDS = ("a", "above", "blue", "circle", "red", "square")
 CONFIG = CLIPConfig(
     vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=16, patch_size=8),
@@ -63,20 +61,20 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "model")
 
 
-def make_picture(path, size=(40, 30), seed=0):
+def make_image(path, size=(40, 30), seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
 
-def open_picture(path):
-    with Image.open(path) as picture:
-        return picture.copy()
+def open_image(path):
+    with Image.open(path) as image:
+        return image.copy()
 
 
 @pytest.fixture
-def picture(tmp_path):
-    return make_picture(tmp_path / "scene.png")
+def scene(tmp_path):
+    return make_image(tmp_path / "scene.png")
 
 
 @pytest.fixture
@@ -97,18 +95,18 @@ def run(folder, tmp_path, capsys):
 # -- what it does ----------------------------------------------------------------------------
 
 
-def test_explain_writes_a_picture_and_a_page(run, picture, tmp_path):
-    status, printed, _ = run(picture, "--text", "a red circle")
+def test_explain_writes_an_image_and_a_page(run, scene, tmp_path):
+    status, printed, _ = run(scene, "--text", "a red circle")
     assert status == 0
     assert "a red circle: score" in printed
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["explanation.html", "explanation.png"]
-    assert open_picture(tmp_path / "out" / "explanation.png").size[0] > 320
+    assert open_image(tmp_path / "out" / "explanation.png").size[0] > 320
     assert "a red circle" in (tmp_path / "out" / "explanation.html").read_text()
 
 
-def test_all_methods_side_by_side_as_json(run, picture):
-    status, printed, _ = run(picture, "--text", "a red circle", "--method", "all", "--json")
+def test_all_methods_side_by_side_as_json(run, scene):
+    status, printed, _ = run(scene, "--text", "a red circle", "--method", "all", "--json")
     assert status == 0
     result = json.loads(printed)
     assert [one["method"] for one in result["explanations"]] == list(METHODS)
@@ -117,40 +115,40 @@ def test_all_methods_side_by_side_as_json(run, picture):
     assert [word for word, _ in example["words"]] == ["a", "red", "circle"]
 
 
-def test_many_pictures_and_one_text_or_one_each(run, tmp_path):
-    pictures = [make_picture(tmp_path / f"{i}.jpg", seed=i) for i in range(3)]
-    status, printed, _ = run(*pictures, "--text", "a circle")
+def test_many_images_and_one_text_or_one_each(run, tmp_path):
+    images = [make_image(tmp_path / f"{i}.jpg", seed=i) for i in range(3)]
+    status, printed, _ = run(*images, "--text", "a circle")
     assert (status, printed.count("a circle: score")) == (0, 3)
     texts = [part for word in ("red", "blue", "square") for part in ("--text", f"a {word}")]
-    status, printed, _ = run(*pictures, *texts)
+    status, printed, _ = run(*images, *texts)
     assert status == 0
     assert [line.split(": score")[0].split(", ")[1] for line in printed.splitlines()[:3]] == [
         "a red",
         "a blue",
         "a square",
     ]
-    status, printed, _ = run(pictures[0], *texts)
+    status, printed, _ = run(images[0], *texts)
     assert (status, printed.count("score")) == (0, 3)
 
 
-def test_layers_heads_and_importance(run, picture):
+def test_layers_heads_and_importance(run, scene):
     options = ("--layers", "-1", "--heads", "1", "--importance", "norm", "--json")
-    status, printed, _ = run(picture, "--text", "a circle", *options)
+    status, printed, _ = run(scene, "--text", "a circle", *options)
     assert status == 0
     assert json.loads(printed)["explanations"][0]["settings"] == (
         "layers -1, heads 1, importance norm"
     )
 
 
-def test_unknown_words_are_warned_about(run, picture):
-    status, _, errors = run(picture, "--text", "a purple circle")
+def test_unknown_words_are_warned_about(run, scene):
+    status, _, errors = run(scene, "--text", "a purple circle")
     assert status == 0
     assert errors.startswith("jaxrel: warning: ")
     assert "purple" in errors
 
 
-def test_explain_equals_the_matrix_form_on_the_models_own_maps(model, picture):
-    image = open_picture(picture)
+def test_explain_equals_the_matrix_form_on_the_models_own_maps(model, scene):
+    image = open_image(scene)
     result = jaxrel.explain(model, image=image, text="a red circle", method="equal")
     inputs = model.prepare(image=image, text="a red circle")
     _, maps, grads = jax.jit(CLIP.attention_gradients)(model, inputs)
@@ -190,14 +188,14 @@ def test_a_batch_is_explained_as_one_by_one(explained, method):
         assert batch.target[i] == one.target[0] == text
 
 
-def test_the_picture_shown_is_the_part_the_model_sees(model):
+def test_the_image_shown_is_the_part_the_model_sees(model):
     wide = Image.fromarray(np.zeros((20, 60, 3), np.uint8))
     result = jaxrel.explain(model, image=wide, text="a circle")
-    assert result.pictures[0].shape == (20, 20, 3)
+    assert result.pixels[0].shape == (20, 20, 3)
 
 
-def test_target_chooses_the_text(model, picture):
-    image = open_picture(picture)
+def test_target_chooses_the_text(model, scene):
+    image = open_image(scene)
     result = jaxrel.explain(model, image=image, text=["a circle", "a square"], target=1)
     assert result.target == ("a square",)
 
@@ -215,13 +213,13 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
     assert "no-such-package is missing: pip install 'jaxrel[report]'" in capsys.readouterr().out
 
 
-def test_debug_shows_where(picture):
+def test_debug_shows_where(scene):
     with pytest.raises(ValueError, match="unknown method"):
-        cli.main(["--debug", "explain", str(picture), "--text", "a", "--method", "x"])
+        cli.main(["--debug", "explain", str(scene), "--text", "a", "--method", "x"])
 
 
 def test_train_refuses_a_folder_that_is_no_model_before_any_work(capsys, tmp_path):
-    make_picture(tmp_path / "scene.png")
+    make_image(tmp_path / "scene.png")
     for out, text in (
         (tmp_path, "is no model folder"),
         (tmp_path / "scene.png" / "x", "is a file"),
@@ -243,7 +241,7 @@ def test_train_refuses_bad_settings_before_any_work(capsys, tmp_path):
 
 
 def broken_png(path):
-    make_picture(path)
+    make_image(path)
     path.write_bytes(path.read_bytes()[:200])
 
 
@@ -251,11 +249,11 @@ def bomb(path):
     Image.new("1", (20_000, 20_000)).save(path)
 
 
-PICTURES = {
+IMAGES = {
     "missing": (lambda path: None, "scene.png"),
     "folder": (lambda path: path.mkdir(), "folder"),
     "empty": (lambda path: path.write_bytes(b""), "empty"),
-    "text file": (lambda path: path.write_text("hello"), "not a picture"),
+    "text file": (lambda path: path.write_text("hello"), "not an image"),
     "truncated": (broken_png, "truncated"),
     "bomb": (bomb, "too large: 400,000,000 pixels"),
 }
@@ -347,36 +345,36 @@ def refuse(result, text, out):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("make", "text"), PICTURES.values(), ids=PICTURES.keys())
-def test_bad_pictures(run, tmp_path, make, text):
+@pytest.mark.parametrize(("make", "text"), IMAGES.values(), ids=IMAGES.keys())
+def test_bad_images(run, tmp_path, make, text):
     make(tmp_path / "scene.png")
     refuse(run(tmp_path / "scene.png", "--text", "a circle"), text, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("spoil", "text"), MODELS.values(), ids=MODELS.keys())
-def test_bad_models(run, picture, folder, tmp_path, spoil, text):
+def test_bad_models(run, scene, folder, tmp_path, spoil, text):
     spoil(folder)
-    refuse(run(picture, "--text", "a circle"), text, tmp_path / "out")
+    refuse(run(scene, "--text", "a circle"), text, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("options", "text"), OPTIONS.values(), ids=OPTIONS.keys())
-def test_bad_options(run, picture, tmp_path, options, text):
-    refuse(run(picture, *options), text, tmp_path / "out")
+def test_bad_options(run, scene, tmp_path, options, text):
+    refuse(run(scene, *options), text, tmp_path / "out")
 
 
-def test_numbers_of_pictures_and_texts_must_fit(run, picture, tmp_path):
-    result = run(picture, picture, picture, "--text", "a", "--text", "red")
-    refuse(result, "3 pictures and 2 texts", tmp_path / "out")
+def test_numbers_of_images_and_texts_must_fit(run, scene, tmp_path):
+    result = run(scene, scene, scene, "--text", "a", "--text", "red")
+    refuse(result, "3 images and 2 texts", tmp_path / "out")
 
 
-def test_out_must_not_be_a_file(run, picture):
-    status, _, errors = run(picture, "--text", "a circle", out=picture)
+def test_out_must_not_be_a_file(run, scene):
+    status, _, errors = run(scene, "--text", "a circle", out=scene)
     assert (status, "is a file; name a folder" in errors) == (2, True)
-    assert open_picture(picture).size == (40, 30)
+    assert open_image(scene).size == (40, 30)
 
 
-def test_nothing_is_written_when_relevance_is_not_finite(model, picture):
+def test_nothing_is_written_when_relevance_is_not_finite(model, scene):
     broken = jax.tree.map(lambda x: x, model)
     broken.logit_scale[...] = jnp.asarray(1e6)
     with pytest.raises(ValueError, match=r"NaN|infin|finite"):
-        jaxrel.explain(broken, image=open_picture(picture), text="a circle")
+        jaxrel.explain(broken, image=open_image(scene), text="a circle")

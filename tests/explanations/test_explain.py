@@ -9,8 +9,6 @@ import jaxrel
 from jaxrel import composites
 from jaxrel.models import CLIP
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TAGS = ("vision/tokens", "text/tokens")
 
 
@@ -20,12 +18,12 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def picture():
+def scene():
     return Image.open("train/data/samples/red-circle.png")
 
 
-def by_hand(model, picture, text, rules):
-    inputs = model.pairs(model.prepare(image=picture, text=text))
+def by_hand(model, scene, text, rules):
+    inputs = model.pairs(model.prepare(image=image, text=text))
     explain = jaxrel.lrp(lambda m, x: m.score(x), rules, argnums=None, at=TAGS)
     found = jax.jit(explain)(model, inputs)
     return [np.asarray(found[tag].sum(-1)) for tag in TAGS]
@@ -39,9 +37,9 @@ def by_hand(model, picture, text, rules):
         ("input_x_gradient", jaxrel.rules.Gradient()),
     ],
 )
-def test_explanation_by_rules(model, picture, method, rules):
-    one = jaxrel.explain(model, image=picture, text="a red circle", method=method)
-    image, text = by_hand(model, picture, "a red circle", rules)
+def test_explanation_by_rules(model, scene, method, rules):
+    one = jaxrel.explain(model, image=image, text="a red circle", method=method)
+    image, text = by_hand(model, scene, "a red circle", rules)
     assert one.signed
     # float32: the report's measures are fused into the same program.
     np.testing.assert_allclose(one.image.reshape(1, -1), image, rtol=1e-4, atol=1e-5)
@@ -55,27 +53,27 @@ def test_explanation_by_rules(model, picture, method, rules):
     assert one.settings == "summed over the features of each token"
 
 
-def test_lrp_finds_the_object(model, picture):
-    maps = jaxrel.explain(model, image=picture, text="a red circle", method=("lrp", "weighted"))
+def test_lrp_finds_the_object(model, scene):
+    maps = jaxrel.explain(model, image=image, text="a red circle", method=("lrp", "weighted"))
     peaks = [np.unravel_index(one.image[0].argmax(), one.image[0].shape) for one in maps]
-    # The circle lies over the middle of the picture, rows 4 and 5 of 8.
+    # The circle lies over the middle of the scene, rows 4 and 5 of 8.
     assert all(row in (4, 5) for row, _ in peaks)
 
 
-def test_other_rules(model, picture):
+def test_other_rules(model, scene):
     mine = [(jaxrel.path("*mlp*") | jaxrel.path("*expand*"), jaxrel.rules.Gamma(0.5))]
     mine = jaxrel.Composite(mine) + composites.attn_lrp()
-    one = jaxrel.explain(model, image=picture, text="a red circle", method="lrp", lrp=mine)
-    image, _ = by_hand(model, picture, "a red circle", mine)
+    one = jaxrel.explain(model, image=image, text="a red circle", method="lrp", lrp=mine)
+    image, _ = by_hand(model, scene, "a red circle", mine)
     np.testing.assert_allclose(one.image.reshape(1, -1), image, rtol=1e-3, atol=1e-4)
     assert "dense: Gamma(gamma=0.5)" in one.report["rules"]
 
 
-def test_layers_are_for_attention(model, picture):
+def test_layers_are_for_attention(model, scene):
     with pytest.raises(ValueError, match=r"layers and heads choose attention maps; method lrp"):
-        jaxrel.explain(model, image=picture, text="a red circle", method="lrp", layers=[0])
+        jaxrel.explain(model, image=image, text="a red circle", method="lrp", layers=[0])
 
 
-def test_unknown_method(model, picture):
+def test_unknown_method(model, scene):
     with pytest.raises(ValueError, match=r"unknown method 'lpr'; there are equal, .*cp_lrp"):
-        jaxrel.explain(model, image=picture, text="a red circle", method="lpr")
+        jaxrel.explain(model, image=image, text="a red circle", method="lpr")

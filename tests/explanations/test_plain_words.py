@@ -5,16 +5,14 @@ import pytest
 from jax import numpy as jnp
 
 from jaxrel.explanations.words import word_relevance
-from tests.models.test_captioner import TEXTS, captioner, random_pictures
+from tests.models.test_captioner import TEXTS, captioner, random_images
 from tests.zoo.plain_captioner import plain_word_relevance
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.mark.parametrize("kind", ["gridtd", "aoa"])
 def test_words_one_by_one_in_plain_loops(kind):
     model = captioner(kind)
-    inputs = model.prepare(image=random_pictures(), text=TEXTS)
+    inputs = model.prepare(image=random_images(), text=TEXTS)
     # The first word, some words, and the word after which the caption ends, or the end itself.
     positions = np.array([[1, 3, 5], [1, 2, 4]])
     _, found = word_relevance(model, inputs, positions)

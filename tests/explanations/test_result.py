@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxrel.explanations.flags import Verdict
+from jaxrel.explanations.flags import Flag
 from jaxrel.explanations.result import Explanation, write_atomically
 
-DOUBT = Verdict("circle", "mean", -0.25, 0.125, 0.75, "AUC 0.80")
+DOUBT = Flag("circle", "mean", -0.25, 0.125, 0.75, "AUC 0.80")
 TOKENS = (("", "a", "red", "cir", "##cle", ""), ("", "ein", "Käse", "", "", ""))
 
 
@@ -27,7 +27,7 @@ def make(**changes):
         image=np.arange(-6, 6).reshape(2, 2, 3),
         text=[[9, 1, 2, 0.25, 0.5, 9], [9, -1, 3, 9, 9, 9]],
         tokens=TOKENS,
-        pictures=(np.full((4, 6, 3), 7, np.uint8), np.zeros((5, 2, 3), np.uint8)),
+        pixels=(np.full((4, 6, 3), 7, np.uint8), np.zeros((5, 2, 3), np.uint8)),
         model="clip-shapes",
         settings="importance: grad_value",
         report={"seconds": 0.5, "layers": [0, 1], "loss": {"bias": -0.25}, "note": "ä <b>"},
@@ -36,7 +36,7 @@ def make(**changes):
 
 
 def assert_same(a, b):
-    fields = ("target", "method", "signed", "tokens", "model", "settings", "report", "verdicts")
+    fields = ("target", "method", "signed", "tokens", "model", "settings", "report", "flags")
     for name in fields:
         assert getattr(a, name) == getattr(b, name)
     for name in ("score", "image", "text"):
@@ -45,8 +45,8 @@ def assert_same(a, b):
         if x is not None:
             assert x.dtype == y.dtype
             np.testing.assert_array_equal(x, y)
-    assert (a.pictures is None) == (b.pictures is None)
-    for x, y in zip(a.pictures or (), b.pictures or (), strict=True):
+    assert (a.pixels is None) == (b.pixels is None)
+    for x, y in zip(a.pixels or (), b.pixels or (), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
 
@@ -65,10 +65,10 @@ def test_arrays_become_read_only_numpy_float32_copies():
     assert "text=6 tokens" in repr(make())
 
 
-def test_pictures_may_be_pil_or_one_array():
+def test_images_may_be_pil_or_one_array():
     shown = Image.new("RGB", (3, 2), "red")
-    assert make(pictures=[shown, shown]).pictures[0].shape == (2, 3, 3)
-    assert len(make(pictures=np.zeros((2, 4, 4, 3), np.uint8)).pictures) == 2
+    assert make(pixels=[shown, shown]).pixels[0].shape == (2, 3, 3)
+    assert len(make(pixels=np.zeros((2, 4, 4, 3), np.uint8)).pixels) == 2
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_pictures_may_be_pil_or_one_array():
         ({"tokens": TOKENS[:1]}, ValueError, "text has 2 examples, tokens have 1"),
         ({"tokens": (("a",), ("b",))}, ValueError, "example 0 names 1; fill up"),
         ({"tokens": ("abcdef", "abcdef")}, TypeError, "tokens of an example must be"),
-        ({"pictures": [np.zeros((2, 2, 3), np.uint8)]}, ValueError, "2 examples, but 1 pictures"),
-        ({"pictures": np.zeros((2, 4, 4, 3))}, ValueError, "must be uint8 .* got float64"),
-        ({"pictures": np.zeros((2, 4, 4), np.uint8)}, ValueError, r"\[4, 4\] for example 0"),
-        ({"verdicts": [DOUBT]}, ValueError, "2 examples, but 1 verdicts"),
+        ({"images": [np.zeros((2, 2, 3), np.uint8)]}, ValueError, "2 examples, but 1 images"),
+        ({"images": np.zeros((2, 4, 4, 3))}, ValueError, "must be uint8 .* got float64"),
+        ({"images": np.zeros((2, 4, 4), np.uint8)}, ValueError, r"\[4, 4\] for example 0"),
+        ({"flags": [DOUBT]}, ValueError, "2 examples, but 1 flags"),
         ({"report": {"a": object()}}, TypeError, "report must hold what JSON can"),
         ({"report": {"a": float("nan")}}, TypeError, "report must hold what JSON can"),
     ],
@@ -150,7 +150,7 @@ def test_indexing_gives_one_example():
     assert len(second) == 1
     assert second.target == ("ein Käse",)
     np.testing.assert_array_equal(second.image[0], explanation.image[1])
-    assert second.pictures[0].shape == (5, 2, 3)
+    assert second.pixels[0].shape == (5, 2, 3)
     assert second.words(0) == explanation.words(1)
     assert [one.target[0] for one in explanation] == list(explanation.target)
     with pytest.raises(IndexError, match="no example 2"):
@@ -165,10 +165,10 @@ def test_indexing_gives_one_example():
     "changes",
     [
         {},
-        {"pictures": None},
+        {"pixels": None},
         {"text": None, "tokens": ()},
-        {"image": None, "pictures": None},
-        {"verdicts": [None, DOUBT]},
+        {"image": None, "pixels": None},
+        {"flags": [None, DOUBT]},
     ],
 )
 def test_npz_round_trip_is_exact(tmp_path, changes):
@@ -183,9 +183,9 @@ def test_npz_round_trip_is_exact(tmp_path, changes):
 
 
 def test_verdicts_go_with_their_examples():
-    one = make(verdicts=[DOUBT, None])
-    assert (one[0].verdicts, one[1].verdicts) == ((DOUBT,), ())
-    assert make(verdicts=[None, None]).verdicts == make().verdicts == ()
+    one = make(flags=[DOUBT, None])
+    assert (one[0].flags, one[1].flags) == ((DOUBT,), ())
+    assert make(flags=[None, None]).flags == make().flags == ()
 
 
 def test_npz_needs_no_pickle(tmp_path):
@@ -201,7 +201,7 @@ def test_load_refuses_what_is_no_explanation(tmp_path):
         assert str(tmp_path / name) in str(caught.value)
 
     refused("missing.npz", FileNotFoundError, "there is no such file")
-    refused("picture.png", ValueError, "loaded from the .npz file")
+    refused("image.png", ValueError, "loaded from the .npz file")
     (tmp_path / "folder.npz").mkdir()
     refused("folder.npz", IsADirectoryError, "is a folder")
 
@@ -233,8 +233,8 @@ def test_load_refuses_what_is_no_explanation(tmp_path):
         (lambda header, arrays: header.update(format=99), "format 99 is not known here"),
         (lambda header, arrays: header.pop("format"), "not a usable explanation"),
         (lambda header, arrays: header.pop("target"), "not a usable explanation.*target"),
-        (lambda header, arrays: header.update(pictures=3), "not a usable .*picture_2"),
-        (lambda header, arrays: header.update(verdicts=[{}, None]), "not a usable .*word"),
+        (lambda header, arrays: header.update(pixels=3), "not a usable .*image_2"),
+        (lambda header, arrays: header.update(flags=[{}, None]), "not a usable .*word"),
         (lambda header, arrays: arrays.pop("score"), "not a usable .*score"),
         (lambda header, arrays: arrays.update(score=np.zeros(5)), "score must have the shape"),
     ],
@@ -299,7 +299,7 @@ def test_written_files_follow_the_umask(tmp_path):
     assert (tmp_path / "ours").stat().st_mode == plain.stat().st_mode
 
 
-def test_show_returns_a_picture_outside_notebooks(monkeypatch):
+def test_show_returns_an_image_outside_notebooks(monkeypatch):
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
     assert isinstance(make().show(), Image.Image)
 

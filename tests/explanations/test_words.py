@@ -12,13 +12,11 @@ import jaxrel.explanations.words as word_relevance_module
 from jaxrel import composites, everything, path, rules
 from jaxrel.explanations.words import WORD_METHODS, word_relevance
 from jaxrel.models.captioner import reference_order
-from tests.models.test_captioner import TEXTS, captioner, random_pictures, reference
+from tests.models.test_captioner import TEXTS, captioner, random_images, reference
 from tests.paths import FIXTURES
 
 FIXTURE = FIXTURES / "word_relevance.npz"
 KINDS = ("gridtd", "adaptive", "aoa")
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +26,7 @@ def golden():
 
 
 def explained(kind, golden):
-    """The model, and the caption of the first picture that was explained."""
+    """The model, and the caption of the first image that was explained."""
     model, inputs = reference(kind)
 
     ids = np.argsort(reference_order(20))[golden[f"{kind}/ids"]]
@@ -167,7 +165,7 @@ def test_from_the_features_to_the_pixels(kind, method, golden):
 @pytest.fixture(scope="module", params=KINDS)
 def small(request):
     model = captioner(request.param)
-    inputs = model.prepare(image=random_pictures(), text=TEXTS)
+    inputs = model.prepare(image=random_images(), text=TEXTS)
     positions = jnp.array([[5, 2, 1], [3, 1, 0]])
     return model, inputs, positions
 
@@ -282,10 +280,10 @@ def test_explain_captions(small, relevance):
     model = small[0]
     found = relevance[1]
     maps = jaxrel.explain(
-        model, image=random_pictures(), text=TEXTS, target=[2, 1], method=["lrp", "attention"]
+        model, image=random_images(), text=TEXTS, target=[2, 1], method=["lrp", "attention"]
     )
     for one in maps:
-        assert one.report["picture"] == [0, 0, 1, 1]
+        assert one.report["image"] == [0, 0, 1, 1]
         assert one.target[:2] == ("a [small]", "[a]")
         image, words = found[one.method]
         close(one.image[:2], image[0, 1:])
@@ -294,23 +292,23 @@ def test_explain_captions(small, relevance):
         close(one.text[0, 1], words[0, 1, 1])
         assert not one.text[:, 0].any()
         assert one.signed == (one.method == "lrp")
-    whole = jaxrel.explain(model, image=random_pictures(), text=TEXTS)
+    whole = jaxrel.explain(model, image=random_images(), text=TEXTS)
     assert (whole.method, len(whole)) == ("lrp", 8)
 
 
 def test_explain_what_the_model_writes(small):
     model, _, _ = small
-    one = jaxrel.explain(model, image=random_pictures(1)[0], method="grad_cam")
+    one = jaxrel.explain(model, image=random_images(1)[0], method="grad_cam")
     assert one.image.shape[1:] == model.config.grid
     assert (
         one.target[-1].replace("[", "").replace("]", "")
-        == model.predict(model.prepare(image=random_pictures(1)[0]))[0]
+        == model.predict(model.prepare(image=random_images(1)[0]))[0]
     )
 
 
 def test_explain_with_some_heads():
     model = captioner("aoa")
-    asked = {"image": random_pictures(), "text": TEXTS, "target": 2}
+    asked = {"image": random_images(), "text": TEXTS, "target": 2}
     every, first, both = (
         jaxrel.explain(model, **asked, heads=heads) for heads in (None, [0], [0, 1])
     )
@@ -324,11 +322,11 @@ def test_explain_with_some_heads():
 
 
 def test_explain_what_cannot_be():
-    asked = {"image": random_pictures(), "text": TEXTS}
+    asked = {"image": random_images(), "text": TEXTS}
     with pytest.raises(ValueError, match=r"unknown method 'weighted'"):
         jaxrel.explain(captioner("gridtd"), **asked, method="weighted")
     with pytest.raises(ValueError, match=r"Captioner has one layer of attention"):
         jaxrel.explain(captioner("gridtd"), **asked, layers=[0])
     regions = captioner("gridtd", encoder=None, regions=(4, 6))
-    with pytest.raises(ValueError, match=r"features of regions and not pictures"):
+    with pytest.raises(ValueError, match=r"features of regions and not images"):
         jaxrel.explain(regions, **asked)

@@ -25,7 +25,7 @@ close = dict(rtol=1e-9, atol=1e-12)
 
 def tokens(corpus):
     return [c.split() for c in corpus["candidates"]], [
-        [r.split() for r in picture] for picture in corpus["references"]
+        [r.split() for r in image] for image in corpus["references"]
     ]
 
 
@@ -61,13 +61,13 @@ def test_cider_d_of_a_few_takes_its_frequencies_from_the_corpus():
     candidates, references = tokens(CORPORA["shapes"])
     want = CORPORA["shapes"]["scores"]["cider_d"]["examples"][3:8]
     cider = CiderD.from_references(references)
-    weighed = [[cider.weigh(r) for r in picture] for picture in references[3:8]]
+    weighed = [[cider.weigh(r) for r in image] for image in references[3:8]]
     np.testing.assert_allclose(cider.score(candidates[3:8], references[3:8]), want, **close)
     np.testing.assert_allclose(cider.score(candidates[3:8], weighed), want, **close)
     assert np.abs(cider_d(candidates[3:8], references[3:8]).examples - want).max() > 0.1
     with pytest.raises(dataclasses.FrozenInstanceError):
-        cider.pictures = 1
-    assert repr(cider) == f"CiderD(pictures={len(references)})"
+        cider.images = 1
+    assert repr(cider) == f"CiderD(images={len(references)})"
 
 
 def test_bleu_example_of_the_paper():
@@ -95,7 +95,7 @@ def test_rouge_l_example_of_the_paper():
 
 
 def test_cider_d_by_hand():
-    """Two pictures: an n-gram of one weighs log 2, one of both weighs nothing."""
+    """Two images: an n-gram of one weighs log 2, one of both weighs nothing."""
     references = [["a red big ring".split()], ["a blue star".split()]]
     scores = cider_d(["a red big ring".split(), "a blue ring".split()], references)
     # The second, in units of log 2: of the words "blue" is shared, "a" weighs nothing; of the
@@ -136,12 +136,12 @@ RED = ["a", "red", "ring"]
 @pytest.mark.parametrize(
     ("candidates", "references", "error"),
     [
-        ([RED, RED], [[RED]], r"2 candidates and references of 1 pictures; give one list"),
-        ([], [], r"expected references of at least one picture, got none"),
-        ([RED], [[]], r"references of picture 0 are \[\]; expected a list of at least one"),
-        ([RED], ["a red ring"], r"references of picture 0 are 'a red ring'; expected"),
+        ([RED, RED], [[RED]], r"2 candidates and references of 1 images; give one list"),
+        ([], [], r"expected references of at least one image, got none"),
+        ([RED], [[]], r"references of image 0 are \[\]; expected a list of at least one"),
+        ([RED], ["a red ring"], r"references of image 0 are 'a red ring'; expected"),
         ([RED, "a ring"], [[RED]] * 2, r"candidate 1 is the text 'a ring'; .*tokenise\(text\)"),
-        ([RED], [[RED, "a ring"]], r"a reference of picture 0 is the text 'a ring'; expected"),
+        ([RED], [[RED, "a ring"]], r"a reference of image 0 is the text 'a ring'; expected"),
     ],
 )
 def test_bad_captions_are_refused(metric, candidates, references, error):
@@ -150,11 +150,11 @@ def test_bad_captions_are_refused(metric, candidates, references, error):
 
 
 def test_bad_objects_are_refused():
-    with pytest.raises(ValueError, match=r"chair: 2 captions and 1 pictures; expected one"):
+    with pytest.raises(ValueError, match=r"chair: 2 captions and 1 images; expected one"):
         chair([["dog"], []], [["dog"]])
-    with pytest.raises(ValueError, match=r"chair: 0 captions and 0 pictures"):
+    with pytest.raises(ValueError, match=r"chair: 0 captions and 0 images"):
         chair([], [])
-    with pytest.raises(ValueError, match=r"objects of picture 1 are the text 'dog'; expected a"):
+    with pytest.raises(ValueError, match=r"objects of image 1 are the text 'dog'; expected a"):
         chair([["dog"], []], [["dog"], "dog"])
 
 

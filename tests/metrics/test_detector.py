@@ -1,4 +1,4 @@
-"""Doubted words: what an evaluation chose is kept, checked, and applied to the same maps."""
+"""Flagged words: what an evaluation chose is kept, checked, and applied to the same maps."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from PIL import Image
 
 import jaxrel
 from jaxrel import cli
-from jaxrel.explanations.flags import Verdict
+from jaxrel.explanations.flags import Flag
 from jaxrel.metrics import Detector, Interval
 from jaxrel.metrics.detector import FILE, Criterion, WordGroup, fingerprint
 from jaxrel.metrics.word_statistics import map_statistic, map_statistics
@@ -22,34 +22,32 @@ from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.evaluate import caption_explanations
 from jaxrel.train.evaluate.caption_explanations import METHODS
 from jaxrel.train.evaluate.detector import detector
-from jaxrel.train.evaluate.examples import ShapesPictures
-from tests.models.test_captioner import TEXTS, captioner, random_pictures
+from jaxrel.train.evaluate.examples import ShapesImages
+from tests.models.test_captioner import TEXTS, captioner, random_images
 from tests.train.evaluate.test_caption_explanations import QUICK, Lights, judge_lights
 from tests.train.evaluate.test_caption_explanations import captioner as captioner_of_lights
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 WHOLE = Interval(0.8, 0.7, 0.9)
 
 
 def criterion(statistic="mean", threshold=0.5, **changes):
     fields = {name: WHOLE for name in ("auc", "sensitivity", "specificity", "precision")}
-    return Criterion(statistic, threshold, **{**fields, "pictures": 64, **changes})
+    return Criterion(statistic, threshold, **{**fields, "images": 64, **changes})
 
 
 def made(methods=None, weights="0123", words=("circle", "square"), **changes):
     group = WordGroup(words, 0.25, {"lrp": criterion()} if methods is None else methods)
-    fields = {"data": "Shapes", "split": "biased_test", "pictures": 128, "groups": {"shape": group}}
+    fields = {"data": "Shapes", "split": "biased_test", "images": 128, "groups": {"shape": group}}
     return Detector(**{**fields, "weights": weights, **changes})
 
 
-# ---- verdicts
+# ---- flags
 
 
-def test_words_of_the_group_with_less_are_doubted():
+def test_words_of_the_group_with_less_are_flagged():
     maps = np.array([[[0.0, 0.5]], [[0.5, 0.5]], [[9, 9]], [[0, 0]]], np.float32)
-    found = made().verdicts("lrp", ["circle", "square", "a", "circle"], maps)
-    assert [one and (one.word, one.value, one.doubted) for one in found] == [
+    found = made().flags("lrp", ["circle", "square", "a", "circle"], maps)
+    assert [one and (one.word, one.value, one.flagged) for one in found] == [
         ("circle", 0.25, True),
         # The threshold itself is said to be true, as in `best_threshold`.
         ("square", 0.5, False),
@@ -58,19 +56,19 @@ def test_words_of_the_group_with_less_are_doubted():
     ]
     assert str(found[0]) == (
         "likely hallucinated: mean of the map 0.25, below 0.5 (80% of the words below it were "
-        "hallucinated, 25% of all such words; AUC 0.80 [0.70, 0.90], on 64 held-out pictures of "
+        "hallucinated, 25% of all such words; AUC 0.80 [0.70, 0.90], on 64 held-out images of "
         "Shapes, split biased_test)"
     )
     # What holds of less than half of the words is not likely.
     assert str(replace(found[0], precision=0.39)).startswith("perhaps hallucinated: ")
-    assert str(found[1]) == "not doubted: mean of the map 0.5, at least 0.5"
-    assert "of Shapes)" in str(made(split="").verdicts("lrp", ["circle"], maps[:1])[0])
+    assert str(found[1]) == "not flagged: mean of the map 0.5, at least 0.5"
+    assert "of Shapes)" in str(made(split="").flags("lrp", ["circle"], maps[:1])[0])
 
 
 def test_nothing_is_said_of_other_words_and_by_other_methods():
     maps = np.zeros((1, 2, 2), np.float32)
-    assert made().verdicts("lrp", ["a"], maps) == ()
-    assert made().verdicts("attention", ["circle"], maps) == ()
+    assert made().flags("lrp", ["a"], maps) == ()
+    assert made().flags("attention", ["circle"], maps) == ()
 
 
 def test_groups_are_judged_each_by_its_own():
@@ -79,7 +77,7 @@ def test_groups_are_judged_each_by_its_own():
         "colour": WordGroup(("red",), 0.2, {"lrp": criterion("max", 3.0)}),
     }
     maps = np.arange(5, dtype=np.float32).reshape(1, 1, 5).repeat(2, 0)
-    found = made(groups=groups).verdicts("lrp", ["red", "circle"], maps)
+    found = made(groups=groups).flags("lrp", ["red", "circle"], maps)
     assert [(one.statistic, one.value) for one in found] == [("max", 4), ("quantile 0.25", 1)]
 
 
@@ -98,7 +96,7 @@ def test_unknown_statistics(name):
 
 def test_a_verdict_needs_numbers():
     with pytest.raises(ValueError, match=r"numbers must be finite, got \(0\.0, nan, 0\.5\)"):
-        Verdict("a", "mean", 0.0, float("nan"), 0.5, "")
+        Flag("a", "mean", 0.0, float("nan"), 0.5, "")
 
 
 # ---- the file
@@ -153,7 +151,7 @@ def lrp_of(content):
         (edited(lambda x: x.update(protocol="captioner/1")), "got 'captioner/1'"),
         (edited(lambda x: x.pop("data")), "missing or unknown: data"),
         (edited(lambda x: x.update(more=1)), "missing or unknown: more"),
-        (edited(lambda x: x.update(pictures="9")), "pictures must be of type int, got '9'"),
+        (edited(lambda x: x.update(pixels="9")), "images must be of type int, got '9'"),
         (edited(lambda x: x.update(groups=[])), r"groups must be an object, got \[\]"),
         (edited(lambda x: x["groups"]["shape"].update(words="ab")), "a list of words, got 'ab'"),
         (edited(lambda x: lrp_of(x).update(threshold=None)), "threshold must be a finite number"),
@@ -185,7 +183,7 @@ def lights(quick_compile):
 
 def test_what_an_evaluation_chose_is_kept(lights):
     one = detector(lights)
-    assert (one.data, one.split, one.pictures) == ("Lights", "", 20)
+    assert (one.data, one.split, one.pixels) == ("Lights", "", 20)
     group = one.groups["thing"]
     # The light itself tells; the same map everywhere and chance do not.
     assert "lrp" in group.methods
@@ -220,17 +218,17 @@ def test_results_that_make_no_detector(lights):
 
 
 def test_words_that_are_judged_are_those_that_are_asked_about():
-    pictures = ShapesPictures(tuple(Shapes(size=32).scene("test", i) for i in range(20)))
+    images = ShapesImages(tuple(Shapes(size=32).scene("test", i) for i in range(20)))
     found = {
         (word.group, caption[word.position - 1])
         for i in range(20)
-        for caption in pictures.references(i)
-        for word in pictures.words(i, caption)
+        for caption in images.references(i)
+        for word in images.words(i, caption)
     }
     assert ("shape", "crosses") in found or ("shape", "circles") in found
     for group, word in found:
-        assert word in pictures.vocabulary(group)
-    assert not {*pictures.vocabulary("shape")} & {*pictures.vocabulary("colour")}
+        assert word in images.vocabulary(group)
+    assert not {*images.vocabulary("shape")} & {*images.vocabulary("colour")}
 
 
 # ---- explain
@@ -244,26 +242,26 @@ def judged_model(threshold, method="lrp", **changes):
 
 def test_explain_judges_the_words():
     model, low = judged_model(0.0)
-    ask = functools.partial(jaxrel.explain, model, image=random_pictures(), text=TEXTS)
+    ask = functools.partial(jaxrel.explain, model, image=random_images(), text=TEXTS)
     without, sure, unsure = ask(), ask(detector=low), ask(detector=judged_model(1e9)[1])
-    assert without.verdicts == ()
+    assert without.flags == ()
     np.testing.assert_array_equal(sure.image, without.image)
     words = ["a", "small", "red", "circle", "above", "a", "blue", "square"]
-    assert [one and one.word for one in sure.verdicts] == [
+    assert [one and one.word for one in sure.flags] == [
         word if word in ("circle", "square") else None for word in words
     ]
-    assert not any(one.doubted for one in sure.verdicts if one)
-    assert all(one.doubted for one in unsure.verdicts if one)
+    assert not any(one.flagged for one in sure.flags if one)
+    assert all(one.flagged for one in unsure.flags if one)
     # A map in pixels is judged as it is; float32 sums in another order.
-    value = sure.verdicts[3].value
+    value = sure.flags[3].value
     assert value == pytest.approx(np.abs(without.image[3]).mean(), rel=1e-5)
     methods = ask(detector=low, method=["attention", "lrp"])
-    assert [bool(one.verdicts) for one in methods] == [False, True]
+    assert [bool(one.flags) for one in methods] == [False, True]
 
 
 def test_the_statistics_are_those_of_the_evaluation():
     model, _ = judged_model(0.0)
-    asked = {"image": random_pictures(1)[0], "text": TEXTS[0]}
+    asked = {"image": random_images(1)[0], "text": TEXTS[0]}
     inputs, positions = model.prepare(**asked), jnp.array([[4, 0]])
     keys = jax.random.split(jax.random.key(0), 1)
     maps, _ = caption_explanations._relevance(model, inputs, positions, keys, METHODS)
@@ -274,33 +272,31 @@ def test_the_statistics_are_those_of_the_evaluation():
             found = jaxrel.explain(model, **asked, method=name, detector=made(methods))
             # float32 in a program of another size.
             expected = pytest.approx(float(statistics[statistic]), rel=1e-4, abs=1e-6)
-            assert found.verdicts[3].value == expected
+            assert found.flags[3].value == expected
 
 
-def test_a_grid_is_judged_in_the_pictures_pixels():
+def test_a_grid_is_judged_in_the_images_pixels():
     model = captioner("adaptive")
-    asked = {"image": random_pictures(1)[0], "text": TEXTS[0], "method": "attention"}
+    asked = {"image": random_images(1)[0], "text": TEXTS[0], "method": "attention"}
     found = jaxrel.explain(model, **asked, detector=made({"attention": criterion("max")}))
     side = model.config.image_size
     resized = jax.image.resize(found.image[3], (side, side), "bilinear")
     assert found.image.shape[1:] == model.config.grid
-    assert found.verdicts[3].value == pytest.approx(float(resized.max()), rel=1e-5)
+    assert found.flags[3].value == pytest.approx(float(resized.max()), rel=1e-5)
 
 
 def test_other_heads_or_rules_are_not_judged():
     model, one = captioner("aoa"), made()
-    ask = functools.partial(
-        jaxrel.explain, model, image=random_pictures(), text=TEXTS, detector=one
-    )
-    assert ask().verdicts
-    assert ask(heads=[0]).verdicts == ()
-    assert ask(lrp=jaxrel.composites.captioning()).verdicts == ()
+    ask = functools.partial(jaxrel.explain, model, image=random_images(), text=TEXTS, detector=one)
+    assert ask().flags
+    assert ask(heads=[0]).flags == ()
+    assert ask(lrp=jaxrel.composites.captioning()).flags == ()
 
 
 def test_models_without_maps_of_words():
     clip = CLIP.from_pretrained("clip-shapes")
     with pytest.raises(ValueError, match=r"detector judges words of captions .* CLIP does not"):
-        jaxrel.explain(clip, image=random_pictures(1)[0], text="a circle", detector=made())
+        jaxrel.explain(clip, image=random_images(1)[0], text="a circle", detector=made())
 
 
 # ---- the command line
@@ -323,9 +319,9 @@ def test_evaluate_and_explain(lights, folder, tmp_path, monkeypatch, capsys):
     assert run_evaluate(folder, tmp_path / "result") == 0
     assert f"wrote {folder / FILE}" in capsys.readouterr().out
 
-    picture = str(tmp_path / "picture.png")
-    Image.fromarray(Lights(1).image(0)).save(picture)
-    command = ["explain", picture, "--caption", "--model", str(folder)]
+    image = str(tmp_path / "image.png")
+    Image.fromarray(Lights(1).image(0)).save(image)
+    command = ["explain", image, "--caption", "--model", str(folder)]
     command += ["--method", "lrp,attention", "--out", str(tmp_path / "out")]
     assert cli.main(command) == 0
     text = capsys.readouterr().out
@@ -333,13 +329,11 @@ def test_evaluate_and_explain(lights, folder, tmp_path, monkeypatch, capsys):
     assert "  attention: " not in text
     assert cli.main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["explanations"]
-    verdicts = [example["verdict"] for example in found[0]["examples"]]
-    assert all(
-        one is None or one["doubted"] == (one["value"] < one["threshold"]) for one in verdicts
-    )
-    assert text.count("likely hallucinated: ") == sum(one["doubted"] for one in verdicts if one)
-    assert text.count("not doubted: ") == sum(not one["doubted"] for one in verdicts if one)
-    assert "verdict" not in found[1]["examples"][0]
+    flags = [example["flag"] for example in found[0]["examples"]]
+    assert all(one is None or one["flagged"] == (one["value"] < one["threshold"]) for one in flags)
+    assert text.count("likely hallucinated: ") == sum(one["flagged"] for one in flags if one)
+    assert text.count("not flagged: ") == sum(not one["flagged"] for one in flags if one)
+    assert "flag" not in found[1]["examples"][0]
     page = (tmp_path / "out/explanation.html").read_text()
     assert page.count("likely hallucinated: ") == text.count("likely hallucinated: ")
 
@@ -348,7 +342,7 @@ def test_evaluate_and_explain(lights, folder, tmp_path, monkeypatch, capsys):
     assert f"error: {folder / FILE} does not tell which words" in capsys.readouterr().err
     (folder / FILE).unlink()
     assert cli.main([*command, "--json"]) == 0
-    assert '"verdict"' not in capsys.readouterr().out
+    assert '"flag"' not in capsys.readouterr().out
 
 
 def test_evaluate_that_cannot_make_a_detector(lights, folder, tmp_path, monkeypatch, capsys):

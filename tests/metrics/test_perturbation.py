@@ -271,8 +271,8 @@ def test_markdown(summarised):
 
 def test_curves_draw_both_tests(summarised, tmp_path):
     curves(summarised, tmp_path / "new" / "curves.png")
-    picture = np.asarray(Image.open(tmp_path / "new" / "curves.png").convert("RGB"))
-    left, right = np.split(picture[:, : picture.shape[1] // 2 * 2], 2, axis=1)
+    image = np.asarray(Image.open(tmp_path / "new" / "curves.png").convert("RGB"))
+    left, right = np.split(image[:, : image.shape[1] // 2 * 2], 2, axis=1)
     for half in (left, right):
         # The line of "other" (#0072b2) is seen in both.
         assert (half == (0x00, 0x72, 0xB2)).all(-1).sum() > 100

@@ -1,7 +1,7 @@
 """Metrics of explanations word by word: hand examples, naive float64 references, parity, errors.
 
 The fixture holds inputs and outputs of the reference implementation of Sun et al. 2022: of its
-evaluation functions on made-up data, and of its evaluation run on one picture of 40 x 40 pixels.
+evaluation functions on made-up data, and of its evaluation run on one image of 40 x 40 pixels.
 Where it computes otherwise than the paper says (thresholds in place, the largest of true and the
 smallest of hallucinated mentions, quantiles of another word), the test feeds the metric
 accordingly. Of the run, what lacks its inputs is not here: words are ablated by a relevance that
@@ -54,8 +54,6 @@ from jaxrel.metrics.words import (
     singulars,
 )
 from tests.paths import FIXTURES
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 FIXTURE = dict(np.load(FIXTURES / "word_metrics.npz"))
 # Sums of some thousand float32 numbers, in another order.
@@ -157,15 +155,15 @@ def test_patches_by_hand():
     np.testing.assert_array_equal(scores, [[4, 1], [2, 3]])
     mask = patch_mask(scores, 2)
     np.testing.assert_array_equal(mask, [[True, False], [False, True]])
-    picture = np.full((4, 4, 3), 5.0, np.float32)
-    gone = np.array(ablate(picture, mask))
+    image = np.full((4, 4, 3), 5.0, np.float32)
+    gone = np.array(ablate(image, mask))
     np.testing.assert_array_equal(gone[:2, :2], 0)
     np.testing.assert_array_equal(gone[2:, 2:], 0)
     np.testing.assert_array_equal(gone[:2, 2:], 5)
     np.testing.assert_array_equal(gone[2:, :2], 5)
-    np.testing.assert_array_equal(picture, 5)
+    np.testing.assert_array_equal(image, 5)
     colour = np.array([1.0, 2, 3], np.float32)
-    np.testing.assert_array_equal(ablate(picture, mask, colour)[0, 0], colour)
+    np.testing.assert_array_equal(ablate(image, mask, colour)[0, 0], colour)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 24])
@@ -221,17 +219,17 @@ def test_random_patches_are_as_many_and_fair(key):
 
 def test_ablation_under_jit_and_vmap_is_that_of_each():
     maps = rng().normal(size=(5, 16, 16)).astype(np.float32)
-    pictures = rng(1).normal(size=(5, 16, 16, 3)).astype(np.float32)
+    images = rng(1).normal(size=(5, 16, 16, 3)).astype(np.float32)
 
-    def gone(one, picture):
-        return ablate(picture, patch_mask(patch_scores(one, 4), 3))
+    def gone(one, image):
+        return ablate(image, patch_mask(patch_scores(one, 4), 3))
 
-    batch = ablate(pictures, patch_mask(patch_scores(maps, 4), 3))
-    np.testing.assert_array_equal(jax.jit(jax.vmap(gone))(maps, pictures), batch)
+    batch = ablate(images, patch_mask(patch_scores(maps, 4), 3))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(gone))(maps, images), batch)
     for i in range(5):
-        np.testing.assert_array_equal(gone(maps[i], pictures[i]), batch[i])
+        np.testing.assert_array_equal(gone(maps[i], images[i]), batch[i])
     one = patch_mask(patch_scores(maps[0], 4), 3)
-    np.testing.assert_array_equal(ablate(pictures, one)[0], batch[0])
+    np.testing.assert_array_equal(ablate(images, one)[0], batch[0])
 
 
 # Prefixes.
@@ -306,7 +304,7 @@ def test_summary_by_hand():
     drops = {"lrp": np.array([0.5, -0.25, np.nan, 0.0]), "random": np.array([0.0, -0.5, -0.5, 0.1])}
     there = {"lrp": np.array([True, True, False, True]), "random": np.ones(4, bool)}
     found = ablation_summary(drops, there=there, baseline="random")
-    assert (found["cases"], found["pictures"], found["baseline"]) == (4, 4, "random")
+    assert (found["cases"], found["images"], found["baseline"]) == (4, 4, "random")
     lrp, control = found["methods"]["lrp"], found["methods"]["random"]
     assert lrp["there"] == 3
     got = {name: lrp[name]["mean"] for name in MEASURES}
@@ -321,16 +319,16 @@ def test_summary_is_that_of_the_other_bootstraps():
     random = rng()
     drops = {name: random.normal(size=60) for name in ("lrp", "random")}
     there = {name: random.random(60) < 0.7 for name in drops}
-    picture = random.integers(0, 15, 60) * 7
+    image = random.integers(0, 15, 60) * 7
     alone = ablation_summary(drops, there=there, baseline="random")["methods"]
-    together = ablation_summary(drops, there=there, picture=picture, baseline="random")
-    assert together["pictures"] == len(set(picture))
+    together = ablation_summary(drops, there=there, image=image, baseline="random")
+    assert together["images"] == len(set(image))
     filled = {name: np.where(there[name], drops[name], 0) for name in drops}
     for name in drops:
         rows = bootstrap_many(np.stack([~there[name], filled[name]]))
         for i, measure in enumerate(("disappeared", "drop_all")):
             assert tuple(alone[name][measure].values()) == pytest.approx(tuple(rows.at(i)))
-        by = [[rows[picture == p].sum() for p in np.unique(picture)]
+        by = [[rows[image == p].sum() for p in np.unique(image)]
               for rows in (filled[name], there[name], np.ones(60))]  # fmt: skip
         one = together["methods"][name]
         part, still, whole = map(np.array, by)
@@ -367,7 +365,7 @@ def test_summary_of_the_reference_implementation(kind):
             continue  # the reference reports NaN of no cases; here they are an error
         drop = data["drop"][mine]
         found = ablation_summary(
-            {method: drop}, there={method: np.isfinite(drop)}, picture=data["picture"][mine]
+            {method: drop}, there={method: np.isfinite(drop)}, image=data["picture"][mine]
         )["methods"][method]
         # The reference counts a word that disappeared among the cases, at a drop of 0.
         assert found["share_all"]["mean"] == pytest.approx(data["shares"][i, kind], rel=1e-12)
@@ -570,7 +568,7 @@ def test_mentions_by_hand():
     references = [[["the", "ball"], ["a", "man"]], [["dog"]], [["a", "man"], ["man"]]]
     found = mentions(captions, references, {"dog", "ball", "man"})
     assert found.words == ("dog", "dog", "ball", "man")
-    assert found.picture.tolist() == [0, 0, 0, 2]
+    assert found.image.tolist() == [0, 0, 0, 2]
     assert found.position.tolist() == [1, 4, 7, 0]
     assert found.true.tolist() == [False, False, True, True]
     assert mentions(captions, references, ["cow"]).true.shape == (0,)
@@ -608,64 +606,64 @@ def test_auc_is_that_of_the_naive_reference():
 
 def clustered(seed=0):
     random = rng(seed)
-    picture = np.sort(random.integers(0, 12, 50)) * 3
+    image = np.sort(random.integers(0, 12, 50)) * 3
     true = random.random(50) < 0.5
     scores = {
         "mean": np.round(random.normal(size=50) + true, 1),
         "max": np.round(random.normal(size=50), 1),
     }
-    return scores, true, picture
+    return scores, true, image
 
 
-def naive_resampled_aucs(scores, true, picture, resamples):
-    """Pictures drawn one by one, and the mentions of each copied; as `bootstrap` draws them."""
-    groups, random = np.unique(picture), rng()
+def naive_resampled_aucs(scores, true, image, resamples):
+    """Images drawn one by one, and the mentions of each copied; as `bootstrap` draws them."""
+    groups, random = np.unique(image), rng()
     found = []
     for _ in range(resamples):
         drawn = groups[random.integers(0, len(groups), len(groups))]
-        rows = np.concatenate([np.flatnonzero(picture == p) for p in drawn])
+        rows = np.concatenate([np.flatnonzero(image == p) for p in drawn])
         kinds = true[rows]
         if kinds.any() and not kinds.all():
             found.append([naive_auc(one[rows], kinds) for one in scores])
     return np.array(found).T
 
 
-def test_auc_intervals_draw_pictures():
-    scores, true, picture = clustered()
-    found = auc_intervals(scores, true, picture=picture, resamples=60)
-    want = naive_resampled_aucs(list(scores.values()), true, picture, 60)
+def test_auc_intervals_draw_images():
+    scores, true, image = clustered()
+    found = auc_intervals(scores, true, image=image, resamples=60)
+    want = naive_resampled_aucs(list(scores.values()), true, image, 60)
     for i, name in enumerate(scores):
         ends = np.percentile(want[i], [2.5, 97.5])
         np.testing.assert_allclose(found[name], [naive_auc(scores[name], true), *ends], **exact)
 
 
 def test_resamples_of_one_kind_are_left_out():
-    # Two pictures, one of each kind: half of the resamples have no area.
+    # Two images, one of each kind: half of the resamples have no area.
     true = np.array([True, True, False])
     found = auc_intervals(
-        {"mean": np.array([2.0, 0, 1])}, true, picture=np.array([5, 5, 9]), resamples=40
+        {"mean": np.array([2.0, 0, 1])}, true, image=np.array([5, 5, 9]), resamples=40
     )
     assert tuple(found["mean"]) == (0.5, 0.5, 0.5)
 
 
 def test_auc_intervals_in_pieces_are_those_of_one(monkeypatch):
-    scores, true, picture = clustered()
-    whole = auc_intervals(scores, true, picture=picture, resamples=50)
+    scores, true, image = clustered()
+    whole = auc_intervals(scores, true, image=image, resamples=50)
     monkeypatch.setattr("jaxrel.metrics.word_statistics._WEIGHTS_AT_ONCE", 350)
-    assert auc_intervals(scores, true, picture=picture, resamples=50) == whole
+    assert auc_intervals(scores, true, image=image, resamples=50) == whole
 
 
 def test_auc_differences_are_paired():
-    scores, true, picture = clustered()
+    scores, true, image = clustered()
     other, _, _ = clustered(1)
-    found = auc_differences(scores, other, true, picture=picture, resamples=60)
+    found = auc_differences(scores, other, true, image=image, resamples=60)
     rows = [*scores.values(), *other.values()]
-    want = naive_resampled_aucs(rows, true, picture, 60)
+    want = naive_resampled_aucs(rows, true, image, 60)
     for i, name in enumerate(scores):
         mean = naive_auc(scores[name], true) - naive_auc(other[name], true)
         ends = np.percentile(want[i] - want[i + 2], [2.5, 97.5])
         np.testing.assert_allclose(found[name], [mean, *ends], **exact)
-    same = auc_differences(scores, scores, true, picture=picture)
+    same = auc_differences(scores, scores, true, image=image)
     assert all(tuple(one) == (0, 0, 0) for one in same.values())
 
 
@@ -676,11 +674,11 @@ def test_auc_of_the_reference_implementation_as_coded():
         data["statistics"], data["auc_as_coded"], data["scores"], strict=True
     ):
         scores, kinds = [], []
-        for picture, true, word in dict.fromkeys(key):
-            # Quantiles are those of the file's last word; a file is a picture's words of a kind.
-            last = [w for p, t, w in key if (p, t) == (picture, true)][-1]
+        for image, true, word in dict.fromkeys(key):
+            # Quantiles are those of the file's last word; a file is an image's words of a kind.
+            last = [w for p, t, w in key if (p, t) == (image, true)][-1]
             taken = last if "quantile" in name else word
-            own = [v for v, k in zip(row, key, strict=True) if k == (picture, true, taken)]
+            own = [v for v, k in zip(row, key, strict=True) if k == (image, true, taken)]
             scores.append(max(own) if true else min(own))
             kinds.append(true)
         # Another order of sums of twelve or so numbers.
@@ -746,7 +744,7 @@ def naive_frequent(captions, references, words):
     rows = []
     for word in words:
         said = [word in tokens for tokens in captions]
-        expected = [any(word in r for r in picture) for picture in references]
+        expected = [any(word in r for r in image) for image in references]
         pairs = list(zip(said, expected, strict=True))
         tp, fp, fn = (pairs.count(kind) for kind in ((True, True), (True, False), (False, True)))
         precision = tp / (tp + fp) if tp + fp else 0
@@ -777,7 +775,7 @@ def test_frequent_words_of_the_reference_implementation():
     np.testing.assert_allclose(np.array(found[1:7], np.float64), want, **exact)
 
 
-def test_frequent_words_intervals_draw_pictures():
+def test_frequent_words_intervals_draw_images():
     captions, references, words = corpus()
     other = captions[3:] + captions[:3]
     found = frequent_words(captions, references, words, resamples=50)
@@ -871,9 +869,9 @@ ERRORS = {
         lambda: ablation_summary({"lrp": ONE}, there={"lrp": ONE}),
         r"`there` of 'lrp' must be bool of \[1\], got float64 of \[1\]",
     ),
-    "summary: pictures": (
-        lambda: ablation_summary({"lrp": ONE}, picture=np.array([1, 2])),
-        r"pictures of \[2\] for 1 cases",
+    "summary: images": (
+        lambda: ablation_summary({"lrp": ONE}, image=np.array([1, 2])),
+        r"images of \[2\] for 1 cases",
     ),
     "summary: baseline": (
         lambda: ablation_summary({"lrp": ONE}, baseline="random"),
@@ -929,14 +927,14 @@ ERRORS = {
         lambda: auc_intervals({"mean": np.zeros((3, 2))}, TRUE),
         r"expected one score per mention, got shapes {'mean': \[3, 2\]}",
     ),
-    "intervals: pictures": (
-        lambda: auc_intervals({"mean": TWO}, TRUE, picture=np.array([1])),
-        r"pictures of \[1\] for 2 mentions",
+    "intervals: images": (
+        lambda: auc_intervals({"mean": TWO}, TRUE, image=np.array([1])),
+        r"images of \[1\] for 2 mentions",
     ),
     "intervals: resamples": (
-        # Seed 0 draws one of the two pictures twice.
+        # Seed 0 draws one of the two images twice.
         lambda: auc_intervals({"mean": TWO}, TRUE, resamples=1, seed=0),
-        "none of 1 resamples of 2 pictures has both true and hallucinated mentions",
+        "none of 1 resamples of 2 images has both true and hallucinated mentions",
     ),
     "differences: names": (
         lambda: auc_differences({"mean": TWO}, {"max": TWO}, TRUE),
@@ -951,7 +949,7 @@ ERRORS = {
     "frequent: none": (lambda: frequent_words(*WORDS, []), r"of different words, got \[\]"),
     "frequent: numbers": (
         lambda: frequent_words_difference([["a"]], [], [[["a"]]], ["a"]),
-        "frequent_words_difference: 0 candidates and references of 1 pictures",
+        "frequent_words_difference: 0 candidates and references of 1 images",
     ),
 }
 

@@ -36,8 +36,6 @@ ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
 FORWARD = jax.jit(lambda model, inputs: model(inputs, return_attention=True))
 ENCODE = jax.jit(Captioner.encode)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @functools.cache
 def load(name):
@@ -106,7 +104,7 @@ REGIONS = {"encoder": None, "regions": (4, 6)}
 RESNET = ResNetConfig("basic", (2,), (6,), stem=4)
 
 
-def random_pictures(count=2, seed=0):
+def random_images(count=2, seed=0):
     return list(np.random.default_rng(seed).integers(0, 256, (count, 20, 16, 3), np.uint8))
 
 
@@ -121,7 +119,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def inputs(model):
-    return model.prepare(image=random_pictures(), text=TEXTS)
+    return model.prepare(image=random_images(), text=TEXTS)
 
 
 def close(actual, expected):
@@ -160,7 +158,7 @@ def test_scheduled_sampling_as_the_reference(name):
 
 def test_scheduled_sampling_begins_at_the_step_given():
     model = captioner("adaptive")
-    inputs = model.prepare(image=random_pictures(), text=TEXTS)
+    inputs = model.prepare(image=random_images(), text=TEXTS)
     given = FORWARD(model, inputs)[0]
     text = np.asarray(inputs["text"]).copy()
     assert (text[:, 2] != given[:, 1].argmax(-1)).all()
@@ -362,9 +360,9 @@ def test_relevance_reaches_pixels_and_words(model, inputs):
 def test_heads_are_explained_apart():
     """The output is the same, and the gradients of the heads' values add up."""
     model = captioner("aoa")
-    inputs = model.prepare(image=random_pictures(), text=TEXTS)
+    inputs = model.prepare(image=random_images(), text=TEXTS)
     features = ENCODE(model, inputs["image"])
-    # The picture also counts as a whole, and as keys: that gradient is in each of the sums.
+    # The image also counts as a whole, and as keys: that gradient is in each of the sums.
     choices = jnp.array([[True, True], [True, False], [False, True], [False, False]])
 
     @jax.jit
@@ -383,7 +381,7 @@ def test_heads_are_explained_apart():
     np.testing.assert_allclose(scores[3], model.word_scores(inputs), **ROUNDING)
 
 
-def test_features_in_the_place_of_pictures(model, inputs):
+def test_features_in_the_place_of_images(model, inputs):
     features = ENCODE(model, inputs["image"])
     found, _ = FORWARD(model, {"features": features, "text": inputs["text"]})
     np.testing.assert_allclose(found, FORWARD(model, inputs)[0], **ROUNDING)
@@ -502,7 +500,7 @@ def greedy(model, image):
 def test_generate_is_greedy(trained, bias, ends):
     # Start and padding are tempting, and never written.
     model = biased(trained, end=bias, start=3.0, pad=3.0)
-    generated = model.prepare(image=random_pictures(6))
+    generated = model.prepare(image=random_images(6))
     text = np.asarray(generated["text"])
     np.testing.assert_array_equal(text, greedy(model, generated["image"]))
     end = (text == 3).argmax(-1)
@@ -514,7 +512,7 @@ def test_generate_is_greedy(trained, bias, ends):
 
 def test_beams(trained):
     """What a search says of a caption is what teacher forcing says: a sum, and not a mean."""
-    image = trained.prepare(image=random_pictures(6), text=["a man"] * 6)["image"]
+    image = trained.prepare(image=random_images(6), text=["a man"] * 6)["image"]
     features = ENCODE(trained, image)
     one, three = jax.jit(searched, static_argnums=2)(trained, features, 3)
     assert trained.predict({"image": image}, beams=3) == trained.sentences(three.ids)
@@ -538,7 +536,7 @@ def searched(model, features, beams):
 
 def test_unknown_words_are_written_or_not(trained):
     model = biased(trained, unknown=30.0)
-    image = model.prepare(image=random_pictures(3), text=["a man"] * 3)["image"]
+    image = model.prepare(image=random_images(3), text=["a man"] * 3)["image"]
     write = jax.jit(Captioner.generate, static_argnames="unknown")
     free = write(model, image)
     assert (free == 1).any()
@@ -552,7 +550,7 @@ def test_pairs_of_words(model, inputs):
     assert pairs["example"].tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
     np.testing.assert_array_equal(pairs["text"], inputs["text"][pairs["example"]])
     np.testing.assert_array_equal(pairs["image"], inputs["image"][pairs["example"]])
-    assert model.readout(pairs)["text"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert model.target_tokens(pairs)["text"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert model.describe(pairs)[3:] == [
         "a small red [circle]",
         "a small red circle [above]",
@@ -573,8 +571,8 @@ def test_pairs_of_words(model, inputs):
     stream = model.layout["features"]
     assert (stream.modality, stream.tokens, stream.grid, stream.prefix) == ("image", 16, (4, 4), 0)
     assert model.layout["text"].tokens == 9
-    picture = model.seen(random_pictures(1)[0])
-    assert picture.size == (16, 16)
+    image = model.seen(random_images(1)[0])
+    assert image.size == (16, 16)
 
 
 def test_shared_parts_of_captions():
@@ -587,7 +585,7 @@ def test_shared_parts_of_captions():
     tokenizer.bos_token = None
     with error(r"tokenizer has no start or no end token"):
         captions.special_ids(tokenizer)
-    with error(r"the tokenizer knows no word of the caption of picture 1"):
+    with error(r"the tokenizer knows no word of the caption of image 1"):
         captions.word_rows([["", "a", ""], ["", "", ""]], [1, 1])
 
 
@@ -612,7 +610,7 @@ def test_save_and_load(kind, changes, tmp_path):
         assert type(variable) is type(flat(model)[path])
         np.testing.assert_array_equal(variable[...], flat(model)[path][...])
     np.testing.assert_array_equal(loaded.processor.text(TEXTS, 9), model.processor.text(TEXTS, 9))
-    seen = random_pictures() if model.encoder is not None else random_regions()
+    seen = random_images() if model.encoder is not None else random_regions()
     inputs = loaded.prepare(image=seen, text=TEXTS)
     again, _ = FORWARD(loaded, inputs)
     np.testing.assert_array_equal(again, FORWARD(model, inputs)[0])
@@ -703,10 +701,10 @@ def error(match, kind=ValueError):
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
         ({"attention_dropout": -0.1}, r"attention_dropout must be at least 0 .* got -0.1"),
         ({"kind": "aoa", "heads": 3}, r"hidden 8 is not a multiple of its 3 heads"),
-        ({"encoder": None}, r"give encoder= for pictures, or encoder=None and regions=.*None"),
+        ({"encoder": None}, r"give encoder= for images, or encoder=None and regions=.*None"),
         ({"regions": (4, 6)}, r"got encoder VGGConfig.* and regions \(4, 6\)"),
         (REGIONS | {"regions": (4, 0)}, r"regions must be a positive integer, got 0"),
-        ({"image_size": 2}, r"vgg: a picture of 2 x 2 pixels is too small"),
+        ({"image_size": 2}, r"vgg: an image of 2 x 2 pixels is too small"),
     ],
 )
 def test_configurations_that_do_not_fit(changes, match):
@@ -736,7 +734,7 @@ def test_a_tokenizer_of_another_model():
         ({"text": None}, r"inputs lack text; they hold image\. Make them with", ValueError),
         ({"image": np.zeros((2, 16, 16, 3), np.uint8)}, r"normalised floats, got uint8", TypeError),
         ({"image": np.zeros((2, 8, 8, 3), np.float32)}, r"\[batch, 16, 16, 3\], got", ValueError),
-        ({"image": np.zeros((3, 16, 16, 3), np.float32)}, r"3 pictures and 2 captions", ValueError),
+        ({"image": np.zeros((3, 16, 16, 3), np.float32)}, r"3 images and 2 captions", ValueError),
         ({"text": np.zeros((2, 10), np.int32)}, r"at most 9 tokens, got \[2, 10\]", ValueError),
         ({"text": np.zeros((2, 9), np.float32)}, r"integer token ids, got float32", TypeError),
         (
@@ -750,7 +748,7 @@ def test_a_tokenizer_of_another_model():
 )
 def test_inputs_that_do_not_fit(wrong, match, kind):
     model = captioner("gridtd")
-    inputs = model.prepare(image=random_pictures(), text=TEXTS)
+    inputs = model.prepare(image=random_images(), text=TEXTS)
     given = {name: x for name, x in {**inputs, **wrong}.items() if x is not None}
     with error(match, kind):
         model(given)
@@ -758,7 +756,7 @@ def test_inputs_that_do_not_fit(wrong, match, kind):
 
 def test_heads_that_do_not_fit():
     model = captioner("aoa")
-    inputs = model.prepare(image=random_pictures(), text=TEXTS)
+    inputs = model.prepare(image=random_images(), text=TEXTS)
     for heads in (np.ones((2, 3), bool), np.ones((2, 2))):
         with error(r"heads must be bool \[2, 2\], got (bool \[2, 3\]|float64 \[2, 2\])"):
             model({**inputs, "heads": heads})
@@ -766,23 +764,21 @@ def test_heads_that_do_not_fit():
 
 def test_regions_that_do_not_fit():
     model, features = captioner("gridtd", **REGIONS), random_regions()
-    with error(
-        r"the features of picture 0 are float32 \[5, 6\], and this model reads floats \[4, 6"
-    ):
+    with error(r"the features of image 0 are float32 \[5, 6\], and this model reads floats \[4, 6"):
         model.prepare(image=[np.zeros((5, 6), np.float32)], text=TEXTS[0])
-    with error(r"the features of picture 1 are float32 \[3, 6\].*zeros where there are fewer"):
+    with error(r"the features of image 1 are float32 \[3, 6\].*zeros where there are fewer"):
         model.prepare(image=[features[0], features[1, :3]], text=TEXTS)
-    with error(r"the features of picture 0 are <U1 \[1\]"):
+    with error(r"the features of image 0 are <U1 \[1\]"):
         model.prepare(image=[["x"]], text=TEXTS)
     for none in (None, []):
-        with error(r"no features: pass image= those of the regions, \[4, 6\] for each picture"):
+        with error(r"no features: pass image= those of the regions, \[4, 6\] for each image"):
             model.prepare(image=none, text=TEXTS)
     nan = features.copy()
     nan[1, 2, :2] = np.nan
     text = model.prepare(image=features, text=TEXTS)["text"]
-    with error(r"the features of picture 1 have 2 values that are NaN or infinite"):
+    with error(r"the features of image 1 have 2 values that are NaN or infinite"):
         model.prepare(image=nan, text=TEXTS)
-    with error(r"the features of picture 1 have 2 values that are NaN or infinite"):
+    with error(r"the features of image 1 have 2 values that are NaN or infinite"):
         model({"features": nan, "text": text})
     with error(r"features must have shape \[batch, 4, 6\], got \[2, 4, 5\]"):
         model({"features": features[..., :5], "text": text})
@@ -796,40 +792,40 @@ def test_regions_that_do_not_fit():
 
 def test_captions_that_do_not_fit():
     model = captioner("gridtd")
-    inputs = model.prepare(image=random_pictures(), text=TEXTS)
-    picture = random_pictures(1)
+    inputs = model.prepare(image=random_images(), text=TEXTS)
+    image = random_images(1)
     with error(r"does not know 'Green', 'dog' in the caption 'a Green circle, dog'; it knows 11"):
-        model.prepare(image=picture, text=["a red circle", "a Green circle, dog"])
+        model.prepare(image=image, text=["a red circle", "a Green circle, dog"])
     with error(r"does not know 'cat' in the caption 'cat'"):
-        model.prepare(image=picture, text="cat")
+        model.prepare(image=image, text="cat")
     # Unknown punctuation is no word.
-    comma = model.prepare(image=picture, text="red, blue")["text"]
+    comma = model.prepare(image=image, text="red, blue")["text"]
     assert comma[0, :6].tolist() == [2, 5, 1, 6, 3, 0]
     with error(r"the text is empty"):
-        model.prepare(image=picture, text=["a circle", " "])
+        model.prepare(image=image, text=["a circle", " "])
     with error(r"has 10 tokens with its start and end token, .* at most 9: shorten it by 1"):
-        model.prepare(image=picture, text=" ".join(["red"] * 8))
+        model.prepare(image=image, text=" ".join(["red"] * 8))
     with error(r"text must be a string or a list of strings", TypeError):
-        model.prepare(image=picture, text=3)
+        model.prepare(image=image, text=3)
     with error(r"text must be a string or a list of strings", TypeError):
-        model.prepare(image=picture, text=["red", 3])
+        model.prepare(image=image, text=["red", 3])
     with error(r"no image: pass image="):
         model.prepare(text="a circle")
-    with error(r"the caption of picture 1 has words 1 to 3, and no word 4"):
+    with error(r"the caption of image 1 has words 1 to 3, and no word 4"):
         model.pairs(inputs, 4)
     for target in ("circle", 1.5, [], [[1]]):
         with error(r"target must be the position of a word in its caption, from 1"):
             model.pairs(inputs, target)
     empty = inputs["text"].at[1].set(jnp.array([2, 3, *[0] * 7]))
-    with error(r"the caption of picture 1 has no words"):
+    with error(r"the caption of image 1 has no words"):
         model.pairs({**inputs, "text": empty})
-    with error(r"2 pictures and 1 captions: give one caption per picture"):
+    with error(r"2 images and 1 captions: give one caption per image"):
         model.pairs({**inputs, "text": inputs["text"][:1]})
     with error(r"which word of the caption\? Pass target= its position"):
         model.score(inputs)
     plain = nnx.clone(model)
     plain.processor = Processor(None, processor().images)
     with error(r"this model has no tokenizer, and does not know how captions start"):
-        plain.prepare(image=picture)
+        plain.prepare(image=image)
     with error(r"this model has no tokenizer: its folder holds no tokenizer.json"):
-        plain.prepare(image=picture, text="a circle")
+        plain.prepare(image=image, text="a circle")

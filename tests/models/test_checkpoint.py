@@ -93,8 +93,8 @@ def test_round_trip(model, saved):
     loaded = CLIP.from_pretrained(saved)
     assert loaded.config == CONFIG
     assert same(model, loaded)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
-    ours, theirs = (m.prepare(image=picture, text="a red circle") for m in (model, loaded))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    ours, theirs = (m.prepare(image=image, text="a red circle") for m in (model, loaded))
     np.testing.assert_array_equal(ours["image"], theirs["image"])
     np.testing.assert_array_equal(ours["text"], theirs["text"])
     assert loaded.tokens(theirs) == [["", "a", "red", "circle", "", "", "", ""]]
@@ -152,9 +152,9 @@ def test_new_preprocessing_file(model, folder):
     new = {"image_processor": json.loads((folder / "preprocessor_config.json").read_text())}
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text(json.dumps(new))
-    picture = Image.new("RGB", (40, 50), (9, 99, 200))
-    expected = model.prepare(image=picture, text="red")["image"]
-    actual = CLIP.from_pretrained(folder).prepare(image=picture, text="red")["image"]
+    image = Image.new("RGB", (40, 50), (9, 99, 200))
+    expected = model.prepare(image=image, text="red")["image"]
+    actual = CLIP.from_pretrained(folder).prepare(image=image, text="red")["image"]
     np.testing.assert_array_equal(actual, expected)
 
 

@@ -28,8 +28,6 @@ from jaxrel.models.clip import end_of_text, interpolate_positions
 from jaxrel.models.transformer import Transformer
 from tests.paths import FIXTURES
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GOLDEN = FIXTURES / "attention_clip.npz"
 # The reference values are float64 results rounded to float32; ours run in float32 through three
 # layers, which costs a few float32 roundings of values of order 1 to 10.
@@ -141,16 +139,16 @@ def test_parity_gradients(golden, reference, reference_inputs, remat):
         np.testing.assert_allclose(grads[name], grad, **TOLERANCE)
 
 
-def test_parity_one_picture_with_all_texts(golden, reference, reference_inputs):
+def test_parity_one_image_with_all_texts(golden, reference, reference_inputs):
     one = reference_inputs | {"image": reference_inputs["image"][:1]}
     expected = golden["shared/logits_per_image"][0]
     np.testing.assert_allclose(SCORE(reference, one), expected, **TOLERANCE)
 
 
-def test_readout_and_content(golden, reference, reference_inputs):
-    readout = reference.readout(reference_inputs)
-    assert readout["vision"].tolist() == [0, 0, 0]
-    assert readout["text"].tolist() == golden["eot_index"].tolist()
+def test_target_token_and_content(golden, reference, reference_inputs):
+    target_token = reference.target_tokens(reference_inputs)
+    assert target_token["vision"].tolist() == [0, 0, 0]
+    assert target_token["text"].tolist() == golden["eot_index"].tolist()
     content = reference.content(reference_inputs)
     assert content["vision"].tolist() == [[False] + [True] * 16] * 3
     for row, end in zip(np.asarray(content["text"]), golden["eot_index"], strict=True):
@@ -167,7 +165,7 @@ def test_end_of_text_conventions():
 def test_old_eos_convention_reads_the_highest_id(golden, reference, reference_inputs):
     old = nnx.clone(reference)
     old.config = replace(old.config, text=replace(old.config.text, eos_token_id=2))
-    assert old.readout(reference_inputs)["text"].tolist() == golden["eot_index"].tolist()
+    assert old.target_tokens(reference_inputs)["text"].tolist() == golden["eot_index"].tolist()
 
 
 def test_layout(small):
@@ -244,7 +242,7 @@ def test_score_is_the_logit_of_the_pair(small, inputs):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, err_msg=case)
 
 
-def test_one_picture_with_many_texts_has_gradients_of_its_own_for_each(small, inputs):
+def test_one_image_with_many_texts_has_gradients_of_its_own_for_each(small, inputs):
     one = {"image": inputs["image"][:1], "text": inputs["text"]}
     other = one | {"text": inputs["text"][jnp.array([0, 0])]}
     grads, expected = (GRADIENTS(small, x)[2]["vision"] for x in (one, other))
@@ -265,11 +263,11 @@ def test_score_under_vmap(small, inputs):
 
 def test_score_rejects_what_makes_no_pairs(small, inputs):
     three = inputs | {"text": jnp.concatenate([inputs["text"], inputs["text"][:1]])}
-    with pytest.raises(ValueError, match="2 pictures and 3 texts make no pairs: give as many"):
+    with pytest.raises(ValueError, match="2 images and 3 texts make no pairs: give as many"):
         small.score(three)
     with pytest.raises(ValueError, match=r"target 2 names no text: there are 2, 0\.\.1"):
         small.score(inputs, 2)
-    with pytest.raises(ValueError, match="target must be the text's index, one or one per picture"):
+    with pytest.raises(ValueError, match="target must be the text's index, one or one per image"):
         small.score(inputs, 0.5)
 
 
@@ -349,21 +347,21 @@ def test_interpolated_positions_keep_a_constant_and_a_same_sized_grid():
 
 
 def test_prepare(small):
-    picture = Image.new("RGB", (32, 16), (255, 0, 0))
-    inputs = small.prepare(image=picture, text="a RED circle.")
+    image = Image.new("RGB", (32, 16), (255, 0, 0))
+    inputs = small.prepare(image=image, text="a RED circle.")
     assert inputs["image"].shape == (1, 16, 16, 3)
     np.testing.assert_allclose(inputs["image"][0, 0, 0], [1, -1, -1], atol=1e-6)
     assert inputs["text"].tolist() == [[2, 4, 5, 7, 1, 3, 0, 0]]
     assert small.tokens(inputs) == [["", "a", "red", "circle", "<unk>", "", "", ""]]
-    array = small.prepare(image=np.asarray(picture), text="a RED circle.")
+    array = small.prepare(image=np.asarray(image), text="a RED circle.")
     np.testing.assert_array_equal(array["image"], inputs["image"])
 
 
-def test_prepare_reads_other_picture_modes(small):
+def test_prepare_reads_other_image_modes(small):
     palette = Image.new("P", (16, 16))
     palette.info["transparency"] = b"\x00\x01"
-    for picture in (palette, Image.new("RGBA", (16, 16)), Image.new("L", (1, 1))):
-        assert small.prepare(image=picture, text="red")["image"].shape == (1, 16, 16, 3)
+    for image in (palette, Image.new("RGBA", (16, 16)), Image.new("L", (1, 1))):
+        assert small.prepare(image=image, text="red")["image"].shape == (1, 16, 16, 3)
 
 
 def test_prepare_names_unknown_words(small):
@@ -396,7 +394,7 @@ def test_prepare_rejects_text(small, text, error, message):
     [
         (None, ValueError, "no image: pass image="),
         ([], ValueError, "no image: pass image="),
-        ("a.png", TypeError, "a PIL picture or a uint8 array, got str; open a file with"),
+        ("a.png", TypeError, "a PIL image or a uint8 array, got str; open a file with"),
         (np.zeros((4, 4, 3)), TypeError, "must be uint8 with values 0..255, got float64"),
         (np.zeros((4, 4), np.uint8), ValueError, r"\[height, width, 3\], got \[4, 4\]"),
         (Image.new("I;16", (4, 4)), ValueError, "mode I;16 .* convert it to 8 bits"),
@@ -409,20 +407,20 @@ def test_prepare_rejects_images(small, image, error, message):
 
 def test_prepare_needs_a_processor_of_this_model():
     bare = nnx.eval_shape(lambda: CLIP(SMALL, rngs=nnx.Rngs(0)))
-    picture = Image.new("RGB", (16, 16))
+    image = Image.new("RGB", (16, 16))
     with pytest.raises(ValueError, match=r"no tokenizer: its folder holds no tokenizer.json"):
-        bare.prepare(image=picture, text="red")
+        bare.prepare(image=image, text="red")
     with pytest.raises(ValueError, match="no tokenizer"):
         bare.tokens({"text": jnp.zeros((1, 8), int)})
     tokenizer = word_tokenizer(WORDS, 8)
     bare.processor = Processor(tokenizer)
     with pytest.raises(ValueError, match=r"holds no preprocessor_config.json; copy that file"):
-        bare.prepare(image=picture, text="red")
+        bare.prepare(image=image, text="red")
     wrong = replace(SMALL, text=replace(SMALL.text, eos_token_id=7))
     processor = Processor(tokenizer, image_processing(16))
     model = nnx.eval_shape(lambda: CLIP(wrong, rngs=nnx.Rngs(0), processor=processor))
     with pytest.raises(ValueError, match=r"ends a text with the id 3, .* at the id 7"):
-        model.prepare(image=picture, text="red")
+        model.prepare(image=image, text="red")
     larger = Processor(word_tokenizer([*WORDS, "one", "two", "three"], 8))
     with pytest.raises(ValueError, match="the tokenizer has 13 tokens and the model 12: this is"):
         CLIP(SMALL, rngs=nnx.Rngs(0), processor=larger)

@@ -9,8 +9,6 @@ from jaxrel import attention
 from jaxrel.models import CLIP
 from tests.models.test_clip import GOLDEN, write_golden_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LAST = slice(-1, None)
 # The stored values are float64 results rounded to float32; ours run the model in float32.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -49,7 +47,7 @@ def test_whole_matrices(model, inputs, golden, layers, name):
         inputs,
         method=("equal", "rollout", "raw", "grad_cam"),
         layers=layers,
-        readout=None,
+        target_token=None,
     )
     want = golden[f"relevance/image_full_{name}"]
     np.testing.assert_allclose(found["equal"]["vision"], want, **TOLERANCE)
@@ -70,8 +68,8 @@ def test_whole_matrices(model, inputs, golden, layers, name):
 
 
 def test_streamed_rows(model, inputs, golden):
-    readout = model.readout(inputs)
-    found = relevance(model, inputs, method="equal", readout=readout)
+    target_token = model.target_tokens(inputs)
+    found = relevance(model, inputs, method="equal", target_token=target_token)
     image = golden["relevance/image_start0"]
     np.testing.assert_allclose(found["vision"][:, 1:], image, **TOLERANCE)
     rows = golden["relevance/text_start0"][np.arange(3), golden["eot_index"]]
@@ -79,16 +77,18 @@ def test_streamed_rows(model, inputs, golden):
 
 
 def test_scores_of_the_text_as_displayed(model, inputs, golden):
-    found = relevance(model, inputs, method="equal", readout=model.readout(inputs))["text"]
+    found = relevance(model, inputs, method="equal", target_token=model.target_tokens(inputs))[
+        "text"
+    ]
     content = np.where(model.content(inputs)["text"], found, 0)
     shown = content / content.sum(-1, keepdims=True)
     np.testing.assert_allclose(shown, golden["display/text_scores_start0"], **TOLERANCE)
 
 
 @pytest.mark.parametrize(("layers", "name"), [(None, "start0"), (LAST, "last")])
-def test_one_picture_with_all_texts(model, inputs, golden, layers, name):
+def test_one_image_with_all_texts(model, inputs, golden, layers, name):
     shared = {**inputs, "image": inputs["image"][:1]}
-    found = relevance(model, shared, method="equal", layers=layers, readout=None)
+    found = relevance(model, shared, method="equal", layers=layers, target_token=None)
     image = golden[f"shared/relevance_image_{name}"]
     np.testing.assert_allclose(found["vision"][:, 0, 1:], image, **TOLERANCE)
     text = golden[f"shared/relevance_text_{name}"]

@@ -49,9 +49,6 @@ FORWARD = jax.jit(lambda model, inputs: model(inputs, return_attention=True))
 GRADIENTS = jax.jit(lambda model, inputs: model.attention_gradients(inputs))
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 @functools.cache
 def processor():
     return Processor(word_tokenizer(WORDS, STAGE1.text.context), image_processing(16))
@@ -80,7 +77,7 @@ def random_mapper(task, layers, stage1=STAGE1, processor=processor):
     return random_values(lambda: kind(config, rngs=nnx.Rngs(0), processor=processor()))
 
 
-def random_pictures(count=2, seed=0):
+def random_images(count=2, seed=0):
     return list(np.random.default_rng(seed).integers(0, 256, (count, 20, 16, 3), np.uint8))
 
 
@@ -101,7 +98,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def inputs(vqa):
-    return vqa.prepare(image=random_pictures(), text=TEXTS)
+    return vqa.prepare(image=random_images(), text=TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +222,7 @@ def only(model, inputs, patches, words):
 
 def test_hidden_is_removed(model):
     """What is not kept counts as little as if it were not there."""
-    inputs = model.prepare(image=random_pictures(), text=["is a circle", "a blue square"])
+    inputs = model.prepare(image=random_images(), text=["is a circle", "a blue square"])
     patches, words = jnp.array([[0, 1, 3], [0, 2, 4]]), jnp.array([[0, 2, 4], [0, 1, 4]])
     expected = jax.jit(only)(model, inputs, patches, words)
     rows = jnp.arange(2)[:, None]
@@ -310,7 +307,7 @@ def test_pairs_of_questions(vqa, inputs):
     probability = np.asarray(jax.nn.softmax(FORWARD(vqa, inputs)[0]))[[0, 1], best]
     named = [f"{ANSWERS[i]} ({p:.0%})" for i, p in zip(best, probability, strict=True)]
     assert vqa.describe(pairs) == named
-    assert vqa.readout(pairs)["text"].tolist() == [6, 4]
+    assert vqa.target_tokens(pairs)["text"].tolist() == [6, 4]
     content = vqa.content(pairs)
     assert content["vision"].tolist() == [[False] + [True] * 4] * 2
     assert [np.flatnonzero(row).tolist() for row in content["text"]] == [
@@ -393,8 +390,8 @@ def greedy(model, image, keep=None):
 @pytest.mark.parametrize(("bias", "ends"), [(2.5, "early"), (-100, "never")])
 def test_generate_is_greedy(caption, bias, ends):
     model = with_bias_of_the_end(caption, bias)
-    image = model.prepare(image=random_pictures(2, seed=1), text=TEXTS)["image"]
-    generated = model.prepare(image=random_pictures(2, seed=1))
+    image = model.prepare(image=random_images(2, seed=1), text=TEXTS)["image"]
+    generated = model.prepare(image=random_images(2, seed=1))
     text = np.asarray(generated["text"])
     np.testing.assert_array_equal(text, greedy(model, image))
     np.testing.assert_array_equal(generated["image"], image)
@@ -405,7 +402,7 @@ def test_generate_is_greedy(caption, bias, ends):
 
 
 def hidden_and_left_out(tokens, kept):
-    """The same choice of tokens for two pictures, as a mask and as indices."""
+    """The same choice of tokens for two images, as a mask and as indices."""
     indices = np.sort([np.random.default_rng(i).permutation(tokens)[:kept] for i in range(2)])
     return jnp.asarray((indices[..., None] == np.arange(tokens)).any(1)), jnp.asarray(indices)
 
@@ -413,10 +410,10 @@ def hidden_and_left_out(tokens, kept):
 def test_generate_from_some_patches():
     model = random_mapper("caption", layers=3)
     for path, value in values(model).items():
-        # Random biases would choose the words of all pictures.
+        # Random biases would choose the words of all images.
         if path[-1] == "bias":
             value.set_value(jnp.zeros_like(value[...]))
-    image = jnp.asarray(processor().image(random_pictures(2, seed=2)))
+    image = jnp.asarray(processor().image(random_images(2, seed=2)))
     mask, indices = hidden_and_left_out(5, 3)
     expected = greedy(model, image, mask)
     np.testing.assert_array_equal(GENERATE(model, image, mask), expected)
@@ -439,7 +436,7 @@ def test_the_bundled_model_captions_as_without_a_memory():
 @pytest.mark.parametrize("layers", [1, 3])
 def test_word_by_word_the_logits_are_those_of_all_tokens(layers):
     model = random_mapper("caption", layers)
-    image = jnp.asarray(processor().image(random_pictures()))
+    image = jnp.asarray(processor().image(random_images()))
     text = jnp.asarray(np.random.default_rng(0).integers(0, 12, (2, 9)))
     mask, _ = hidden_and_left_out(5, 3)
 
@@ -470,7 +467,7 @@ def test_generate_knows_the_end_of_old_configurations(caption):
     old.config = replace(caption.config, clip=replace(STAGE1, text=text))
     old.processor = Processor(tokenizer, processor().images)
     old.head.bias.set_value(old.head.bias[...].at[11].add(100))
-    assert old.prepare(image=random_pictures(1))["text"].tolist() == [[2, *[11] * 8]]
+    assert old.prepare(image=random_images(1))["text"].tolist() == [[2, *[11] * 8]]
 
 
 def test_pairs_of_words(caption, inputs):
@@ -480,7 +477,7 @@ def test_pairs_of_words(caption, inputs):
     np.testing.assert_array_equal(pairs["text"], inputs["text"][pairs["example"]])
     np.testing.assert_array_equal(pairs["image"], inputs["image"][pairs["example"]])
     assert pairs["text_keep"].shape == (8, 9)
-    assert caption.readout(pairs)["text"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert caption.target_tokens(pairs)["text"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert caption.describe(pairs)[4:] == [
         "what is a red [circle]",
         "[a]",
@@ -508,8 +505,8 @@ def test_save_and_load(model, folder):
     for path, value in values(model).items():
         np.testing.assert_array_equal(values(loaded)[path][...], value[...])
     np.testing.assert_array_equal(loaded.processor.text(TEXTS, 9), model.processor.text(TEXTS, 9))
-    picture = random_pictures(1)
-    np.testing.assert_array_equal(loaded.processor.image(picture), model.processor.image(picture))
+    image = random_images(1)
+    np.testing.assert_array_equal(loaded.processor.image(image), model.processor.image(image))
 
 
 def test_half_a_file(vqa, half):
@@ -647,7 +644,7 @@ def test_weights_that_do_not_fit(vqa, tmp_path):
         ({"image": None}, r"inputs lack image; they hold text\. Make them with", ValueError),
         ({"image": np.zeros((2, 16, 16, 3), np.uint8)}, r"normalised floats, got uint8", TypeError),
         ({"image": np.zeros((2, 8, 8, 3), np.float32)}, r"\[batch, 16, 16, 3\], got", ValueError),
-        ({"image": np.zeros((3, 16, 16, 3), np.float32)}, r"3 pictures and 2 texts", ValueError),
+        ({"image": np.zeros((3, 16, 16, 3), np.float32)}, r"3 images and 2 texts", ValueError),
         ({"text": np.zeros((2, 10), np.int32)}, r"at most 9 tokens, got \[2, 10\]", ValueError),
         ({"text": np.zeros((2, 9), np.float32)}, r"integer token ids, got float32", TypeError),
         ({"image_keep": np.ones((2, 4), bool)}, r"image_keep must be bool \[2, 5\]", ValueError),
@@ -662,7 +659,7 @@ def test_inputs_that_do_not_fit(model, inputs, wrong, match, kind):
 
 def test_questions_that_do_not_fit(vqa, inputs):
     three = jnp.concatenate([inputs["text"], inputs["text"][:1]])
-    with error(r"2 pictures and 3 questions make no pairs: give as many"):
+    with error(r"2 images and 3 questions make no pairs: give as many"):
         vqa.pairs({**inputs, "text": three})
     for target in ("purple", -1, 4, 1.5, None.__class__):
         with error(r"this model has no answer .*; it has 4 answers: red, blue, two, yes"):
@@ -670,20 +667,20 @@ def test_questions_that_do_not_fit(vqa, inputs):
     with error(r"3 answers for 2 questions; give one for each"):
         vqa.pairs(inputs, ["yes", "two", "red"])
     with error(r"has 10 tokens with its start and end token, .* at most 9: shorten it by 1"):
-        vqa.prepare(image=random_pictures(), text=["what is above a red circle is it"] * 2)
+        vqa.prepare(image=random_images(), text=["what is above a red circle is it"] * 2)
     with error(r"the text is empty"):
-        vqa.prepare(image=random_pictures(1), text="")
+        vqa.prepare(image=random_images(1), text="")
     with error(r"no image: pass image="):
         vqa.prepare(text="what is above")
     other = nnx.clone(vqa)
     text = replace(STAGE1.text, eos_token_id=5)
     other.config = replace(vqa.config, clip=replace(STAGE1, text=text))
     with error(r"ends a text with the id 3, and the model looks for the id 5"):
-        other.prepare(image=random_pictures(1), text="what is above")
+        other.prepare(image=random_images(1), text="what is above")
 
 
 def test_captions_that_do_not_fit(caption, inputs):
-    with error(r"the caption of picture 1 has words 1 to 3, and no word 4"):
+    with error(r"the caption of image 1 has words 1 to 3, and no word 4"):
         caption.pairs(inputs, 4)
     with error(r"has words 1 to 5, and no word 0"):
         caption.pairs(inputs, [0])
@@ -691,15 +688,15 @@ def test_captions_that_do_not_fit(caption, inputs):
         with error(r"target must be the position of a word in its caption, from 1"):
             caption.pairs(inputs, target)
     empty = inputs["text"].at[1].set(jnp.array([2, 3, *[0] * 7]))
-    with error(r"the caption of picture 1 has no words"):
+    with error(r"the caption of image 1 has no words"):
         caption.pairs({**inputs, "text": empty})
-    with error(r"2 pictures and 1 captions: give one caption per picture"):
+    with error(r"2 images and 1 captions: give one caption per image"):
         caption.pairs({**inputs, "text": inputs["text"][:1]})
     with error(r"which word of the caption\? Pass target= its position"):
         caption.score(inputs)
     plain = nnx.clone(caption)
     plain.processor = Processor(None, processor().images)
     with error(r"this model has no tokenizer, and does not know how captions start"):
-        plain.prepare(image=random_pictures(1))
+        plain.prepare(image=random_images(1))
     with error(r"this model has no tokenizer: its folder holds no tokenizer.json"):
-        jaxrel.explain(plain, image=random_pictures(1), text="a circle")
+        jaxrel.explain(plain, image=random_images(1), text="a circle")

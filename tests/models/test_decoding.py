@@ -17,8 +17,6 @@ FORM = Format(start=START, end=END, pad=PAD, context=7)
 # Sums of at most six log-probabilities in float32.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @functools.cache
 def weights(seed, vocabulary=VOCABULARY):
@@ -56,7 +54,7 @@ diverse = functools.partial(run, decoding.diverse_beam_search)
 sample = functools.partial(run, decoding.sample)
 
 
-def pictures(count, seed=0):
+def images(count, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(count, 4)), jnp.float32)
 
 
@@ -151,7 +149,7 @@ def check(found, expected):
 
 @pytest.mark.parametrize(("bias", "ends"), [(2.0, "early"), (-100.0, "never"), (0.0, "some")])
 def test_greedy(bias, ends):
-    first = pictures(12)
+    first = images(12)
     found = greedy(first, seed=1, bias=bias)
     check(found, [plain_greedy(Network(1, one, bias)) for one in first])
     assert (found.ids[:, 0] == START).all()
@@ -184,7 +182,7 @@ def test_an_end_at_the_last_place_can_be_the_models_own():
 
 def test_words_that_are_never_written():
     form = Format(START, END, PAD, 7, never=(4, 6))
-    first = pictures(6)
+    first = images(6)
     assert np.isin([4, 6], greedy(first, seed=3).ids).any()
     found = greedy(first, seed=3, form=form)
     check(found, [plain_greedy(Network(3, one, form=form)) for one in first])
@@ -198,7 +196,7 @@ def test_words_that_are_never_written():
 
 
 def test_the_end_may_be_the_padding():
-    first = pictures(5)
+    first = images(5)
     found = greedy(first, seed=1, bias=1.0, form=Format(START, END, END, 7, never=(PAD,)))
     other = greedy(first, seed=1, bias=1.0)
     np.testing.assert_array_equal(found.ids, np.where(other.ids == PAD, END, other.ids))
@@ -210,7 +208,7 @@ def test_the_end_may_be_the_padding():
 @pytest.mark.parametrize(("beams", "exponent"), [(1, None), (2, 0.7), (3, None), (5, 1.5)])
 def test_beam_search(beams, exponent):
     for seed, bias in ((0, 0.0), (1, 1.0), (2, -2.0)):
-        first = pictures(8, seed)
+        first = images(8, seed)
         found = beam_search(first, seed=seed, bias=bias, beams=beams, length_penalty=exponent)
         networks = [Network(seed, one, bias) for one in first]
         check(found, [plain_beam(one, beams, exponent=exponent)[0] for one in networks])
@@ -247,7 +245,7 @@ def test_enough_beams_find_the_most_probable_caption():
         for words in itertools.product((3, 4), repeat=length)
     ]
     assert len(captions) == 15
-    first = pictures(20)
+    first = images(20)
     better = 0
     for seed in range(3):
         sizes = {"seed": seed, "form": form, "vocabulary": vocabulary}
@@ -263,8 +261,8 @@ def test_enough_beams_find_the_most_probable_caption():
 
 
 def test_more_beams_than_words():
-    found = beam_search(pictures(2), beams=20)
-    check(found, [plain_beam(Network(0, one), 20)[0] for one in pictures(2)])
+    found = beam_search(images(2), beams=20)
+    check(found, [plain_beam(Network(0, one), 20)[0] for one in images(2)])
 
 
 # ---- diverse beam search
@@ -273,7 +271,7 @@ def test_more_beams_than_words():
 @pytest.mark.parametrize(("groups", "beams"), [(3, 2), (4, 1)])
 def test_diverse_beam_search(groups, beams):
     for seed, bias in ((0, 0.0), (1, 1.0)):
-        first = pictures(6, seed)
+        first = images(6, seed)
         found = diverse(first, seed=seed, bias=bias, groups=groups, beams=beams, penalty=0.8)
         assert found.ids.shape == (6, groups, FORM.context)
         for i, one in enumerate(first):
@@ -282,7 +280,7 @@ def test_diverse_beam_search(groups, beams):
 
 
 def test_groups_differ_because_of_the_penalty():
-    first = pictures(6)
+    first = images(6)
     alone = beam_search(first, seed=5, beams=2)
     one = diverse(first, seed=5, groups=1, beams=2, penalty=0.0)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[:, 0], one), alone)
@@ -304,8 +302,8 @@ COUNT = 4000
 
 
 def first_words(**settings):
-    """How often each word comes first, in captions of one picture; and its distribution."""
-    one = pictures(1)
+    """How often each word comes first, in captions of one image; and its distribution."""
+    one = images(1)
     found = sample(jnp.repeat(one, COUNT, axis=0), seed=2, key=jax.random.key(3), **settings)
     network = Network(2, one[0])
     p = np.zeros(VOCABULARY)
@@ -343,7 +341,7 @@ def test_only_the_most_probable_words_are_drawn():
 
 
 def test_a_key_decides_and_the_model_judges():
-    first, key = pictures(5), jax.random.key(0)
+    first, key = images(5), jax.random.key(0)
     found = sample(first, seed=2, key=key)
     again = sample(first, seed=2, key=jax.random.split(key, 5))
     jax.tree.map(np.testing.assert_array_equal, found, again)
@@ -366,7 +364,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_batch_is_one_by_one_and_jit_is_eager(way):
-    form, first = Format(START, END, PAD, 4), pictures(3)
+    form, first = Format(START, END, PAD, 4), images(3)
     keys = jax.random.split(jax.random.key(7), 3)
     write = functools.partial(WAYS[way], seed=6, form=form)
 
@@ -400,7 +398,7 @@ def test_states_are_any_tree():
         state = {"h": new, "words": words, "place": state["place"] + 1}
         return state, seen[:, None] * jnp.sin(jnp.arange(VOCABULARY) * seen[:, None])
 
-    first = pictures(3)
+    first = images(3)
     state = {"h": first, "words": jnp.zeros((3, 7), jnp.int32), "place": jnp.zeros(3, jnp.int32)}
     found = decoding.beam_search(step, state, FORM, beams=3)
 

@@ -34,8 +34,6 @@ from jaxrel.models.vision import (
 )
 from tests.paths import FIXTURES
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FIXTURE = FIXTURES / "vision.npz"
 RELEVANCE = FIXTURES / "vision_relevance.npz"
 
@@ -55,7 +53,7 @@ def error(actual, expected):
     return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
 
 
-def pictures(height=24, width=None, batch=2):
+def images(height=24, width=None, batch=2):
     rng = np.random.default_rng(1)
     return jnp.asarray(rng.normal(size=(batch, height, width or height, 3)), jnp.float32)
 
@@ -231,7 +229,7 @@ STACKS = {
 
 
 def stored(fixture, name):
-    """The arrays of a stack; pictures, features and relevance with the channels last."""
+    """The arrays of a stack; images, features and relevance with the channels last."""
     with np.load(fixture, allow_pickle=False) as file:
         arrays = {k.removeprefix(f"{name}/"): file[k] for k in file.files if k.startswith(name)}
     return {
@@ -241,7 +239,7 @@ def stored(fixture, name):
 
 
 def stack(name):
-    """The model, a picture, and the features that torch computes of it."""
+    """The model, an image, and the features that torch computes of it."""
     config, renamed = STACKS[name]
     arrays = stored(FIXTURE, name)
     tensors = {k.removeprefix("w/"): v for k, v in arrays.items() if k.startswith("w/")}
@@ -260,14 +258,14 @@ def test_features_are_those_of_torch(name):
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("size", [(24, 24), (33, 26)], ids=["even", "odd"])
 def test_features_are_those_of_a_naive_forward(name, size, loaded):
-    x = pictures(*size)
+    x = images(*size)
     # float32, in another order of additions.
     assert error(forward(loaded[name], x), naive(tensors_of(name), x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_jit_is_eager_and_a_batch_is_one_by_one(name, loaded):
-    model, x = loaded[name], pictures()
+    model, x = loaded[name], images()
     features = forward(model, x)
     # float32, compiled otherwise.
     assert error(model(x), features) < 1e-5
@@ -278,10 +276,10 @@ def test_jit_is_eager_and_a_batch_is_one_by_one(name, loaded):
 def test_bfloat16(name, loaded):
     model = encoder_from_tensors(TINY[name], tensors_of(name), dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
-    features = forward(model, pictures())
+    features = forward(model, images())
     assert features.dtype == jnp.bfloat16
     # Eight bits of mantissa, through up to nine convolutions; measured: 0.02.
-    assert error(features, forward(loaded[name], pictures())) < 0.06
+    assert error(features, forward(loaded[name], images())) < 0.06
 
 
 @pytest.mark.parametrize(
@@ -289,7 +287,7 @@ def test_bfloat16(name, loaded):
     [(name, preset) for name in TINY for preset in ("epsilon_plus", "captioning")],
 )
 def test_features_can_be_explained(name, preset, loaded):
-    model, x = loaded[name], pictures()
+    model, x = loaded[name], images()
     relevance = jaxrel.lrp(lambda m, x: m(x), getattr(composites, preset)(), argnums=1)
     relevance = jax.jit(relevance)(model, x)
     assert relevance.shape == x.shape
@@ -299,7 +297,7 @@ def test_features_can_be_explained(name, preset, loaded):
 
 def test_normalisation_is_folded_into_its_convolution(loaded):
     plan = jaxrel.plan(lambda model, x: model(x), composites.epsilon_plus(), argnums=1)
-    rows = [row for row in plan(loaded["basic"], pictures()) if row.kind == "conv"]
+    rows = [row for row in plan(loaded["basic"], images()) if row.kind == "conv"]
     assert all("normalisation folded in" in row.note for row in rows)
     assert all("x >= 0" in row.note for row in rows if not row.first)
     assert "stages/1/rest/convs/0/conv/kernel" in {path for row in rows for path in row.paths}
@@ -433,7 +431,7 @@ def test_relevance_of_the_summands_is_that_of_the_reference():
 
 def test_normalisation_has_a_row_of_its_own_where_an_entry_names_it(loaded):
     def rows(composite):
-        return jaxrel.plan(apply, composite, argnums=1)(loaded["basic"], pictures())
+        return jaxrel.plan(apply, composite, argnums=1)(loaded["basic"], images())
 
     found = rows(composites.captioning())
     assert not any("folded" in row.note for row in found)
@@ -480,7 +478,7 @@ def test_the_bias_before_a_normalisation_is_not_part_of_it(core, x64):
 
 def test_normalisation_loses_what_its_shift_takes(loaded):
     found = jaxrel.conservation(apply, composites.captioning(), argnums=1)(
-        loaded["basic"].stem, pictures()
+        loaded["basic"].stem, images()
     )
     (one,) = (one for one in found if one.kind == "batch_norm")
     # Sums of 1440 terms of both signs, in float32.
@@ -493,7 +491,7 @@ def test_normalisation_loses_what_its_shift_takes(loaded):
 def test_relevance_of_the_weights_of_a_normalisation(loaded):
     at = (jaxrel.path("conv/kernel"), jaxrel.path("norm/scale"))
     explain = jaxrel.lrp(apply, composites.captioning(), argnums=1, at=at)
-    _, found = explain(loaded["basic"].stem, pictures())
+    _, found = explain(loaded["basic"].stem, images())
     # All that goes through the scale of a channel goes on through the kernel's weights.
     assert error(found["norm/scale"], found["conv/kernel"].sum((0, 1, 2))) < PARITY
 
@@ -502,7 +500,7 @@ def test_depth_does_not_grow_the_trace():
     def equations(depth):
         config = ResNetConfig("basic", (2, depth), (4, 6), 5)
         model = nnx.eval_shape(lambda: make_encoder(config, rngs=nnx.Rngs(0)))
-        return len(jax.make_jaxpr(lambda model, x: model(x))(model, pictures()).eqns)
+        return len(jax.make_jaxpr(lambda model, x: model(x))(model, images()).eqns)
 
     assert equations(2) == equations(12)
 
@@ -518,7 +516,7 @@ def test_statistics_are_not_trained(loaded):
 def test_new_encoders_give_features_of_the_size_of_their_input(name):
     model = nnx.jit(lambda: make_encoder(TINY[name], rngs=nnx.Rngs(0)))()
     # The initial values keep the size of the activations, within what few channels can tell.
-    assert 0.05 < np.std(forward(model, pictures())) < 20
+    assert 0.05 < np.std(forward(model, images())) < 20
 
 
 # ---- sizes
@@ -611,7 +609,7 @@ def changed(config, **changes):
         (lambda: BASIC.grid((8, -8)), r"resnet: image_size .* got \(8, -8\)"),
         (
             lambda: check_images(BASIC, np.zeros((2, 3, 24, 24), np.float32)),
-            r"pictures \[batch, height, width, 3\], got \[2, 3, 24, 24\]",
+            r"images \[batch, height, width, 3\], got \[2, 3, 24, 24\]",
         ),
         (lambda: check_images(BASIC, np.zeros((24, 24, 3), np.float32)), r"got \[24, 24, 3\]"),
     ],
@@ -621,12 +619,12 @@ def test_bad_sizes(make, match):
         make()
 
 
-def test_a_model_refuses_pictures_that_are_too_small(loaded):
+def test_a_model_refuses_images_that_are_too_small(loaded):
     with pytest.raises(ValueError, match="3 x 3 pixels is too small"):
-        loaded["vgg"](pictures(3))
+        loaded["vgg"](images(3))
 
 
-def test_pictures_must_be_floats():
+def test_images_must_be_floats():
     with pytest.raises(TypeError, match="images must be normalised floats, got uint8"):
         check_images(BASIC, np.zeros((2, 24, 24, 3), np.uint8))
 
@@ -815,13 +813,13 @@ def test_variants_that_tensors_do_not_show(loaded, tmp_path):
 
 
 def test_imagenet_processing(tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 31, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 31, 3), np.uint8))
     processor = Processor(None, imagenet_processing(24))
-    resized = np.asarray(picture.resize((24, 24), Image.Resampling.BILINEAR), np.float32)
+    resized = np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR), np.float32)
     expected = (resized / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
     # float32 values of order 1.
-    np.testing.assert_allclose(processor.image(picture)[0], expected, atol=1e-6)
-    assert processor.seen(picture).size == picture.size
+    np.testing.assert_allclose(processor.image(image)[0], expected, atol=1e-6)
+    assert processor.seen(image).size == image.size
     processor.save(tmp_path)
     again = Processor.from_folder(tmp_path)
-    np.testing.assert_array_equal(again.image(picture), processor.image(picture))
+    np.testing.assert_array_equal(again.image(image), processor.image(image))

@@ -15,8 +15,6 @@ from jaxrel import composites
 from jaxrel.propagation.rules import Epsilon, Gamma, Gradient, ZPlus
 from tests.paths import FIXTURES
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 EPS = 1e-6
 
 

@@ -26,8 +26,6 @@ from jaxrel.propagation.rules import (
     ZPlus,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 RULES = nnx.Rngs(0)
 W42 = np.ones((4, 2), np.float32)
 F64 = {"rngs": RULES, "param_dtype": jnp.float64}

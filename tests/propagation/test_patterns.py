@@ -22,8 +22,6 @@ from jaxrel.propagation.rules import (
 )
 from tests.propagation.test_lrp import normal, stack_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(autouse=True)
 def _x64(x64):

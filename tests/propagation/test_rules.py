@@ -43,8 +43,6 @@ from jaxrel.propagation.rules import (
 )
 from tests.paths import FIXTURES
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 EPS = 1e-6
 # Float64 sums of some tens of terms, over denominators that may cancel to 1e-3 of them.
 EXACT = 1e-12

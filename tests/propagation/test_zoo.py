@@ -13,8 +13,6 @@ import jaxrel
 from jaxrel import composites, everything, layer, op, rules
 from tests.zoo import BIAS_FREE, ZOO
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # Two networks take as long to compile as all others together. They are in the tests that ask
 # whether relevance is right, and not in those that ask whether JAX's transformations agree.
 HEAVY = {"vgg16", "resnet50"}

@@ -1,4 +1,4 @@
-"""Reports: colours, overlays, the picture and the page, and inputs at their extremes."""
+"""Reports: colours, overlays, the image and the page, and inputs at their extremes."""
 
 import itertools
 import os
@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from jaxrel import report
-from jaxrel.explanations.flags import Verdict
+from jaxrel.explanations.flags import Flag
 from jaxrel.explanations.result import Explanation
-from jaxrel.report import colours, content, fonts, png
+from jaxrel.report import colours, content, figures, fonts
 from jaxrel.report.heat import flat, upsample
 
 
@@ -26,7 +26,7 @@ def make(**changes):
         image=rng.normal(size=(2, 4, 4)),
         text=rng.normal(size=(2, 5)),
         tokens=[["", "a", "red", "cir", "##cle"], ["", "a", "blue", "square", ""]],
-        pictures=rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8),
+        pixels=rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8),
         model="clip-shapes",
         settings="layers 0 to 3",
         report={"seconds": 0.5, "loss": {"bias": 0.25, "layers": [1, 2]}, "streaming": True},
@@ -103,34 +103,34 @@ def test_upsampling_is_bilinear_between_pixel_centres():
 @pytest.mark.parametrize("shade", [0, 128, 255])
 @pytest.mark.parametrize("signed", [True, False])
 def test_heat_is_visible_on_any_background(shade, signed):
-    picture = np.full((40, 40, 3), shade, np.uint8)
+    image = np.full((40, 40, 3), shade, np.uint8)
     relevance = np.zeros((2, 2))
     relevance[0, 0] = 1
-    drawn = report.overlay(picture, relevance, signed=signed)
-    assert drawn.shape == picture.shape
+    drawn = report.overlay(image, relevance, signed=signed)
+    assert drawn.shape == image.shape
     assert drawn.dtype == np.uint8
     # 20 steps of L* are far above the just noticeable difference, which is about 2.
     assert lightness(drawn[-1, -1]) - lightness(drawn[0, 0]) > 20
 
 
-def test_overlay_keeps_the_picture_visible_and_only_heat_coloured():
-    picture = np.zeros((4, 8, 3), np.uint8)
-    picture[:, 4:] = (0, 255, 0)
-    drawn = report.overlay(picture, np.zeros((1, 1)), signed=True).astype(int)
+def test_overlay_keeps_the_image_visible_and_only_heat_coloured():
+    image = np.zeros((4, 8, 3), np.uint8)
+    image[:, 4:] = (0, 255, 0)
+    drawn = report.overlay(image, np.zeros((1, 1)), signed=True).astype(int)
     assert drawn[0, 7, 0] - drawn[0, 0, 0] > 10
-    assert (np.ptp(drawn, axis=-1) == 0).all()  # no green: the picture is grey
+    assert (np.ptp(drawn, axis=-1) == 0).all()  # no green: the image is grey
 
 
 def test_overlay_scales_by_the_largest_absolute_value():
-    picture = np.full((2, 2, 3), 90, np.uint8)
+    image = np.full((2, 2, 3), 90, np.uint8)
     relevance = np.array([[-4.0, 0.0], [0.0, 2.0]])
-    a = report.overlay(picture, relevance, signed=True)
-    b = report.overlay(picture, 1000 * relevance, signed=True)
+    a = report.overlay(image, relevance, signed=True)
+    b = report.overlay(image, 1000 * relevance, signed=True)
     np.testing.assert_array_equal(a, b)
     assert lightness(a[0, 0]) < lightness(a[1, 1]) < lightness(a[0, 1])
 
 
-def test_a_map_without_picture_is_drawn_flat():
+def test_a_map_without_image_is_drawn_flat():
     drawn = flat(np.array([[0.0, 1.0]]), 10, 20, signed=False)
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) == 2
 
@@ -141,7 +141,7 @@ def test_a_map_without_picture_is_drawn_flat():
 def test_long_text_wraps_within_the_width():
     font = fonts.choose("", 15)
     text = "a caption that is longer than one line " + "x" * 200
-    lines = png._wrap(text, font, 120)
+    lines = figures._wrap(text, font, 120)
     assert len(lines) > 5
     assert all(font.getlength(line) <= 120 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
@@ -160,40 +160,40 @@ def test_clean_leaves_one_line_of_text():
     assert content.clean("круг 日本 🐕") == "круг 日本 🐕"
 
 
-# The picture
+# The image
 
 
-def test_picture_has_a_row_per_example_and_a_column_per_method():
+def test_image_has_a_row_per_example_and_a_column_per_method():
     one = make()
     both = [one, make(method="raw")]
-    size = report.picture(one).size
-    assert report.picture([one]).size == size
+    size = report.figure(one).size
+    assert report.figure([one]).size == size
     # A column is a cell and a gap of 24 pixels.
-    assert report.picture(both).width - size[0] == 320 + 24
-    assert report.picture(both, cell=100).width - report.picture(one, cell=100).width == 100 + 24
-    assert report.picture(one[0]).height < size[1] < 2 * report.picture(one[0]).height
-    assert report.picture(both).mode == "RGB"
+    assert report.figure(both).width - size[0] == 320 + 24
+    assert report.figure(both, cell=100).width - report.figure(one, cell=100).width == 100 + 24
+    assert report.figure(one[0]).height < size[1] < 2 * report.figure(one[0]).height
+    assert report.figure(both).mode == "RGB"
 
 
 def test_nothing_is_drawn_in_the_margin():
-    pixels = np.asarray(report.picture([make(), make(method="a long name " * 6)]))
+    pixels = np.asarray(report.figure([make(), make(method="a long name " * 6)]))
     framed = np.ones(pixels.shape[:2], bool)
     framed[32:-32, 32:-32] = False
     assert (pixels[framed] == 255).all()
 
 
-def test_small_pictures_keep_their_pixels_and_large_ones_are_reduced():
+def test_small_images_keep_their_pixels_and_large_ones_are_reduced():
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(png.fit(small, 320), small.repeat(5, 0).repeat(5, 1))
-    assert png.fit(np.zeros((480, 640, 3), np.uint8), 320).shape == (240, 320, 3)
-    assert png.fit(np.zeros((3000, 2, 3), np.uint8), 320).shape == (320, 1, 3)
-    assert png.fit(np.zeros((2, 3000, 3), np.uint8), 320).shape == (1, 320, 3)
+    np.testing.assert_array_equal(figures.fit(small, 320), small.repeat(5, 0).repeat(5, 1))
+    assert figures.fit(np.zeros((480, 640, 3), np.uint8), 320).shape == (240, 320, 3)
+    assert figures.fit(np.zeros((3000, 2, 3), np.uint8), 320).shape == (320, 1, 3)
+    assert figures.fit(np.zeros((2, 3000, 3), np.uint8), 320).shape == (1, 320, 3)
 
 
 def test_rendering_is_deterministic():
     explanations = [make(), make(method="raw")]
-    assert png.png(report.picture(explanations)) == png.png(report.picture(explanations))
+    assert figures.png(report.figure(explanations)) == figures.png(report.figure(explanations))
     assert report.page(explanations) == report.page(explanations)
 
 
@@ -205,13 +205,13 @@ def test_rendering_is_deterministic():
         bare([[0.5]], signed=False),
         bare([[-1e-30]], signed=True),
         bare(np.ones((1, 500)), signed=False),
-        bare(np.ones((3, 3)), signed=False, pictures=np.zeros((1, 8, 3000, 3), np.uint8)),
-        bare(np.ones((3, 3)), signed=False, pictures=np.zeros((1, 3000, 8, 3), np.uint8)),
-        bare(np.ones((3, 3)), signed=False, pictures=np.zeros((1, 1, 1, 3), np.uint8)),
-        bare(np.ones((600, 600)), signed=False, pictures=np.zeros((1, 600, 600, 3), np.uint8)),
+        bare(np.ones((3, 3)), signed=False, pixels=np.zeros((1, 8, 3000, 3), np.uint8)),
+        bare(np.ones((3, 3)), signed=False, pixels=np.zeros((1, 3000, 8, 3), np.uint8)),
+        bare(np.ones((3, 3)), signed=False, pixels=np.zeros((1, 1, 1, 3), np.uint8)),
+        bare(np.ones((600, 600)), signed=False, pixels=np.zeros((1, 600, 600, 3), np.uint8)),
         bare([[3e38, -3e38]], signed=True),
         make(image=None),
-        make(image=None, pictures=None),
+        make(image=None, pixels=None),
         make(text=None, tokens=()),
         make(text=np.zeros((2, 3)), tokens=[["", "", ""], ["", "a", ""]]),
         make(text=np.ones((2, 40)), tokens=[[f"word{i}" for i in range(40)]] * 2),
@@ -369,48 +369,48 @@ def test_fragment_shows_the_first_examples_of_many():
     assert "The first" not in report.fragment(many[:8])
 
 
-# Words that are doubted
+# Words that are flagged
 
 
 def judged(value, **changes):
     """The word of the first example is judged."""
-    verdict = Verdict("<circle>", "mean", value, 0.5, 0.75, "AUC 0.80 & more")
-    return make(target=["a red [<circle>]", "a [blue]"], verdicts=[verdict, None], **changes)
+    flag = Flag("<circle>", "mean", value, 0.5, 0.75, "AUC 0.80 & more")
+    return make(target=["a red [<circle>]", "a [blue]"], flags=[flag, None], **changes)
 
 
-def test_page_marks_doubted_words_and_says_why():
-    doubted, sure = judged(0.25), judged(0.75, method="raw")
-    html = report.page([sure, doubted])
+def test_page_marks_flagged_words_and_says_why():
+    flagged, sure = judged(0.25), judged(0.75, method="raw")
+    html = report.page([sure, flagged])
     parse(html)
     assert html.count("<mark>") == 1
     assert "<h2>a red <mark>[&lt;circle&gt;]</mark></h2>" in html
     assert (
-        '<p class="verdict doubted">likely hallucinated: mean of the map 0.25, below 0.5 '
+        '<p class="flag flagged">likely hallucinated: mean of the map 0.25, below 0.5 '
         "(75% of the words below it were hallucinated, AUC 0.80 &amp; more)</p>" in html
     )
-    assert '<p class="verdict muted">not doubted: mean of the map 0.75, at least 0.5</p>' in html
+    assert '<p class="flag muted">not flagged: mean of the map 0.75, at least 0.5</p>' in html
     assert "<mark>" not in report.page(sure)
-    assert 'class="verdict' not in report.page(make())
+    assert 'class="flag' not in report.page(make())
 
 
-def test_a_doubted_target_in_other_words_is_marked_whole():
-    one = make(verdicts=[Verdict("circle", "mean", 0.25, 0.5, 1.0, ""), None])
+def test_a_flagged_target_in_other_words_is_marked_whole():
+    one = make(flags=[Flag("circle", "mean", 0.25, 0.5, 1.0, ""), None])
     assert content.target([one], 0) == ("", "a red circle")
     assert content.target([one], 1) == ("a blue square", "")
     assert "<h2><mark>a red circle</mark></h2>" in report.page(one)
 
 
 def doubt_of(explanations):
-    """Where the picture has the colour of doubt."""
-    return (np.asarray(report.picture(explanations)) == png._DOUBT).all(-1)
+    """Where the image has the colour of doubt."""
+    return (np.asarray(report.figure(explanations)) == png._FLAGGED).all(-1)
 
 
-def test_picture_underlines_doubted_words_and_says_why():
-    sure, doubted = judged(0.75), judged(0.25)
+def test_image_underlines_flagged_words_and_says_why():
+    sure, flagged = judged(0.75), judged(0.25)
     assert not doubt_of(make()).any()
     assert not doubt_of(sure).any()
-    assert report.picture(sure).height > report.picture(make(target=sure.target)).height
-    red = doubt_of(doubted)
+    assert report.figure(sure).height > report.figure(make(target=sure.target)).height
+    red = doubt_of(flagged)
     first, second = red[:, : 32 + 320], red[:, 32 + 320 + 24 :]
     assert second.any()
     # Below "[<circle>]" and not below the words before it; two pixels thick.
@@ -423,11 +423,11 @@ def test_picture_underlines_doubted_words_and_says_why():
     assert end - 8 < columns.max() <= end + 1
 
 
-def test_a_doubted_word_that_is_wider_than_a_line_is_drawn():
+def test_a_flagged_word_that_is_wider_than_a_line_is_drawn():
     word = "x" * 300
-    verdict = Verdict(word, "mean", 0.0, 1.0, 1.0, "y" * 300)
-    one = make(target=[f"a [{word}]", "b"], verdicts=[verdict, None])
-    pixels = np.asarray(report.picture(one, cell=80))
+    flag = Flag(word, "mean", 0.0, 1.0, 1.0, "y" * 300)
+    one = make(target=[f"a [{word}]", "b"], flags=[flag, None])
+    pixels = np.asarray(report.figure(one, cell=80))
     framed = np.ones(pixels.shape[:2], bool)
     framed[32:-32, 32:-32] = False
     assert (pixels[framed] == 255).all()
@@ -441,30 +441,30 @@ def test_a_doubted_word_that_is_wider_than_a_line_is_drawn():
     [
         ({"target": ["a", "b"]}, "target"),
         ({"tokens": [["a"] * 5] * 2}, "tokens"),
-        ({"pictures": np.zeros((2, 64, 64, 3), np.uint8)}, "pictures"),
-        ({"pictures": np.zeros((2, 9, 9, 3), np.uint8)}, "pictures"),
+        ({"images": np.zeros((2, 64, 64, 3), np.uint8)}, "images"),
+        ({"images": np.zeros((2, 9, 9, 3), np.uint8)}, "images"),
     ],
 )
 def test_explanations_of_other_inputs_are_refused(changes, what):
     other = make(method="raw", **changes)
-    for draw in (report.picture, report.page, report.fragment):
+    for draw in (report.image, report.page, report.fragment):
         with pytest.raises(ValueError, match=f"'weighted' and 'raw' differ in {what}"):
             draw([make(), other])
 
 
 def test_methods_of_one_modality_stand_beside_those_of_both():
-    image_only = make(method="grad_cam", text=None, tokens=(), pictures=None)
-    text_only = make(method="text", image=None, pictures=None)
+    image_only = make(method="grad_cam", text=None, tokens=(), pixels=None)
+    text_only = make(method="text", image=None, pixels=None)
     page = parse(report.page([image_only, text_only, make()]))
     assert len(page.all("img")) == 2 * 3
 
 
 def test_empty_lists_and_narrow_cells_are_refused():
-    for draw in (report.picture, report.page, report.fragment):
+    for draw in (report.image, report.page, report.fragment):
         with pytest.raises(ValueError, match="at least one explanation, got an empty list"):
             draw([])
     with pytest.raises(ValueError, match="cell is 20 pixels; words need at least 80"):
-        report.picture(make(), cell=20)
+        report.figure(make(), cell=20)
 
 
 def test_save_refuses_other_suffixes_and_leaves_nothing(tmp_path):
@@ -479,5 +479,5 @@ def test_save_writes_several_side_by_side(tmp_path):
     explanations = [make(), make(method="raw")]
     report.save(explanations, tmp_path / "a.PNG")
     report.save(explanations, str(tmp_path / "a.html"))
-    assert (tmp_path / "a.PNG").read_bytes() == png.png(report.picture(explanations))
+    assert (tmp_path / "a.PNG").read_bytes() == figures.png(report.figure(explanations))
     assert (tmp_path / "a.html").read_text(encoding="utf-8") == report.page(explanations)

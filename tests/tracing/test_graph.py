@@ -11,12 +11,10 @@ from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 import jaxrel
-from jaxrel.tracing import Edits, Step, Touch, tag_name, tap_shapes, trace
+from jaxrel.tracing import Edits, Interceptor, Step, tag_name, tap_shapes, trace
 from jaxrel.tracing.analysis import dependents
 from jaxrel.tracing.evaluate import evaluate
 from jaxrel.tracing.rewrite import cut_scans
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 LAYERS, BATCH, WIDTH = 3, 2, 4
 WEIGHTS = np.random.default_rng(0).normal(size=(LAYERS, WIDTH, WIDTH)).astype(np.float32)
@@ -230,15 +228,15 @@ CONSTRUCTS = {
 
 @pytest.mark.parametrize("fun", CONSTRUCTS.values(), ids=CONSTRUCTS.keys())
 def test_an_evaluated_graph_is_the_function_and_keeps_its_derivative(fun):
-    # Rebuild every body: a touch on everything tagged, that does nothing.
+    # Rebuild every body: an interceptor on everything tagged, that does nothing.
     def again(x):
         traced = trace(fun, x)
-        touches = {
-            node.outs[0]: Touch(lambda carrier, value: (carrier, value))
+        interceptors = {
+            node.outs[0]: Interceptor(lambda carrier, value: (carrier, value))
             for node in traced.graph.walk()
             if tag_name(node)
         }
-        result = evaluate(traced.graph, traced.args, Edits(touches=touches), carrier=0.0)
+        result = evaluate(traced.graph, traced.args, Edits(interceptors=interceptors), carrier=0.0)
         return traced.unflatten(result.outs)
 
     np.testing.assert_array_equal(again(X), fun(X))
@@ -282,7 +280,7 @@ def test_a_step_can_be_replaced_inside_a_remated_scan():
 
 
 def test_a_carrier_rides_through_control_flow_and_back():
-    """A touch that counts on the way forward and doubles its cotangent on the way back."""
+    """An interceptor that counts on the way forward and doubles its cotangent on the way back."""
 
     @jax.custom_vjp
     def count(carrier, value):
@@ -293,7 +291,7 @@ def test_a_carrier_rides_through_control_flow_and_back():
     def run(fun, start):
         traced = trace(fun, X)
         tags = [node.outs[0] for node in traced.graph.walk() if tag_name(node)]
-        edits = Edits(touches={value: Touch(count) for value in tags})
+        edits = Edits(interceptors={value: Interceptor(count) for value in tags})
         return evaluate(traced.graph, traced.args, edits, carrier=start).carrier
 
     both = lambda x: lax.cond(x.sum() > -9, scanned, unrolled, x)

@@ -2,7 +2,7 @@
 
 `jaxrel.explanations.words` is compared with it, in values and in time. Of `jaxrel` it takes a
 model's weights and nothing else. Each operation runs by itself; loops go over the words, back over
-the decoder's steps and back over the encoder's layers. There is one picture and no batch. The values
+the decoder's steps and back over the encoder's layers. There is one image and no batch. The values
 of the forward pass are computed once, and all else is computed word by word.
 
 Gates, attention maps and the sentinel's weight are constants, and relevance passes ReLU and tanh
@@ -23,7 +23,7 @@ def plain_word_relevance(model, image, text, positions):
     """Relevance of words of one caption: in pixels, [words, height, width], and [words, tokens].
 
     `model` is a `Captioner` with a VGG, of the kind "gridtd" with the paper's form of attention or
-    "aoa"; `image` is a normalised picture, [height, width, 3], that each pooling halves without a
+    "aoa"; `image` is a normalised image, [height, width, 3], that each pooling halves without a
     rest, and `text` its token ids.
     """
     weights = nnx.to_pure_dict(nnx.state(model))
@@ -217,9 +217,9 @@ class AoA:
 # ---- the encoder: alpha 1, beta 0 without bias
 
 
-def encode(stages, picture):
+def encode(stages, image):
     """The features, and the input and kernel of each layer, whose kernel is None if it pools."""
-    x, layers = picture, []
+    x, layers = image, []
     for index, stage in stages.items():
         if index:
             layers.append((x, None))
@@ -244,7 +244,7 @@ def convolve(x, kernel):
 def conv_back(relevance, x, kernel):
     """x⁺ w⁺ and x⁻ w⁻ share everything."""
     parts = [(relu(x), relu(kernel))]
-    # Of all inputs only the picture's values have both signs.
+    # Of all inputs only the image's values have both signs.
     if (x < 0).any():
         parts.append((-relu(-x), -relu(-kernel)))
     z = sum(convolve(a, w) for a, w in parts)

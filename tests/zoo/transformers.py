@@ -95,7 +95,7 @@ def small_clip(key, dtype):
 
 
 def clip_image(key, dtype):
-    """A picture, compared with fixed texts."""
+    """An image, compared with fixed texts."""
     weights, inputs, texts = jax.random.split(key, 3)
     model, computes = small_clip(weights, dtype)
     others = normal(generator(texts), (CLASSES, 10), jnp.float32)
@@ -111,7 +111,7 @@ def clip_image(key, dtype):
 
 
 def clip_text(key, dtype):
-    """A text's embeddings, compared with fixed pictures."""
+    """A text's embeddings, compared with fixed images."""
     weights, inputs, images = jax.random.split(key, 3)
     model, computes = small_clip(weights, dtype)
     others = normal(generator(images), (CLASSES, 10), jnp.float32)

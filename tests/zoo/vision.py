@@ -120,14 +120,14 @@ class GroupNormNet(nnx.Module):
         return self.head(jnp.mean(x, axis=(1, 2)))
 
 
-def pictures(key, dtype, side=SIDE):
+def images(key, dtype, side=SIDE):
     return normal(generator(key), (BATCH, side, side, 3), dtype)
 
 
 def network(build, key, dtype, *, biased):
     weights, inputs = jax.random.split(key)
     params = filled(lambda: build(rngs=nnx.Rngs(0)), weights, dtype, biased=biased)
-    return Case(call, params, pictures(inputs, dtype), "rectifier", conserves=not biased)
+    return Case(call, params, images(inputs, dtype), "rectifier", conserves=not biased)
 
 
 def vgg16(key, dtype, *, biased=True):

@@ -2,7 +2,7 @@
 
 FOLDER/annotations/captions_val2017.json      instances_val2017.json
 FOLDER/val2017/000000000139.jpg               also train2017/, train2014/, val2014/
-FOLDER/dataset_coco.json                      Karpathy's split of the 2014 pictures
+FOLDER/dataset_coco.json                      Karpathy's split of the 2014 images
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrel.train.data.files import (
     Choice,
-    PictureSource,
+    ImageSource,
     Place,
     Record,
     StrPath,
@@ -21,9 +21,9 @@ from jaxrel.train.data.files import (
     check_layout,
     field,
     file_name,
+    image_source,
     leave_out,
     new_id,
-    picture_source,
     places,
     read_annotations,
 )
@@ -32,9 +32,9 @@ from jaxrel.train.data.karpathy import parse_splits, read_split
 SPLITS = ("train2014", "val2014", "train2017", "val2017")
 KARPATHY_SPLITS = ("train", "restval", "val", "test")
 
-# Annotators' boxes end up to a pixel beyond the picture.
+# Annotators' boxes end up to a pixel beyond the image.
 _MARGIN = 1.0
-_ADVICE = "Unpack them there, or say where they are with annotations= and pictures="
+_ADVICE = "Unpack them there, or say where they are with annotations= and images="
 
 
 def captions(
@@ -42,36 +42,36 @@ def captions(
     split: str,
     *,
     annotations: StrPath | None = None,
-    pictures: StrPath | None = None,
+    images: StrPath | None = None,
     missing: Choice = "error",
     corrupt: Choice = "error",
     blank: Choice = "skip",
-) -> PictureSource:
-    """Pictures with about five captions each, in the official splits.
+) -> ImageSource:
+    """Images with about five captions each, in the official splits.
 
     Args:
       folder: holds annotations/captions_{split}.json and {split}/.
       split: "train2014", "val2014", "train2017" or "val2017".
       annotations: the captions file, where it is elsewhere.
-      pictures: the folder that holds {split}/, where it is elsewhere.
-      missing: as in `files.picture_source`.
+      images: the folder that holds {split}/, where it is elsewhere.
+      missing: as in `files.image_source`.
       corrupt: likewise.
-      blank: captions without a letter, and pictures without captions: "skip" leaves them out
+      blank: captions without a letter, and images without captions: "skip" leaves them out
         with one counted warning, "error" raises.
 
     Returns:
       A source of dicts with `"id"` (the image's), `"image"`, `"file"`, `"captions"` (texts,
-      stripped) and `"caption_ids"`; `source.records` has all but the picture.
+      stripped) and `"caption_ids"`; `source.records` has all but the image.
 
     Raises:
-      FileNotFoundError: the file, the folder or pictures are missing.
+      FileNotFoundError: the file, the folder or images are missing.
       ValueError: the split is unknown, or the file is damaged or inconsistent.
     """
     _check_choices(split, missing=missing, corrupt=corrupt, blank=blank)
-    path, root = _find(folder, "captions", split, annotations, pictures)
-    _check_pictures(root, (split,), {path: f"captions, of {_archive(split)}"})
+    path, root = _find(folder, "captions", split, annotations, images)
+    _check_images(root, (split,), {path: f"captions, of {_archive(split)}"})
     records = _read_captions(path, split, blank)
-    return picture_source(f"COCO captions {split}", root, records, missing=missing, corrupt=corrupt)
+    return image_source(f"COCO captions {split}", root, records, missing=missing, corrupt=corrupt)
 
 
 def karpathy_captions(
@@ -79,20 +79,20 @@ def karpathy_captions(
     split: str,
     *,
     annotations: StrPath | None = None,
-    pictures: StrPath | None = None,
+    images: StrPath | None = None,
     missing: Choice = "error",
     corrupt: Choice = "error",
     blank: Choice = "skip",
-) -> PictureSource:
-    """Pictures of 2014 with captions, in the split of Karpathy and Fei-Fei (2015).
+) -> ImageSource:
+    """Images of 2014 with captions, in the split of Karpathy and Fei-Fei (2015).
 
     Args:
       folder: holds dataset_coco.json, train2014/ and val2014/.
-      split: "train" (82783 pictures), "restval" (30504), "val" (5000), "test" (5000), or several
+      split: "train" (82783 images), "restval" (30504), "val" (5000), "test" (5000), or several
         with +; papers train on "train+restval".
       annotations: the split file, where it is elsewhere.
-      pictures: the folder that holds train2014/ and val2014/, where they are elsewhere.
-      missing: as in `files.picture_source`.
+      images: the folder that holds train2014/ and val2014/, where they are elsewhere.
+      missing: as in `files.image_source`.
       corrupt: likewise.
       blank: as in `captions`.
 
@@ -101,18 +101,18 @@ def karpathy_captions(
       `"captions"`, `"tokens"` (per caption) and `"caption_ids"`.
 
     Raises:
-      FileNotFoundError: the file, the folders or pictures are missing.
+      FileNotFoundError: the file, the folders or images are missing.
       ValueError: the split is unknown, or the file is damaged or inconsistent.
     """
     splits = parse_splits(split, KARPATHY_SPLITS, "COCO, Karpathy's split")
     _check_choices(None, missing=missing, corrupt=corrupt, blank=blank)
     path = Path(annotations) if annotations is not None else Path(folder) / "dataset_coco.json"
-    root = Path(pictures if pictures is not None else folder)
+    root = Path(images if images is not None else folder)
     folders = [name for name, ours in _KARPATHY_FOLDERS.items() if ours & set(splits)]
-    _check_pictures(root, folders, {path: "Karpathy's split, of caption_datasets.zip"})
+    _check_images(root, folders, {path: "Karpathy's split, of caption_datasets.zip"})
     records = read_split(path, splits, KARPATHY_SPLITS, identity="cocoid", folder=None, blank=blank)
     name = f"COCO captions {'+'.join(splits)} (Karpathy)"
-    return picture_source(name, root, records, missing=missing, corrupt=corrupt)
+    return image_source(name, root, records, missing=missing, corrupt=corrupt)
 
 
 _KARPATHY_FOLDERS = {"train2014": {"train"}, "val2014": {"restval", "val", "test"}}
@@ -123,36 +123,34 @@ def instances(
     split: str,
     *,
     annotations: StrPath | None = None,
-    pictures: StrPath | None = None,
+    images: StrPath | None = None,
     missing: Choice = "error",
     corrupt: Choice = "error",
     bad_boxes: Choice = "skip",
-) -> PictureSource:
-    """Pictures with the boxes and categories of their objects.
+) -> ImageSource:
+    """Images with the boxes and categories of their objects.
 
     Args:
       folder: holds annotations/instances_{split}.json and {split}/.
       split: "train2014", "val2014", "train2017" or "val2017".
       annotations: the instances file, where it is elsewhere.
-      pictures: the folder that holds {split}/, where it is elsewhere.
-      missing: as in `files.picture_source`.
-      corrupt: likewise; a picture whose size is not the annotated one counts as corrupt.
+      images: the folder that holds {split}/, where it is elsewhere.
+      missing: as in `files.image_source`.
+      corrupt: likewise; an image whose size is not the annotated one counts as corrupt.
       bad_boxes: as in `objects`.
 
     Returns:
       A source of the records of `objects`, with `"image"`.
 
     Raises:
-      FileNotFoundError: the file, the folder or pictures are missing.
+      FileNotFoundError: the file, the folder or images are missing.
       ValueError: the split is unknown, or the file is damaged or inconsistent.
     """
     _check_choices(split, missing=missing, corrupt=corrupt, bad_boxes=bad_boxes)
-    path, root = _find(folder, "instances", split, annotations, pictures)
-    _check_pictures(root, (split,), {path: f"instances, of {_archive(split)}"})
+    path, root = _find(folder, "instances", split, annotations, images)
+    _check_images(root, (split,), {path: f"instances, of {_archive(split)}"})
     records = _read_instances(path, split, bad_boxes)
-    return picture_source(
-        f"COCO instances {split}", root, records, missing=missing, corrupt=corrupt
-    )
+    return image_source(f"COCO instances {split}", root, records, missing=missing, corrupt=corrupt)
 
 
 def objects(
@@ -162,13 +160,13 @@ def objects(
     annotations: StrPath | None = None,
     bad_boxes: Choice = "skip",
 ) -> dict[int, Record]:
-    """Boxes and categories by image id, without pictures: for localisation and CHAIR.
+    """Boxes and categories by image id, without images: for localisation and CHAIR.
 
     Args:
       folder: holds annotations/instances_{split}.json.
       split: "train2014", "val2014", "train2017" or "val2017".
       annotations: the instances file, where it is elsewhere.
-      bad_boxes: boxes of no size, or that leave the picture by more than a pixel: "skip" leaves
+      bad_boxes: boxes of no size, or that leave the image by more than a pixel: "skip" leaves
         their objects out with one counted warning, "error" raises. The published file of
         train2017 has two boxes of height 0.
 
@@ -200,13 +198,13 @@ def _find(
     kind: str,
     split: str,
     annotations: StrPath | None,
-    pictures: StrPath | None,
+    images: StrPath | None,
 ) -> tuple[Path, Path]:
     folder = Path(folder)
     path = folder / "annotations" / f"{kind}_{split}.json"
     return (
         path if annotations is None else Path(annotations),
-        folder if pictures is None else Path(pictures),
+        folder if images is None else Path(images),
     )
 
 
@@ -214,8 +212,8 @@ def _archive(split: str) -> str:
     return f"annotations_trainval{split[-4:]}.zip"
 
 
-def _check_pictures(root: Path, folders: Iterable[str], files: dict[Path, str]) -> None:
-    wanted = {root / name: f"the pictures, of {name}.zip" for name in folders}
+def _check_images(root: Path, folders: Iterable[str], files: dict[Path, str]) -> None:
+    wanted = {root / name: f"the images, of {name}.zip" for name in folders}
     check_layout("COCO", files, wanted, _ADVICE)
 
 
@@ -296,7 +294,7 @@ def _read_instances(path: Path, split: str, bad_boxes: Choice) -> list[Record]:
         else:
             faults.append(
                 f"{place}: the box {list(box)} (left, top, width, height) of annotation "
-                f"{annotation['id']} has no size or leaves its picture of {image['width']} x "
+                f"{annotation['id']} has no size or leaves its image of {image['width']} x "
                 f"{image['height']} (width x height)"
             )
     leave_out(faults, len(seen), "boxes", "bad_boxes", bad_boxes, path)

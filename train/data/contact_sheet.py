@@ -1,4 +1,4 @@
-"""Pictures of the Shapes data set: a contact sheet, and the sample scenes that ship.
+"""Images of the Shapes data set: a contact sheet, and the sample scenes that ship.
 
 python -m jaxrel.train.data.contact_sheet out.png
 python -m jaxrel.train.data.contact_sheet --samples train/data/samples
@@ -18,7 +18,7 @@ from jaxrel.train.data.shapes.language import with_article
 SAMPLES = {287: 2, 44: 0, 85: 1, 185: 3, 191: 3}
 SAMPLE_SIZE = 192
 
-_PICTURE = 224
+_IMAGE = 224
 _MARGIN = 16
 _LINE = 17
 _INK, _FAINT, _PAPER = (25, 25, 30), (95, 95, 105), (255, 255, 255)
@@ -29,20 +29,20 @@ def contact_sheet(scenes: Sequence[Scene], *, columns: int = 4) -> Image.Image:
 
     Args:
         scenes: the scenes, at least one; their sizes may differ.
-        columns: pictures per row.
+        columns: images per row.
 
     Returns:
         The sheet (RGB).
     """
     texts = [_text_below(scene, number) for number, scene in enumerate(scenes)]
     rows = [range(start, len(scenes))[:columns] for start in range(0, len(scenes), columns)]
-    heights = [_PICTURE + _LINE * max(len(texts[i]) for i in row) + 2 * _MARGIN for row in rows]
-    width = columns * (_PICTURE + _MARGIN) + _MARGIN
+    heights = [_IMAGE + _LINE * max(len(texts[i]) for i in row) + 2 * _MARGIN for row in rows]
+    width = columns * (_IMAGE + _MARGIN) + _MARGIN
     sheet = Image.new("RGB", (width, sum(heights) + _MARGIN), _PAPER)
     top = _MARGIN
     for row, height in zip(rows, heights, strict=True):
         for column, i in enumerate(row):
-            _draw_cell(sheet, scenes[i], texts[i], _MARGIN + column * (_PICTURE + _MARGIN), top)
+            _draw_cell(sheet, scenes[i], texts[i], _MARGIN + column * (_IMAGE + _MARGIN), top)
         top += height
     return sheet
 
@@ -61,11 +61,11 @@ def _draw_cell(
     left: int,
     top: int,
 ) -> None:
-    picture = Image.fromarray(scene.image).resize((_PICTURE, _PICTURE), Image.Resampling.LANCZOS)
-    sheet.paste(picture, (left, top))
+    image = Image.fromarray(scene.image).resize((_IMAGE, _IMAGE), Image.Resampling.LANCZOS)
+    sheet.paste(image, (left, top))
     draw = ImageDraw.Draw(sheet)
     for i, (line, colour) in enumerate(lines):
-        draw.text((left, top + _PICTURE + 6 + _LINE * i), line, colour, _font())
+        draw.text((left, top + _IMAGE + 6 + _LINE * i), line, colour, _font())
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -73,11 +73,11 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrap(text: str) -> list[str]:
-    """Breaks a text into lines as wide as a picture."""
+    """Breaks a text into lines as wide as an image."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if _font().getlength(longer) <= _PICTURE:
+        if _font().getlength(longer) <= _IMAGE:
             lines[-1] = longer
         else:
             lines.append(word)
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="contact_sheet", description=__doc__.splitlines()[0])
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("sheet", nargs="?", type=Path, help="picture to write")
+    where.add_argument("sheet", nargs="?", type=Path, help="image to write")
     where.add_argument("--samples", type=Path, metavar="FOLDER", help="write the samples instead")
     parser.add_argument("--split", default="train", choices=SPLITS, help="default: train")
     parser.add_argument("--count", type=int, default=12, help="number of scenes (default: 12)")
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.samples:
         write_samples(options.samples)
         return
-    data = Shapes(size=_PICTURE)
+    data = Shapes(size=_IMAGE)
     scenes = [data.scene(options.split, index) for index in range(options.count)]
     contact_sheet(scenes).save(options.sheet)
 

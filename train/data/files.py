@@ -1,4 +1,4 @@
-"""Files of downloaded data sets, read with checks: JSON annotations and folders of pictures."""
+"""Files of downloaded data sets, read with checks: JSON annotations and folders of images."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm.auto import tqdm
 
-from jaxrel.images import read_picture
+from jaxrel.images import read_image
 
 Record = dict[str, Any]
 Choice = Literal["error", "skip"]
@@ -39,7 +39,7 @@ _EXAMPLES = {
 _WORDS = {int: "a whole number", str: "a text", list: "a list", float: "a number"}
 _NAMED = 3  # faulty things that one message names
 
-# read_picture swaps the process's list of warning filters while it reads; two threads that do so
+# read_image swaps the process's list of warning filters while it reads; two threads that do so
 # at once (Grain reads with threads) can leave the wrong list behind.
 _READING = threading.Lock()
 
@@ -290,20 +290,20 @@ def leave_out(
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class PictureSource:
-    """Examples with a picture each, by index: a source for Grain, or a plain sequence.
+class ImageSource:
+    """Examples with an image each, by index: a source for Grain, or a plain sequence.
 
-    `source[i]` is the record i (a dict) with its picture as `"image"`, uint8
+    `source[i]` is the record i (a dict) with its image as `"image"`, uint8
     [height, width, 3], RGB, read when it is asked for: grey, CMYK, palette, transparent and
-    16-bit pictures become RGB as `jaxrel.images.read_picture` says, and pictures that the
+    16-bit images become RGB as `jaxrel.images.read_image` says, and images that the
     camera marked as turned (EXIF orientation) are upright. What index i gives never changes,
     so `grain.MapDataset.source(source)` can be shuffled, sliced by process and resumed.
 
     Args:
       name: of the data set and split.
       folder: what the records' `"file"` is relative to.
-      records: one dict per example, with `"id"`, `"file"` and what belongs to the picture. Where
-        `"height"` and `"width"` are given, the picture must have that size.
+      records: one dict per example, with `"id"`, `"file"` and what belongs to the image. Where
+        `"height"` and `"width"` are given, the image must have that size.
     """
 
     name: str
@@ -318,8 +318,8 @@ class PictureSource:
 
         Raises:
           IndexError: there is no such example.
-          OSError: the picture cannot be opened.
-          ValueError: the picture is damaged, or not of the size that its record gives.
+          OSError: the image cannot be opened.
+          ValueError: the image is damaged, or not of the size that its record gives.
         """
         number = operator.index(index)
         if not -len(self) <= number < len(self):
@@ -330,13 +330,13 @@ class PictureSource:
     def _read(self, record: Record) -> UInt8[np.ndarray, "height width 3"]:
         path = self.folder / record["file"]
         with _READING:
-            image = np.array(read_picture(path))
+            image = np.array(read_image(path))
         size = (record.get("height", image.shape[0]), record.get("width", image.shape[1]))
         if image.shape[:2] != size:
             raise ValueError(
                 f"{path} is {image.shape[0]} x {image.shape[1]} pixels (height x width) upright, "
                 f"and the annotations of image {record['id']} are for {size[0]} x {size[1]}, so "
-                "its boxes would be wrong; put the original picture there, or leave it out with "
+                "its boxes would be wrong; put the original image there, or leave it out with "
                 'corrupt="skip"'
             )
         return image
@@ -344,36 +344,36 @@ class PictureSource:
     def __repr__(self) -> str:
         # Grain's DataLoader compares this text when it resumes, so it tells the examples apart
         # and says nothing of the folder, which may have moved.
-        return f"PictureSource({self.name!r}, examples={len(self)}, ids={self._checksum():08x})"
+        return f"ImageSource({self.name!r}, examples={len(self)}, ids={self._checksum():08x})"
 
     def _checksum(self) -> int:
         ids = ",".join(f"{record['id']}:{record['file']}" for record in self.records)
         return zlib.crc32(ids.encode())
 
 
-def picture_source(
+def image_source(
     name: str, folder: Path, records: Iterable[Record], *, missing: Choice, corrupt: Choice
-) -> PictureSource:
-    """Join records with their pictures.
+) -> ImageSource:
+    """Join records with their images.
 
-    A sequence whose indices stay valid cannot skip a bad picture when it is met, so pictures are
+    A sequence whose indices stay valid cannot skip a bad image when it is met, so images are
     left out here or not at all: `missing` looks at the names in the folders, which is quick;
-    `corrupt="skip"` decodes every picture once, which takes minutes for a large data set.
+    `corrupt="skip"` decodes every image once, which takes minutes for a large data set.
 
     Args:
       name: of the data set and split.
       folder: what the records' `"file"` is relative to.
       records: one dict per example.
-      missing: "error": a picture that is not there raises; "skip": its examples are left out,
+      missing: "error": an image that is not there raises; "skip": its examples are left out,
         with one counted warning.
-      corrupt: "error": a damaged picture raises when it is read; "skip": every picture is read
+      corrupt: "error": a damaged image raises when it is read; "skip": every image is read
         now, and the examples of the damaged ones are left out, with one counted warning.
 
     Returns:
       The source.
 
     Raises:
-      FileNotFoundError: pictures are missing.
+      FileNotFoundError: images are missing.
       ValueError: no example is left.
     """
     records = tuple(records)
@@ -381,20 +381,20 @@ def picture_source(
     present = _present(folder, files)
     absent = [file for file in files if file not in present]
     if absent:
-        message = f"{name}: {len(absent)} of {len(files)} pictures are not in {folder}: "
+        message = f"{name}: {len(absent)} of {len(files)} images are not in {folder}: "
         message += _few(absent)
         if missing == "error":
             raise FileNotFoundError(
-                f"{message}. Unpack the rest of the pictures there, or leave them out with "
+                f"{message}. Unpack the rest of the images there, or leave them out with "
                 'missing="skip"'
             )
         warnings.warn(f'{message}. They are left out (missing="skip")', UserWarning, stacklevel=2)
         records = tuple(record for record in records if record["file"] in present)
-    source = PictureSource(name, folder, records)
+    source = ImageSource(name, folder, records)
     if corrupt == "skip":
         source = _readable(source)
     if not source.records:
-        raise ValueError(f"{name}: no example is left; give a folder with readable pictures")
+        raise ValueError(f"{name}: no example is left; give a folder with readable images")
     return source
 
 
@@ -408,18 +408,18 @@ def _present(folder: Path, files: Sequence[str]) -> set[str]:
     return present.intersection(files)
 
 
-def _readable(source: PictureSource) -> PictureSource:
-    # Examples of one picture (the questions of VQA) share its fate.
+def _readable(source: ImageSource) -> ImageSource:
+    # Examples of one image (the questions of VQA) share its fate.
     ones = {record["file"]: record for record in source.records}
     faults: dict[str, str] = {}
-    for file, record in tqdm(ones.items(), desc=f"checking {source.name}", unit="picture"):
+    for file, record in tqdm(ones.items(), desc=f"checking {source.name}", unit="image"):
         try:
             source._read(record)
         except (OSError, ValueError) as error:
             faults[file] = str(error)
     if faults:
         warnings.warn(
-            f"{source.name}: {len(faults)} of {len(ones)} pictures cannot be read: "
+            f"{source.name}: {len(faults)} of {len(ones)} images cannot be read: "
             f'{_few(faults.values(), "; ")}. They are left out (corrupt="skip")',
             UserWarning,
             stacklevel=3,

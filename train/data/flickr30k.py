@@ -8,16 +8,16 @@ from pathlib import Path
 
 from jaxrel.train.data.files import (
     Choice,
-    PictureSource,
+    ImageSource,
     StrPath,
     check_choice,
     check_layout,
-    picture_source,
+    image_source,
 )
 from jaxrel.train.data.karpathy import parse_splits, read_split
 
 SPLITS = ("train", "val", "test")
-PICTURES = "flickr30k-images"
+IMAGES = "flickr30k-images"
 
 
 def captions(
@@ -25,29 +25,29 @@ def captions(
     split: str,
     *,
     annotations: StrPath | None = None,
-    pictures: StrPath | None = None,
+    images: StrPath | None = None,
     missing: Choice = "error",
     corrupt: Choice = "error",
     blank: Choice = "skip",
-) -> PictureSource:
-    """Pictures with about five captions each.
+) -> ImageSource:
+    """Images with about five captions each.
 
     Args:
       folder: holds dataset_flickr30k.json and flickr30k-images/.
-      split: "train" (29000 pictures), "val" (1014), "test" (1000), or several with +.
+      split: "train" (29000 images), "val" (1014), "test" (1000), or several with +.
       annotations: the split file, where it is elsewhere.
-      pictures: the folder that holds flickr30k-images/, where it is elsewhere.
-      missing: as in `files.picture_source`.
+      images: the folder that holds flickr30k-images/, where it is elsewhere.
+      missing: as in `files.image_source`.
       corrupt: likewise.
       blank: captions without a word: "skip" leaves them out with one counted warning, "error"
         raises.
 
     Returns:
       A source of dicts with `"id"` (imgid), `"image"`, `"file"`, `"captions"` (texts),
-      `"tokens"` (per caption) and `"caption_ids"`; `source.records` has all but the picture.
+      `"tokens"` (per caption) and `"caption_ids"`; `source.records` has all but the image.
 
     Raises:
-      FileNotFoundError: the file, the folder or pictures are missing.
+      FileNotFoundError: the file, the folder or images are missing.
       ValueError: the split is unknown, or the file is damaged or inconsistent.
     """
     splits = parse_splits(split, SPLITS, "Flickr30k")
@@ -55,13 +55,13 @@ def captions(
         check_choice(name, choice, ("error", "skip"))
     folder = Path(folder)
     path = Path(annotations) if annotations is not None else folder / "dataset_flickr30k.json"
-    root = Path(pictures) if pictures is not None else folder
+    root = Path(images) if images is not None else folder
     check_layout(
         "Flickr30k",
         {path: "Karpathy's split, of caption_datasets.zip"},
-        {root / PICTURES: "the pictures, of flickr30k-images.tar.gz"},
-        "Unpack them there, or say where they are with annotations= and pictures=",
+        {root / IMAGES: "the images, of flickr30k-images.tar.gz"},
+        "Unpack them there, or say where they are with annotations= and images=",
     )
-    records = read_split(path, splits, SPLITS, identity="imgid", folder=PICTURES, blank=blank)
+    records = read_split(path, splits, SPLITS, identity="imgid", folder=IMAGES, blank=blank)
     name = f"Flickr30k {'+'.join(splits)}"
-    return picture_source(name, root, records, missing=missing, corrupt=corrupt)
+    return image_source(name, root, records, missing=missing, corrupt=corrupt)

@@ -1,4 +1,4 @@
-"""The split files of Karpathy and Fei-Fei (2015): pictures with captions and tokens, one JSON."""
+"""The split files of Karpathy and Fei-Fei (2015): images with captions and tokens, one JSON."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,14 +42,14 @@ def read_split(
     folder: str | None,
     blank: Choice,
 ) -> list[Record]:
-    """Read the pictures of some splits, in the file's order; the whole file is checked.
+    """Read the images of some splits, in the file's order; the whole file is checked.
 
     Args:
       path: of the JSON file.
       splits: the splits that are wanted.
       known: all that the file may name.
       identity: the field that is the record's `"id"`.
-      folder: where the pictures are; None: the field `filepath` says it.
+      folder: where the images are; None: the field `filepath` says it.
       blank: what becomes of captions without a word.
 
     Returns:
@@ -89,7 +89,7 @@ def read_split(
     leave_out(faults, total, "captions", "blank", blank, path)
     if not records:
         raise ValueError(
-            f"{path} has no pictures of the split {'+'.join(splits)}; expected a whole copy of "
+            f"{path} has no images of the split {'+'.join(splits)}; expected a whole copy of "
             "the file, download it again"
         )
     return records

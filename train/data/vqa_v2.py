@@ -18,20 +18,20 @@ from jaxtyping import Float32
 
 from jaxrel.train.data.files import (
     Choice,
-    PictureSource,
+    ImageSource,
     Record,
     StrPath,
     check_choice,
     check_layout,
     field,
+    image_source,
     new_id,
-    picture_source,
     places,
     read_annotations,
     read_json,
 )
 
-# The name of a split in the files, and of its pictures.
+# The name of a split in the files, and of its images.
 _SUBTYPES = {
     "train": ("train2014", "train2014"),
     "val": ("val2014", "val2014"),
@@ -83,36 +83,36 @@ def questions(
     split: str,
     *,
     answers: bool = True,
-    pictures: StrPath | None = None,
+    images: StrPath | None = None,
     missing: Choice = "error",
     corrupt: Choice = "error",
-) -> PictureSource:
-    """Questions with their pictures and the answers of ten people.
+) -> ImageSource:
+    """Questions with their images and the answers of ten people.
 
     Args:
-      folder: holds the questions, the annotations and the pictures' folder.
+      folder: holds the questions, the annotations and the images' folder.
       split: "train" (443757 questions), "val" (214354), "test" (447793) or "test-dev" (107394).
       answers: whether annotations are read; the tests' are not published.
-      pictures: the folder that holds train2014/, val2014/ or test2015/, where it is elsewhere,
+      images: the folder that holds train2014/, val2014/ or test2015/, where it is elsewhere,
         such as COCO's.
-      missing: as in `files.picture_source`.
+      missing: as in `files.image_source`.
       corrupt: likewise.
 
     Returns:
       A source of the records of `read_questions`, with `"image"`.
 
     Raises:
-      FileNotFoundError: a file, the folder or pictures are missing.
+      FileNotFoundError: a file, the folder or images are missing.
       ValueError: the split is unknown or has no answers, or the files are damaged or disagree.
     """
     for name, choice in (("missing", missing), ("corrupt", corrupt)):
         check_choice(name, choice, ("error", "skip"))
     _check_split(split, answers)
-    root = Path(pictures if pictures is not None else folder)
+    root = Path(images if images is not None else folder)
     shown = root / _SUBTYPES[split][1]
-    _check_files(Path(folder), split, answers, {shown: f"the pictures, of {shown.name}.zip"})
+    _check_files(Path(folder), split, answers, {shown: f"the images, of {shown.name}.zip"})
     records = read_questions(folder, split, answers=answers)
-    return picture_source(f"VQA v2 {split}", root, records, missing=missing, corrupt=corrupt)
+    return image_source(f"VQA v2 {split}", root, records, missing=missing, corrupt=corrupt)
 
 
 def read_questions(folder: StrPath, split: str, *, answers: bool = True) -> tuple[Record, ...]:
@@ -124,7 +124,7 @@ def read_questions(folder: StrPath, split: str, *, answers: bool = True) -> tupl
       answers: likewise.
 
     Returns:
-      A dict each: `"id"` (the question's), `"file"` (the picture's), `"image_id"`,
+      A dict each: `"id"` (the question's), `"file"` (the image's), `"image_id"`,
       `"question"`; with answers also `"question_type"`, `"answer_type"` ("yes/no", "number" or
       "other"), `"answer"` (what most people said) and `"answers"` (ten), as they were given.
 
@@ -382,7 +382,7 @@ def _check_subtype(document: Record, path: Path, split: str) -> None:
 def _read_questions(path: Path, split: str) -> dict[int, Record]:
     document = read_annotations(path, "VQA questions")
     _check_subtype(document, path, split)
-    pictures = _SUBTYPES[split][1]
+    images = _SUBTYPES[split][1]
     seen: dict[int, int] = {}
     records = {}
     for place, question in places(document, "questions", path):
@@ -395,7 +395,7 @@ def _read_questions(path: Path, split: str) -> dict[int, Record]:
                 f"{place}: {name!r} is {value!r}; expected a question about an image. Correct "
                 f"{path.name}, or download it again"
             )
-        file = f"{pictures}/COCO_{pictures}_{image:012d}.jpg"
+        file = f"{images}/COCO_{images}_{image:012d}.jpg"
         records[number] = {"id": number, "file": file, "image_id": image, "question": text}
     if not records:
         raise ValueError(f"{path} has no questions; expected a whole copy, download it again")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrel.explanations.result import write_atomically
+from jaxrel.files import write_atomically
 from jaxrel.metrics import Interval
 from jaxrel.train.evaluate.caption_explanations import PROTOCOL
 
@@ -38,8 +38,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     beams = "greedy" if result["beams"] == 1 else f"{result['beams']} beams"
     parts = [
         f"# Explanations{model}, word by word\n",
-        f"`{result['protocol']}`, {result['data']}{split}, {result['pictures']} pictures with the "
-        f"model's own captions ({beams}). In brackets bootstrap 95% intervals over pictures; "
+        f"`{result['protocol']}`, {result['data']}{split}, {result['images']} images with the "
+        f"model's own captions ({beams}). In brackets bootstrap 95% intervals over images; "
         "differences are paired, and bold where the interval excludes 0.\n",
         _quality_tables(result["captions"]),
         *_patch_tables(result),
@@ -126,7 +126,7 @@ def _localisation_table(found: Mapping[str, Any] | None) -> str:
         for less in (one["difference"],)
     }
     about = (
-        f"Words that stand for objects of the picture, {_counted(found)}, each picture counting "
+        f"Words that stand for objects of the image, {_counted(found)}, each image counting "
         f"once; the objects cover {_cell(found['area'])} of it, which chance gives.\n"
     )
     return "\n".join([title, about, _method_table(flat, measures)])
@@ -146,7 +146,7 @@ def _hallucination_tables(found: Mapping[str, Any]) -> list[str]:
             continue
         parts.append(
             f"{group}, {one['true']} true and {one['hallucinated']} hallucinated words in "
-            f"{one['pictures']} pictures. The area under the ROC curve by statistic of the map:\n"
+            f"{one['images']} images. The area under the ROC curve by statistic of the map:\n"
         )
         head = ["method", *_TABLE_STATISTICS]
         rows = [
@@ -160,7 +160,7 @@ def _hallucination_tables(found: Mapping[str, Any]) -> list[str]:
 
 def _chosen_table(methods: Mapping[str, Any]) -> str:
     if any(one["chosen"] is None for one in methods.values()):
-        return "Too few words to choose a statistic on half of the pictures.\n"
+        return "Too few words to choose a statistic on half of the images.\n"
     head = ["method", "statistic", "AUC", "less attention's", "sensitivity", "specificity"]
     rows = []
     for name, one in methods.items():
@@ -168,12 +168,12 @@ def _chosen_table(methods: Mapping[str, Any]) -> str:
         cells = [_cell(chosen["auc"]), _difference(less.get("chosen"))]
         cells += [_cell(chosen["sensitivity"]), _cell(chosen["specificity"])]
         rows.append([name, chosen["statistic"], *cells])
-    about = "The statistic and threshold chosen on half of the pictures, judged on the others:\n"
+    about = "The statistic and threshold chosen on half of the images, judged on the others:\n"
     return f"{about}\n{_table(head, rows)}"
 
 
 def _counted(found: Mapping[str, Any]) -> str:
-    return f"{found['cases']} words in {found['pictures']} pictures"
+    return f"{found['cases']} words in {found['images']} images"
 
 
 def _method_table(methods: Mapping[str, Any], measures: Mapping[str, str]) -> str:
@@ -233,7 +233,7 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
     files = [folder / f"{stem}.json", folder / f"{stem}.md"]
     for file, content in zip(files, (data, markdown(result).encode()), strict=True):
         write_atomically(file, content)
-    note = f"{PROTOCOL}, {result['data']}, {result['pictures']} pictures; bootstrap 95% intervals"
+    note = f"{PROTOCOL}, {result['data']}, {result['images']} images; bootstrap 95% intervals"
     for name, (panels, bases) in _panels(result).items():
         if panels:
             files.append(folder / f"{stem}-{name}.png")

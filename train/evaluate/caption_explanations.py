@@ -5,7 +5,7 @@ captioning models". A captioner writes captions, and each word that names someth
 
 - ablation: the most relevant patches, or words before it, are taken away. Does the word go?
 - localisation: does the relevance lie on the object that the word names?
-- hallucination: can the map tell words that are true of the picture from those that are not?
+- hallucination: can the map tell words that are true of the image from those that are not?
 
 Beside these stands how good the captions themselves are.
 """
@@ -51,14 +51,14 @@ from jaxrel.metrics.word_statistics import (
 from jaxrel.metrics.words import STOP_WORDS
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.captions import end_of_caption, logit_by_token, special_ids
-from jaxrel.train.evaluate.examples import SPLITS, STOP, Pictures, Word, open_pictures
+from jaxrel.train.evaluate.examples import SPLITS, STOP, Images, Word, open_images
 
 PROTOCOL = "captioner/1"
 RANDOM = "random"
 METHODS = (*WORD_METHODS, RANDOM)
 # The other methods say nothing of words, or what "gradient" and "guided_backprop" say.
 WORDS_EXPLAINED = ("lrp", "gradient", "input_x_gradient", "guided_backprop", RANDOM)
-# The pictures that the paper's sizes are for.
+# The images that the paper's sizes are for.
 _SIDE = 224
 
 
@@ -66,13 +66,13 @@ _SIDE = 224
 class Settings:
     """What is taken away, and what is counted.
 
-    The paper's patches are 8 x 8 of 224 x 224 pixels, of which 20 of 784 go. In pictures of
-    another size they are of the same share of the picture's side, as nearly as whole pixels
+    The paper's patches are 8 x 8 of 224 x 224 pixels, of which 20 of 784 go. In images of
+    another size they are of the same share of the image's side, as nearly as whole pixels
     that divide it allow, and as many go as make the same share of its area.
 
     Attributes:
-      patch: side of a patch, as a share of the picture's.
-      area: share of the picture that is set to its mean colour.
+      patch: side of a patch, as a share of the image's.
+      area: share of the image that is set to its mean colour.
       removed: how many words before a word are taken away.
       first_word: words that have fewer before them are not asked about.
       thresholds: of correctness, as shares of a map's largest value.
@@ -103,7 +103,7 @@ class Settings:
         """Return the side of a patch in pixels, and how many patches go.
 
         Args:
-          side: of the picture, in pixels.
+          side: of the image, in pixels.
         """
         sizes = [size for size in range(1, side) if side % size == 0] or [side]
         patch = min(sizes, key=lambda size: abs(size - self.patch * side))
@@ -127,16 +127,16 @@ def evaluate(
     """Judge explanations of a model's own captions, and the captions.
 
     Args:
-      model: one that reads pictures.
+      model: one that reads images.
       data: the folder of COCO (see `jaxrel.train.data.coco`) or of Flickr30k; Shapes by default.
       split: of the data set; by default "biased_test" of Shapes, where words that go together
         in "biased_train" do not, "val2017" of COCO (or one of Karpathy's), "test" of Flickr30k.
       methods: of `METHODS`; "random" is relevance uniform in [0, 1).
-      scenes: how many pictures, the first of the split.
-      batch: pictures at a time.
+      scenes: how many images, the first of the split.
+      batch: images at a time.
       words: how many words of a caption are explained together; a caption with more takes
         several places of a batch. `batch * words` backward passes share the memory.
-      beams: of the search for captions, also for those of pictures without patches; 1 is greedy.
+      beams: of the search for captions, also for those of images without patches; 1 is greedy.
       data_seed: of the Shapes data set.
       seed: of "random".
       settings: by default those of the paper.
@@ -150,10 +150,10 @@ def evaluate(
       FileNotFoundError: files of the data set are missing.
     """
     methods = _check(model, methods, scenes=scenes, batch=batch, words=words, beams=beams)
-    pictures = open_pictures(model, data, split=split, scenes=scenes, data_seed=data_seed)
+    images = open_images(model, data, split=split, scenes=scenes, data_seed=data_seed)
     result = judge(
         model,
-        pictures,
+        images,
         methods=methods,
         batch=batch,
         words=words,
@@ -162,7 +162,7 @@ def evaluate(
         settings=settings or Settings(),
     )
     drawn = {"data_seed": data_seed} if data is None else {}
-    return result | {"split": split or SPLITS[pictures.name]} | drawn
+    return result | {"split": split or SPLITS[images.name]} | drawn
 
 
 def _check(model: Captioner, methods: Sequence[str], **numbers: int) -> tuple[str, ...]:
@@ -175,7 +175,7 @@ def _check(model: Captioner, methods: Sequence[str], **numbers: int) -> tuple[st
             raise ValueError(f"captioner: {name} must be at least 1, got {number}")
     if model.encoder is None:
         raise ValueError(
-            "captioner: this model reads features of regions and not pictures, and there are no "
+            "captioner: this model reads features of regions and not images, and there are no "
             "maps to judge; give a model with an encoder"
         )
     special_ids(model.processor.tokenizer)
@@ -184,7 +184,7 @@ def _check(model: Captioner, methods: Sequence[str], **numbers: int) -> tuple[st
 
 def judge(
     model: Captioner,
-    pictures: Pictures,
+    images: Images,
     *,
     methods: Sequence[str] = METHODS,
     batch: int = 16,
@@ -193,11 +193,11 @@ def judge(
     seed: int = 0,
     settings: Settings,
 ) -> dict[str, Any]:
-    """`evaluate` on any pictures.
+    """`evaluate` on any images.
 
     Args:
-      model: one that reads pictures.
-      pictures: at least one.
+      model: one that reads images.
+      images: at least one.
       methods, batch, words, beams, seed, settings: as in `evaluate`.
 
     Returns:
@@ -209,27 +209,27 @@ def judge(
       - "words": by group, the ablation of words before; "stop word" is a group too.
       - "localisation": `correctness` by threshold, the pointing game ("pointing": is the largest
         relevance on the object?) and the share of positive relevance on the object ("mass"), of
-        words that stand for objects; means over the pictures, less those of attention.
+        words that stand for objects; means over the images, less those of attention.
       - "hallucination": by group, the area under the ROC curve of true against hallucinated
         words by statistic of the map, less that of attention. "chosen" is the statistic and
-        threshold that are best on pictures with even numbers, judged on those with odd ones.
+        threshold that are best on images with even numbers, judged on those with odd ones.
         The word's probability and the share of attention that the sentinel leaves to the
-        picture, where there is one, stand beside the methods.
+        image, where there is one, stand beside the methods.
 
-      Intervals are bootstrap 95% intervals over pictures. What there are no words for is None.
+      Intervals are bootstrap 95% intervals over images. What there are no words for is None.
     """
-    count = len(pictures)
+    count = len(images)
     batch = min(batch, count)
-    ids, captions = _write(model, pictures, batch, beams)
-    named = [pictures.words(i, caption) for i, caption in enumerate(captions)]
+    ids, captions = _write(model, images, batch, beams)
+    named = [images.words(i, caption) for i, caption in enumerate(captions)]
     stop = [_stop_words(caption, settings.first_word) for caption in captions]
     shared = {"batch": batch, "words": words, "seed": seed}
     program = _program(methods, settings, beams)
-    of_names = _cases(program, model, pictures, ids, named, **shared)
+    of_names = _cases(program, model, images, ids, named, **shared)
     explained = tuple(one for one in methods if one in WORDS_EXPLAINED)
-    program = _program(explained, settings, beams, of_pictures=False)
-    of_stop = _cases(program, model, pictures, ids, stop if explained else [], **shared)
-    by_group = {group: of_names.where(_is_of(of_names, group)) for group in pictures.groups}
+    program = _program(explained, settings, beams, of_images=False)
+    of_stop = _cases(program, model, images, ids, stop if explained else [], **shared)
+    by_group = {group: of_names.where(_is_of(of_names, group)) for group in images.groups}
     late = {
         group: one.where([word.position > settings.first_word for word in one.words])
         for group, one in by_group.items()
@@ -237,8 +237,8 @@ def judge(
     patch, patches = settings.patches(model.config.image_size)
     return {
         "protocol": PROTOCOL,
-        "data": pictures.name,
-        "pictures": count,
+        "data": images.name,
+        "images": count,
         "weights": fingerprint(model),
         "methods": list(methods),
         "lrp": "captioning",
@@ -246,7 +246,7 @@ def judge(
         "seed": seed,
         "settings": dataclasses.asdict(settings) | {"patch_pixels": patch, "patches": patches},
         "versions": {"jaxrel": version("jaxrel"), "jax": jax.__version__},
-        "captions": _quality(pictures, captions, named, settings),
+        "captions": _quality(images, captions, named, settings),
         "patches": {group: _patches(one, methods, settings) for group, one in by_group.items()},
         "words": {
             group: _words_before(one, explained, settings)
@@ -256,29 +256,29 @@ def judge(
         "hallucination": {
             group: _hallucination(one, methods, settings) for group, one in by_group.items()
         },
-        "vocabulary": {group: list(pictures.vocabulary(group)) for group in pictures.groups},
+        "vocabulary": {group: list(images.vocabulary(group)) for group in images.groups},
         "examples": [" ".join(filter(None, caption)) for caption in captions[:5]],
     }
 
 
 class _Cases(NamedTuple):
-    """Words that were explained, in the order of the pictures.
+    """Words that were explained, in the order of the images.
 
     Attributes:
       words: the words.
-      picture: the number of each word's picture.
+      image: the number of each word's image.
       found: what was measured, by name, [cases, ...].
     """
 
     words: tuple[Word, ...]
-    picture: Int[np.ndarray, " cases"]
+    image: Int[np.ndarray, " cases"]
     found: dict[str, np.ndarray]
 
     def where(self, kept: Sequence[bool]) -> "_Cases":
         """Some of them."""
         rows = np.flatnonzero(kept)
         words = tuple(self.words[i] for i in rows)
-        return _Cases(words, self.picture[rows], {n: x[rows] for n, x in self.found.items()})
+        return _Cases(words, self.image[rows], {n: x[rows] for n, x in self.found.items()})
 
 
 def _is_of(cases: _Cases, group: str) -> list[bool]:
@@ -297,16 +297,16 @@ def _stop_words(caption: Sequence[str], first_word: int) -> list[Word]:
 
 
 def _write(
-    model: Captioner, pictures: Pictures, batch: int, beams: int
-) -> tuple[Int[np.ndarray, "pictures tokens"], list[list[str]]]:
+    model: Captioner, images: Images, batch: int, beams: int
+) -> tuple[Int[np.ndarray, "images tokens"], list[list[str]]]:
     """The model's captions as ids and as words; "" for what the tokenizer does not know."""
     generate = jax.jit(lambda model, image: model.generate(image, beams=beams))
     parts = []
-    for start in trange(0, len(pictures), batch, desc="captioning", unit="batch"):
-        # One size compiles once: the last batch begins again with the first pictures.
-        images = [pictures.image(i % len(pictures)) for i in range(start, start + batch)]
+    for start in trange(0, len(images), batch, desc="captioning", unit="batch"):
+        # One size compiles once: the last batch begins again with the first images.
+        images = [images.image(i % len(images)) for i in range(start, start + batch)]
         parts.append(np.asarray(generate(model, model.processor.image(images))))
-    ids = np.concatenate(parts)[: len(pictures)]
+    ids = np.concatenate(parts)[: len(images)]
     ends = np.asarray(end_of_caption(ids, special_ids(model.processor.tokenizer)[1]))
     shown = model.tokens({"text": ids})
     return ids, [row[1:end] for row, end in zip(shown, ends.tolist(), strict=True)]
@@ -315,15 +315,15 @@ def _write(
 def _cases(
     program: Callable[..., dict[str, Array]],
     model: Captioner,
-    pictures: Pictures,
-    ids: Int[np.ndarray, "pictures tokens"],
+    images: Images,
+    ids: Int[np.ndarray, "images tokens"],
     asked: Sequence[Sequence[Word]],
     *,
     batch: int,
     words: int,
     seed: int,
 ) -> _Cases:
-    """Run a program on the words that are asked about, by picture."""
+    """Run a program on the words that are asked about, by image."""
     rows = [
         (i, some[k : k + words]) for i, some in enumerate(asked) for k in range(0, len(some), words)
     ]
@@ -331,39 +331,39 @@ def _cases(
     for start in trange(0, len(rows), batch, desc="explaining", unit="batch"):
         # As in `_write`: rows begin again.
         numbers = np.arange(start, start + batch) % len(rows)
-        inputs = _inputs(model, pictures, ids, [rows[k] for k in numbers], words)
+        inputs = _inputs(model, images, ids, [rows[k] for k in numbers], words)
         keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.key(seed), k))(numbers)
         parts.append(jax.device_get(program(model, keys=keys, **inputs)))
     places = np.array([(r, k) for r, (_, some) in enumerate(rows) for k in range(len(some))], int)
     row, place = places.reshape(-1, 2).T
     found = jax.tree.map(lambda *x: np.concatenate(x)[row, place], *parts) if parts else {}
-    picture = np.array([rows[r][0] for r in row], int)
-    return _Cases(tuple(word for _, some in rows for word in some), picture, found)
+    image = np.array([rows[r][0] for r in row], int)
+    return _Cases(tuple(word for _, some in rows for word in some), image, found)
 
 
 def _inputs(
     model: Captioner,
-    pictures: Pictures,
-    ids: Int[np.ndarray, "pictures tokens"],
+    images: Images,
+    ids: Int[np.ndarray, "images tokens"],
     rows: Sequence[tuple[int, Sequence[Word]]],
     words: int,
 ) -> dict[str, Any]:
-    """Pictures and captions, positions [rows, words], and which objects each word stands for."""
+    """Images and captions, positions [rows, words], and which objects each word stands for."""
     numbers = [i for i, _ in rows]
-    masks = np.stack([pictures.masks(i) for i in numbers])
+    masks = np.stack([images.masks(i) for i in numbers])
     positions = np.zeros((len(rows), words), np.int32)
     named = np.zeros((len(rows), words, masks.shape[1]), bool)
     for r, (_, some) in enumerate(rows):
         for k, word in enumerate(some):
             positions[r, k] = word.position
             named[r, k, list(word.objects)] = True
-    images = model.processor.image([pictures.image(i) for i in numbers])
+    images = model.processor.image([images.image(i) for i in numbers])
     inputs = {"image": images, "text": ids[numbers]}
     return {"inputs": inputs, "positions": positions, "masks": masks, "named": named}
 
 
 def _program(
-    methods: Sequence[str], settings: Settings, beams: int, *, of_pictures: bool = True
+    methods: Sequence[str], settings: Settings, beams: int, *, of_images: bool = True
 ) -> Callable[..., dict[str, Array]]:
     """One program for all words: what happens to each without what its explanations name.
 
@@ -371,7 +371,7 @@ def _program(
       methods: whose explanations.
       settings: what is taken away.
       beams: of captions that are written anew.
-      of_pictures: whether to judge maps; otherwise words alone are taken away.
+      of_images: whether to judge maps; otherwise words alone are taken away.
 
     Returns:
       Results by name, [batch, words], and where they are by method, [batch, words, methods, ...].
@@ -397,7 +397,7 @@ def _program(
             found["without_words"] = _without_words(
                 model, features, text, positions, of_words, settings
             )
-        if of_pictures:
+        if of_images:
             found |= _without_patches(model, inputs, positions, maps, settings, beams)
             found |= _on_objects(maps, named, masks, settings)
             statistics = map_statistics(maps, quantiles=settings.quantiles).values()
@@ -419,7 +419,7 @@ def _relevance(
 ) -> tuple[
     Float[Array, "methods batch words side side"], Float[Array, "methods batch words tokens"]
 ]:
-    """Maps in the picture's pixels, grids resized (bilinear), and relevance of the words before."""
+    """Maps in the image's pixels, grids resized (bilinear), and relevance of the words before."""
     plain = tuple(one for one in methods if one != RANDOM)
     found = word_relevance(model, inputs, positions, method=plain)[1] if plain else {}
     words = positions.shape[1]
@@ -476,7 +476,7 @@ def _without_patches(
     settings: Settings,
     beams: int,
 ) -> dict[str, Shaped[Array, "batch words methods"]]:
-    """Whether a new caption, of the picture without the most relevant patches, has the word.
+    """Whether a new caption, of the image without the most relevant patches, has the word.
 
     And the word's probability where that caption has it first.
     """
@@ -507,8 +507,8 @@ def _on_objects(
 ) -> dict[str, Shaped[Array, "batch words ..."]]:
     """How much of each map lies on the objects that its word stands for; see `judge`."""
 
-    def of_picture(picture: tuple[Array, Array, Array]) -> dict[str, Array]:
-        maps, named, masks = picture
+    def of_image(image: tuple[Array, Array, Array]) -> dict[str, Array]:
+        maps, named, masks = image
         objects = named[..., None, None] & masks
         union = objects.any(1)
         by_method = functools.partial(correctness, masks=objects, thresholds=settings.thresholds)
@@ -524,15 +524,15 @@ def _on_objects(
             "area": union.mean((-2, -1)),
         }
 
-    # Masks by word and object are large: one picture after the other.
-    return lax.map(of_picture, (maps.swapaxes(0, 1), named, masks))
+    # Masks by word and object are large: one image after the other.
+    return lax.map(of_image, (maps.swapaxes(0, 1), named, masks))
 
 
 # What is counted on the host.
 
 
 def _quality(
-    pictures: Pictures,
+    images: Images,
     captions: Sequence[Sequence[str]],
     named: Sequence[Sequence[Word]],
     settings: Settings,
@@ -540,9 +540,9 @@ def _quality(
     """How good captions are: CIDEr-D, CHAIR of things, and frequent words."""
     resamples = settings.resamples
     written = [[word for word in caption if word] for caption in captions]
-    references = [pictures.references(i) for i in range(len(pictures))]
-    cider = CiderD.from_references(pictures.corpus()).score(written, references)
-    things = [[word for word in some if word.group == pictures.groups[0]] for some in named]
+    references = [images.references(i) for i in range(len(images))]
+    cider = CiderD.from_references(images.corpus()).score(written, references)
+    things = [[word for word in some if word.group == images.groups[0]] for some in named]
     counted = chair(
         [[word.name for word in some] for some in things],
         [{word.name for word in some if word.true} for some in things],
@@ -550,9 +550,9 @@ def _quality(
     wrong, all_things = counted.hallucinated, counted.mentions
     share = bootstrap_ratio(wrong, all_things, resamples=resamples) if all_things.any() else None
     often = frequent_words(
-        [pictures.forms(caption) for caption in written],
-        [[pictures.forms(one) for one in some] for some in references],
-        pictures.frequent,
+        [images.forms(caption) for caption in written],
+        [[images.forms(one) for one in some] for some in references],
+        images.frequent,
         resamples=resamples,
     )
     by_word = {
@@ -588,7 +588,7 @@ def _patches(cases: _Cases, methods: Sequence[str], settings: Settings) -> dict[
     return _ablation(
         dict(zip(methods, drops.T, strict=True)),
         dict(zip(methods, cases.found["there"].T, strict=True)),
-        cases.picture,
+        cases.image,
         (RANDOM, "attention"),
         settings,
     )
@@ -601,19 +601,19 @@ def _words_before(
         return None
     drops = cases.found["probability"][:, None] - cases.found["without_words"]
     by_method = dict(zip(methods, drops.T, strict=True))
-    return _ablation(by_method, None, cases.picture, (RANDOM,), settings)
+    return _ablation(by_method, None, cases.image, (RANDOM,), settings)
 
 
 def _ablation(
     drops: Mapping[str, np.ndarray],
     there: Mapping[str, np.ndarray] | None,
-    picture: Int[np.ndarray, " cases"],
+    image: Int[np.ndarray, " cases"],
     baselines: Sequence[str],
     settings: Settings,
 ) -> dict[str, Any]:
     """`ablation_summary`, with the differences from several baselines by their name."""
     summary = functools.partial(
-        ablation_summary, drops, there=there, picture=picture, resamples=settings.resamples
+        ablation_summary, drops, there=there, image=image, resamples=settings.resamples
     )
     result = summary()
     for one in result["methods"].values():
@@ -635,9 +635,9 @@ def _localisation(
         return None
     found, ends = cases.found, len(settings.thresholds)
     parts = [found["correctness"], found["pointing"][..., None], found["mass"][..., None]]
-    # [measures, methods, pictures]
-    values = _by_picture(np.concatenate(parts, axis=-1).T, cases.picture)
-    area = _by_picture(found["area"], cases.picture)
+    # [measures, methods, images]
+    values = _by_image(np.concatenate(parts, axis=-1).T, cases.image)
+    area = _by_image(found["area"], cases.image)
 
     def intervals(values: np.ndarray) -> list[dict[str, Any]]:
         """By method."""
@@ -662,18 +662,18 @@ def _localisation(
                 result[name]["difference"]["attention"] = one
     return {
         "cases": len(cases.words),
-        "pictures": values.shape[-1],
+        "images": values.shape[-1],
         "thresholds": list(settings.thresholds),
         "area": bootstrap(area, resamples=settings.resamples)._asdict(),
         "methods": result,
     }
 
 
-def _by_picture(
-    values: Shaped[np.ndarray, "*measures cases"], picture: Int[np.ndarray, " cases"]
-) -> Float[np.ndarray, "*measures pictures"]:
-    """Means over the words of each picture, which are not independent."""
-    _, group, count = np.unique(picture, return_inverse=True, return_counts=True)
+def _by_image(
+    values: Shaped[np.ndarray, "*measures cases"], image: Int[np.ndarray, " cases"]
+) -> Float[np.ndarray, "*measures images"]:
+    """Means over the words of each image, which are not independent."""
+    _, group, count = np.unique(image, return_inverse=True, return_counts=True)
     sums = np.zeros((len(count), *values.shape[:-1]))
     np.add.at(sums, group, np.moveaxis(values, -1, 0).astype(np.float64))
     return np.moveaxis(sums, 0, -1) / count
@@ -697,7 +697,7 @@ def _hallucination(
     }
     beside = {"probability": "probability", "1 - sentinel": "seen"}
     scores |= {n: {n: cases.found[key]} for n, key in beside.items() if key in cases.found}
-    drawn: dict[str, Any] = {"picture": cases.picture, "resamples": settings.resamples}
+    drawn: dict[str, Any] = {"image": cases.image, "resamples": settings.resamples}
     result: dict[str, Any] = {
         name: {
             "auc": _as_dicts(auc_intervals(one, true, **drawn)),
@@ -711,9 +711,9 @@ def _hallucination(
         if attention is not None and method != "attention":
             less = auc_differences(scores[method], attention, true, **drawn)
             result[method]["difference"]["attention"] = {"auc": _as_dicts(less)}
-    _choose(result, scores, true, cases.picture, settings.resamples)
-    pictures = len(np.unique(cases.picture))
-    return {**counts, "pictures": pictures, "methods": result}
+    _choose(result, scores, true, cases.image, settings.resamples)
+    images = len(np.unique(cases.image))
+    return {**counts, "images": images, "methods": result}
 
 
 def _as_dicts(intervals: Mapping[str, Interval]) -> dict[str, dict[str, float]]:
@@ -724,18 +724,18 @@ def _choose(
     result: dict[str, Any],
     scores: Mapping[str, Scores],
     true: Bool[np.ndarray, " cases"],
-    picture: Int[np.ndarray, " cases"],
+    image: Int[np.ndarray, " cases"],
     resamples: int,
 ) -> None:
-    """Choose statistics and thresholds on the even pictures, and judge them on the odd ones.
+    """Choose statistics and thresholds on the even images, and judge them on the odd ones.
 
     "precision" is the share of words below the threshold that are hallucinated.
     """
-    even = picture % 2 == 0
+    even = image % 2 == 0
     if any(not 0 < kind.sum() < kind.size for kind in (true[even], true[~even])):
         return
     kept, true_of_odd = {}, true[~even]
-    drawn = {"picture": picture[~even], "resamples": resamples}
+    drawn = {"image": image[~even], "resamples": resamples}
     for name, one in scores.items():
         chosen = best_threshold({n: x[even] for n, x in one.items()}, true[even])
         kept[name] = {"chosen": one[chosen.statistic][~even]}
@@ -747,7 +747,7 @@ def _choose(
             "sensitivity": _share(said & true_of_odd, true_of_odd, **drawn),
             "specificity": _share(~said & ~true_of_odd, ~true_of_odd, **drawn),
             "precision": None if said.all() else _share(~said & ~true_of_odd, ~said, **drawn),
-            "pictures": len(np.unique(picture[~even])),
+            "images": len(np.unique(image[~even])),
         }
     if "attention" in scores:
         for name in set(scores) - {"attention"}:
@@ -760,10 +760,10 @@ def _share(
     part: Bool[np.ndarray, " cases"],
     whole: Bool[np.ndarray, " cases"],
     *,
-    picture: Int[np.ndarray, " cases"],
+    image: Int[np.ndarray, " cases"],
     resamples: int,
 ) -> dict[str, float]:
-    """Of words, with an interval over pictures."""
-    counts = [np.bincount(picture, weights=one) for one in (part, whole)]
-    there = np.isin(np.arange(picture.max() + 1), picture)
+    """Of words, with an interval over images."""
+    counts = [np.bincount(image, weights=one) for one in (part, whole)]
+    there = np.isin(np.arange(image.max() + 1), image)
     return bootstrap_ratio(*(one[there] for one in counts), resamples=resamples)._asdict()

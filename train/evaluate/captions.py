@@ -33,7 +33,7 @@ def evaluate(
       data_seed: of the Shapes data set.
       split: of the data set.
       scenes: how many.
-      batch: pictures at a time.
+      batch: images at a time.
 
     Returns:
       `protocol`, the shares of stated objects that are true of their scene, of objects that are
@@ -71,7 +71,7 @@ def write_captions(
     Args:
       model: one that knows Shapes' words.
       scenes: in the model's size.
-      batch: pictures at a time.
+      batch: images at a time.
     """
     captions: list[str] = []
     # One size compiles once: the last batch is filled with what is there already.
@@ -161,7 +161,7 @@ def card(folder: Path, result: dict[str, Any]) -> str:
 CARD = """\
 # caption-shapes
 
-A CLIPmapper that captions 64x64 pictures of coloured shapes: the model that `jaxrel explain
+A CLIPmapper that captions 64x64 images of coloured shapes: the model that `jaxrel explain
 --caption` uses when none is named. It knows the words of the Shapes grammar and nothing of
 photographs.
 
@@ -169,7 +169,7 @@ photographs.
     jaxrel evaluate caption-shapes --model models/pretrained/caption-shapes --card
 
 Stage 1 began as {stage1}. Trained on {scenes} scenes of the split `train` (data seed {data_seed}),
-{steps} steps of {batch} pictures with one caption each; settings.json has every setting,
+{steps} steps of {batch} images with one caption each; settings.json has every setting,
 train.jsonl the loss.
 
 Its greedy captions judged on the split `{split}` ({tested} scenes), with bootstrap 95% intervals:

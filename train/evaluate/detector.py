@@ -12,7 +12,7 @@ from jaxrel.train.evaluate.caption_explanation_tables import check_protocol
 def detector(result: Mapping[str, Any]) -> Detector:
     """Keep what was "chosen" of each explanation that tells words well enough to mark them.
 
-    That is where, on the pictures that nothing was chosen on, the interval of the area under the
+    That is where, on the images that nothing was chosen on, the interval of the area under the
     ROC curve lies above 0.5, and words below the threshold are hallucinated at least twice as
     often as all. Others would mark words with hardly a reason.
 
@@ -38,14 +38,14 @@ def detector(result: Mapping[str, Any]) -> Detector:
     if not groups:
         raise ValueError(
             "detector: no explanation tells hallucinated words from true ones well enough "
-            f"on the held-out half of {result['pictures']} pictures, so no word can be doubted "
-            "by one; try more pictures (--scenes) or other methods (--method)"
+            f"on the held-out half of {result['images']} images, so no word can be flagged "
+            "by one; try more images (--scenes) or other methods (--method)"
         )
     return Detector(
         weights=result["weights"],
         data=result["data"],
         split=result.get("split", ""),
-        pictures=result["pictures"],
+        images=result["images"],
         groups=groups,
     )
 
@@ -61,7 +61,7 @@ def _criteria(methods: Mapping[str, Any], usual: float) -> dict[str, Criterion]:
             sensitivity=Interval(**chosen["sensitivity"]),
             specificity=Interval(**chosen["specificity"]),
             precision=Interval(**chosen["precision"]),
-            pictures=chosen["pictures"],
+            images=chosen["images"],
         )
         for name, chosen in found.items()
         if chosen is not None

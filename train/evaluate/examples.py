@@ -1,4 +1,4 @@
-"""Pictures with captions and with what their words name: what captioners are judged on."""
+"""Images with captions and with what their words name: what captioners are judged on."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from jaxrel.metrics.words import COCO_FREQUENT, FLICKR30K_FREQUENT, OBJECTS, mat
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.processor import Processor
 from jaxrel.train.data import coco, flickr30k
-from jaxrel.train.data.files import PictureSource, Record
+from jaxrel.train.data.files import ImageSource, Record
 from jaxrel.train.data.shapes import Scene, Shapes
 from jaxrel.train.data.shapes.claims import Claim, claims, true_of
 from jaxrel.train.data.shapes.language import Description, pluralise
@@ -44,8 +44,8 @@ class Word(NamedTuple):
       position: of its token, from 1.
       name: what it names, the same for all forms of a word.
       group: the kind of word; each is judged for itself.
-      true: whether it is true of the picture, and not hallucinated.
-      objects: which objects of the picture it stands for; none where that is not known.
+      true: whether it is true of the image, and not hallucinated.
+      objects: which objects of the image it stands for; none where that is not known.
     """
 
     position: int
@@ -56,8 +56,8 @@ class Word(NamedTuple):
 
 
 @runtime_checkable
-class Pictures(Protocol):
-    """Pictures, and what words about them mean.
+class Images(Protocol):
+    """Images, and what words about them mean.
 
     Attributes:
       name: of the data set.
@@ -77,7 +77,7 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def image(self, i: int) -> UInt8[np.ndarray, "height width 3"]:
-        """A picture."""
+        """An image."""
         ...
 
     def masks(self, i: int) -> Bool[np.ndarray, "objects side side"]:
@@ -106,7 +106,7 @@ class Pictures(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShapesPictures:
+class ShapesImages:
     """Scenes of Shapes, in which the names of shapes and of colours are asked about.
 
     A shape is true where the scene has an object of it. A colour is true where an object of the
@@ -126,7 +126,7 @@ class ShapesPictures:
         return len(self.scenes)
 
     def image(self, i: int) -> UInt8[np.ndarray, "height width 3"]:
-        """A picture."""
+        """An image."""
         return self.scenes[i].image
 
     def masks(self, i: int) -> Bool[np.ndarray, "objects side side"]:
@@ -179,25 +179,25 @@ def _placed_claims(caption: Sequence[str]) -> list[tuple[int, Claim]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class RealPictures:
-    """Pictures of COCO or Flickr30k, in which words for objects are asked about.
+class RealImages:
+    """Images of COCO or Flickr30k, in which words for objects are asked about.
 
     Words are those of `jaxrel.metrics.words.OBJECTS`, in singular or plural; those for people
-    are one name, as are a few others. A word is true where a reference of the picture has its
-    name, or where an annotated object of the picture is of its category. It stands for all boxes
+    are one name, as are a few others. A word is true where a reference of the image has its
+    name, or where an annotated object of the image is of its category. It stands for all boxes
     of that category that the model sees.
 
     Attributes:
-      source: pictures and captions.
-      count: how many of its pictures, the first ones.
-      annotated: boxes and categories by the picture's id; empty where there are none.
+      source: images and captions.
+      count: how many of its images, the first ones.
+      annotated: boxes and categories by the image's id; empty where there are none.
       processor: of the model, which crops.
-      side: of the picture that the model sees, in pixels.
+      side: of the image that the model sees, in pixels.
       name: of the data set.
       frequent: of the data set.
     """
 
-    source: PictureSource
+    source: ImageSource
     count: int
     annotated: Mapping[int, Record]
     processor: Processor
@@ -210,7 +210,7 @@ class RealPictures:
         return self.count
 
     def image(self, i: int) -> UInt8[np.ndarray, "height width 3"]:
-        """A picture, read when it is asked for."""
+        """An image, read when it is asked for."""
         return self.source[i]["image"]
 
     def masks(self, i: int) -> Bool[np.ndarray, "objects side side"]:
@@ -255,7 +255,7 @@ class RealPictures:
 
     @functools.cached_property
     def _most(self) -> int:
-        """The most objects of a picture; at least one, as metrics have it."""
+        """The most objects of an image; at least one, as metrics have it."""
         return max(1, *(len(self._categories(i)) for i in range(self.count)))
 
     def _record(self, i: int) -> Record | None:
@@ -286,10 +286,10 @@ def _object_name(word: str) -> str | None:
 SPLITS = {"Shapes": "biased_test", "COCO": "val2017", "Flickr30k": "test"}
 
 
-def open_pictures(
+def open_images(
     model: Captioner, data: str | None, *, split: str | None, scenes: int, data_seed: int = 0
-) -> ShapesPictures | RealPictures:
-    """The pictures that a model is judged on.
+) -> ShapesImages | RealImages:
+    """The images that a model is judged on.
 
     The arguments and errors are those of `evaluate`.
     """
@@ -297,7 +297,7 @@ def open_pictures(
     if data is None:
         made, split = Shapes(seed=data_seed, size=side), split or SPLITS["Shapes"]
         drawn = trange(scenes, desc="drawing", leave=False)
-        return ShapesPictures(tuple(made.scene(split, i) for i in drawn))
+        return ShapesImages(tuple(made.scene(split, i) for i in drawn))
     folder = Path(data)
     annotated: dict[int, Record] = {}
     if (folder / "dataset_flickr30k.json").is_file():
@@ -308,8 +308,8 @@ def open_pictures(
         split = split or SPLITS[name]
         read = coco.captions if split in coco.SPLITS else coco.karpathy_captions
         source = read(folder, split)
-        # Karpathy's splits are of pictures of two official ones.
+        # Karpathy's splits are of images of two official ones.
         for official in sorted({record["file"].split("/")[0] for record in source.records}):
             annotated |= coco.objects(folder, official)
     count = min(scenes, len(source))
-    return RealPictures(source, count, annotated, model.processor, side, name, frequent)
+    return RealImages(source, count, annotated, model.processor, side, name, frequent)

@@ -3,7 +3,7 @@
 Captioners of Shapes that went on in several modes (`jaxrel train finetune-shapes`) beside the
 captioners that they began as: what they hallucinate, what they leave out, and how like people's
 their captions are. Several trainings with other seeds are repetitions, and modes are compared
-with the control (`plain`: as many steps of the first training) on the same pictures and
+with the control (`plain`: as many steps of the first training) on the same images and
 beginnings.
 """
 
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm, trange
 
-from jaxrel.explanations.result import write_atomically
+from jaxrel.files import write_atomically
 from jaxrel.metrics import Interval
 from jaxrel.metrics.caption_scores import CiderD, bleu_counts, bleu_of_counts, tokenise
 from jaxrel.metrics.frequent_words import mean_scores
@@ -28,7 +28,7 @@ from jaxrel.models.captioner import Captioner
 from jaxrel.models.checkpoint import find_folder
 from jaxrel.train.data.shapes import Scene, Shapes
 from jaxrel.train.evaluate.captions import caption_counts, write_captions
-from jaxrel.train.evaluate.examples import ShapesPictures
+from jaxrel.train.evaluate.examples import ShapesImages
 from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE
 from jaxrel.train.recipes.settings import FinetuneShapes
 
@@ -177,9 +177,9 @@ def evaluate(
       folder: see `find_runs`.
       splits: of Shapes; on "biased_test" what goes together in training never does.
       scenes: how many of each split.
-      batch: pictures at a time.
+      batch: images at a time.
       data_seed: of the Shapes data set.
-      resamples: of the bootstrap, over pictures and beginnings.
+      resamples: of the bootstrap, over images and beginnings.
 
     Returns:
       What JSON can hold: `protocol`, the settings, and `splits`: by split and mode each of
@@ -257,8 +257,8 @@ def _cider(scenes: Sequence[Scene]) -> tuple[CiderD, list[list[Any]]]:
 def _measured(
     captions: Sequence[str], scenes: tuple[Scene, ...], cider: tuple[CiderD, list[list[Any]]]
 ) -> dict[str, Statistic]:
-    """`MEASURES` of one model, each as a function of how often pictures count."""
-    pictures, counts = ShapesPictures(scenes), caption_counts(captions, scenes)
+    """`MEASURES` of one model, each as a function of how often images count."""
+    images, counts = ShapesImages(scenes), caption_counts(captions, scenes)
     words = [tokenise(caption) for caption in captions]
     references = _references(scenes)
     every = np.ones(len(scenes))
@@ -266,9 +266,9 @@ def _measured(
     n_grams = bleu_counts(words, references)
     by_word = functools.partial(
         mean_scores,
-        [pictures.forms(one) for one in words],
-        [[pictures.forms(one) for one in some] for some in references],
-        pictures.frequent,
+        [images.forms(one) for one in words],
+        [[images.forms(one) for one in some] for some in references],
+        images.frequent,
     )
     return {
         "CHAIR_i": share(counts["no_such_shape"], counts["shapes"]),

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from tqdm.auto import tqdm, trange
 
 from jaxrel.explanations.explain import token_relevance
-from jaxrel.explanations.result import write_atomically
+from jaxrel.files import write_atomically
 from jaxrel.metrics import perturbation
 from jaxrel.metrics.caption_scores import CiderD, References, tokenise
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQA
@@ -223,13 +223,13 @@ def caption_scores(
     written = np.isfinite(ids).all(-1)
     ids = np.where(written[..., None], ids, 0).astype(np.int32)
     scores = np.full(written.shape, np.nan)
-    for i, picture in zip(range(ids.shape[3]), references, strict=False):
+    for i, image in zip(range(ids.shape[3]), references, strict=False):
         # Methods and steps have many captions in common.
         different, which = np.unique(
             ids[:, :, :, i].reshape(-1, ids.shape[-1]), axis=0, return_inverse=True
         )
         captions = [tokenise(caption) for caption in model.sentences(different)]
-        weighed = [cider.weigh(tokens) for tokens in picture]
+        weighed = [cider.weigh(tokens) for tokens in image]
         found = cider.score(captions, [weighed] * len(captions))
         scores[..., i] = found[which.reshape(written.shape[:-1])]
     return np.where(written, scores, np.nan)
@@ -260,7 +260,7 @@ def sweep_program(graph: Any, drawn: Examples, name: str) -> Callable:
     """A program that measures one batch: patches are left out, and words are hidden.
 
     What stays the same at every step is made once: the text's tokens in stage 1 where patches
-    go, the picture's where words do.
+    go, the image's where words do.
     """
 
     @jax.jit
@@ -296,7 +296,7 @@ def sweep_program(graph: Any, drawn: Examples, name: str) -> Callable:
 
     if name == "text":
         return sweep_text
-    # Pictures have the same patches.
+    # Images have the same patches.
     patches = drawn.removable["image"][0]
     return sweep_anew if name == ANEW else sweep_image
 

@@ -113,7 +113,7 @@ def groups(model: CLIPMapper) -> dict[str, list[str]]:
         names[f"mapper layer {layer}"] = [f"mapper/blocks[{layer}]"]
     names["mapper's inputs"] = ["text_in", "vision_in", "text_norm", "vision_norm"]
     names["stage 1, text"] = ["text"]
-    names["stage 1, picture"] = ["vision"]
+    names["stage 1, image"] = ["vision"]
     return names
 
 

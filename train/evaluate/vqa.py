@@ -19,7 +19,7 @@ from jaxrel.train.data.shapes.questions import ANSWERS, Question
 from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE
 from jaxrel.train.recipes.settings import VqaShapes, changed_flags
 
-# What points at objects of the picture: the answer is read off them.
+# What points at objects of the image: the answer is read off them.
 LOCATED = ("colour", "shape", "size")
 
 Asked = Sequence[tuple[Scene, Question]]
@@ -36,7 +36,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge a model on held-out scenes: accuracy by kind of question, and where relevance lies.
 
-    Accuracy is also given with the picture withheld (all its patches hidden from attention):
+    Accuracy is also given with the image withheld (all its patches hidden from attention):
     then it should be that of always giving the most frequent answer of the kind. Localisation:
     the share of each method's relevance inside the object that a question about a colour, a
     shape or a size names, where the answer is right, and the pointing game.
@@ -70,14 +70,14 @@ def evaluate(
         "scenes": scenes,
         "questions": len(asked),
         "accuracy": _by_kind(asked, right),
-        "picture withheld": _by_kind(asked, blind),
+        "image withheld": _by_kind(asked, blind),
         "most frequent answer": _most_frequent(asked),
         "localisation": _localisation(model, asked, right, located, batch),
     }
 
 
 def model_inputs(model: CLIPMapperVQA, asked: Asked) -> dict[str, Any]:
-    """Pictures and questions as the model's inputs."""
+    """Images and questions as the model's inputs."""
     return model.prepare(
         image=[scene.image for scene, _ in asked], text=[question.text for _, question in asked]
     )
@@ -206,7 +206,7 @@ def card(folder: Path, result: dict[str, Any]) -> str:
     settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     local = result["localisation"]
     rows = [
-        f"| {kind} | {Interval(**found)} | {Interval(**result['picture withheld'][kind])} "
+        f"| {kind} | {Interval(**found)} | {Interval(**result['image withheld'][kind])} "
         f"| {_share(result['most frequent answer'].get(kind))} |"
         for kind, found in result["accuracy"].items()
     ]
@@ -230,7 +230,7 @@ def _share(value: float | None) -> str:
 CARD = """\
 # vqa-shapes
 
-A CLIPmapper that answers questions about 64x64 pictures of coloured shapes: the model that
+A CLIPmapper that answers questions about 64x64 images of coloured shapes: the model that
 `jaxrel explain --question` uses when none is named. It knows the words and the 26 answers of the
 Shapes grammar and nothing of photographs.
 
@@ -238,21 +238,21 @@ Shapes grammar and nothing of photographs.
     jaxrel evaluate vqa-shapes --model models/pretrained/vqa-shapes --card
 
 Stage 1 began as {stage1}. Trained on {scenes} scenes of the split `train` (data seed {data_seed}),
-{steps} steps of {batch} pictures with all their questions; settings.json has every setting,
+{steps} steps of {batch} images with all their questions; settings.json has every setting,
 train.jsonl the loss.
 
 Judged on the split `{split}` ({tested} scenes, {questions} questions), with bootstrap 95%
-intervals. With the picture withheld all patches are hidden from attention; the last column is the
+intervals. With the image withheld all patches are hidden from attention; the last column is the
 share of the most frequent answer.
 
-| questions | accuracy | picture withheld | most frequent answer |
+| questions | accuracy | image withheld | most frequent answer |
 |---|---|---|---|
 {rows}
 
 Relevance for rightly answered questions about the colour, shape or size of one object of several
 ({examples} questions): the share inside the object's mask, the same less equal accumulation's on
 the same questions, and how often the most relevant point is on the object (pointing game). A map
-without information has the mask's share of the picture inside: {chance}.
+without information has the mask's share of the image inside: {chance}.
 
 {localisation}
 """

@@ -30,7 +30,7 @@ from jaxrel.attention import (
     value_and_layers,
     weights,
 )
-from jaxrel.explanations.result import write_atomically
+from jaxrel.files import write_atomically
 from jaxrel.metrics import perturbation
 from jaxrel.metrics.intervals import Interval, bootstrap
 from jaxrel.metrics.randomisation import rank_correlation
@@ -58,8 +58,8 @@ FACTS = {
     "moved": "row sums of Ā",
     "agreement": "rank correlation of u(o) and row sums of Ā",
 }
-# What is told of the read-out token where its stream attends to itself, layer by layer.
-READOUT = {"beta": "beta", "direct": "what this layer alone moves, over equal's"}
+# What is told of the target token where its stream attends to itself, layer by layer.
+AT_TARGET = {"beta": "beta", "direct": "what this layer alone moves, over equal's"}
 # What is told of each variant's maps.
 LIKENESS = {
     "correlation": "rank correlation with equal's",
@@ -191,7 +191,7 @@ BASELINE = "equal"
 VARIANTS = {
     BASELINE: Variant(equal),
     "weighted": Variant(weighted),
-    "only stage 1, picture": Variant(only(*VISION)),
+    "only stage 1, image": Variant(only(*VISION)),
     "only stage 1, text": Variant(only(*TEXT)),
     "only mapper, self-attention": Variant(only(*OWN)),
     "only mapper, cross-attention": Variant(only(*CROSS)),
@@ -235,8 +235,8 @@ def evaluate(
       seed: of the choice of questions or words, and of "shuffled".
 
     Returns:
-      By modality: "weights", {tag: {of `FACTS`: interval}}; "readout", {tag and number of the
-      layer: {of `READOUT`: interval}}; "maps", {variant: {of `LIKENESS`: interval}};
+      By modality: "weights", {tag: {of `FACTS`: interval}}; "target_token", {tag and number of the
+      layer: {of `AT_TARGET`: interval}}; "maps", {variant: {of `LIKENESS`: interval}};
       "perturbation", as `jaxrel.metrics.perturbation.summary`; and the settings.
 
     Raises:
@@ -290,20 +290,20 @@ def relevance_by_variant(
 
     Returns:
       {variant: {stream: float [rows, tokens]}}, and {"weights": {tag: {of `FACTS`: float
-      [rows]}}, "readout": {tag: {of `READOUT`: float [layers, rows]}}}.
+      [rows]}}, "target_token": {tag: {of `AT_TARGET`: float [layers, rows]}}}.
     """
-    (readout,) = model.readout(inputs).values()
+    (target_token,) = model.target_tokens(inputs).values()
     schedule = model.layout.schedule
-    return _explained(model, inputs, readout, key, variants=tuple(variants), schedule=schedule)
+    return _explained(model, inputs, target_token, key, variants=tuple(variants), schedule=schedule)
 
 
 @functools.partial(jax.jit, static_argnames=("variants", "schedule"))
-def _explained(model, inputs, readout, key, *, variants, schedule):
+def _explained(model, inputs, target_token, key, *, variants, schedule):
     _, captured = value_and_layers(_score, schedule)(model, inputs)
     layers = {tag: _weigh(one) for tag, one in captured.items()}
     facts = {
         "weights": {tag: _facts(one, captured[tag]) for tag, one in layers.items()},
-        "readout": _at_readout(layers, schedule, readout),
+        "target_token": _at_target(layers, schedule, target_token),
     }
     keys = {tag: jax.random.fold_in(key, i) for i, tag in enumerate(layers)}
 
@@ -311,11 +311,11 @@ def _explained(model, inputs, readout, key, *, variants, schedule):
         # The gradients are the same for all.
         given = {tag: _given(layers[tag].grad, *one) for tag, one in weighed.items()}
         blocks = [
-            [{pair: given[tag] for pair, tag in moment} for moment in block] for block in schedule
+            [{pair: given[tag] for pair, tag in stage} for stage in block] for block in schedule
         ]
         maps = two_streams(blocks, importance=_first_value, normalise=normalise, residual=False)
-        # s is the text, q the picture.
-        return {"text": row(maps.ss, readout), "vision": row(maps.sq, readout)}
+        # s is the text, q the image.
+        return {"text": row(maps.ss, target_token), "vision": row(maps.sq, target_token)}
 
     relevance: dict[str, dict[str, Array]] = {}
     for normalise in (True, False):
@@ -375,21 +375,21 @@ def _facts(layers: Weighed, values: Layers) -> dict[str, Array]:
     }
 
 
-def _at_readout(
-    layers: Mapping[str, Weighed], schedule: Any, readout: Array
+def _at_target(
+    layers: Mapping[str, Weighed], schedule: Any, target_token: Array
 ) -> dict[str, dict[str, Array]]:
-    """By tag and name in `READOUT`, [layers, batch], for layers in which s attends to itself.
+    """By tag and name in `AT_TARGET`, [layers, batch], for layers in which s attends to itself.
 
-    What a layer alone moves from token j to the read-out token i counts alpha_j of each layer
+    What a layer alone moves from token j to the target token i counts alpha_j of each layer
     before it, its beta_i, and alpha_i of each layer after it. Where little is moved, that is
     nearly all; in equal accumulation it counts 1. NaN where nothing is moved.
     """
     order = [
         (pair, tag, i)
         for block in schedule
-        for i in range(max(len(layers[tag].beta) for moment in block for _, tag in moment))
-        for moment in block
-        for pair, tag in moment
+        for i in range(max(len(layers[tag].beta) for stage in block for _, tag in stage))
+        for stage in block
+        for pair, tag in stage
         if pair[0] == "s" and i < len(layers[tag].beta)
     ]
     alphas = jnp.stack([layers[tag].alpha[i] for _, tag, i in order])
@@ -401,10 +401,10 @@ def _at_readout(
             one = layers[tag]
             abar = head_mean(one.attn[i], one.grad[i])
             direct = one.beta[i] * left * (abar * kept[:, None]).sum(-1)
-            both = row(jnp.stack([one.beta[i], direct, abar.sum(-1)], axis=-1), readout)
+            both = row(jnp.stack([one.beta[i], direct, abar.sum(-1)], axis=-1), target_token)
             found[tag].append(jnp.stack([both[:, 0], both[:, 1] / both[:, 2]]))
     stacked = {tag: jnp.stack(x, axis=1) for tag, x in found.items()}
-    return {tag: dict(zip(READOUT, x, strict=True)) for tag, x in stacked.items()}
+    return {tag: dict(zip(AT_TARGET, x, strict=True)) for tag, x in stacked.items()}
 
 
 def _token_mean(
@@ -450,16 +450,16 @@ def _compare(
     facts, likeness, values = jax.tree.map(
         lambda *parts: np.concatenate(parts, axis=-1)[..., :examples], *found
     )
-    tags = [tag for block in model.layout.schedule for moment in block for _, tag in moment]
+    tags = [tag for block in model.layout.schedule for stage in block for _, tag in stage]
     of_layers = {
-        f"{tag} {i + 1}": {what: x[i] for what, x in facts["readout"][tag].items()}
+        f"{tag} {i + 1}": {what: x[i] for what, x in facts["target_token"][tag].items()}
         for tag in tags
-        if tag in facts["readout"]
-        for i in range(len(facts["readout"][tag]["beta"]))
+        if tag in facts["target_token"]
+        for i in range(len(facts["target_token"][tag]["beta"]))
     }
     return {
         "weights": {tag: _intervals(facts["weights"][tag]) for tag in tags},
-        "readout": {name: _intervals(x) for name, x in of_layers.items()},
+        "target_token": {name: _intervals(x) for name, x in of_layers.items()},
         "maps": {
             name: _intervals({what: x[i] for what, x in likeness.items()})
             for i, name in enumerate(variants)
@@ -515,9 +515,9 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"{title}; spreads are standard deviations:",
             "",
             _table("attention", result["weights"], FACTS),
-            "At the read-out token, where its stream attends to itself:",
+            "At the target token, where its stream attends to itself:",
             "",
-            _table("layer", result["readout"], READOUT),
+            _table("layer", result["target_token"], AT_TARGET),
             "Relevance of the tokens that may be removed:",
             "",
             _table("variant", result["maps"], LIKENESS),

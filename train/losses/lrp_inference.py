@@ -24,7 +24,7 @@ from jaxrel.propagation.composites import Composite
 from jaxrel.propagation.lrp import lrp_vjp
 from jaxrel.train.recipes.mapper import word_loss
 
-# English words that stand for nothing in a picture: the closed classes of a grammar (determiners,
+# English words that stand for nothing in an image: the closed classes of a grammar (determiners,
 # pronouns, prepositions, conjunctions, auxiliaries, a few adverbs, and what is left of contracted
 # words that are split at the apostrophe), written down for this library.
 STOP_WORDS = frozenset(
@@ -92,7 +92,7 @@ class LRPInference:
       temperature: see `relevance_weights`.
       weighed: which values are weighed, "both" as in the paper, "attended" or "hidden"; the
         weights of the others are 1.
-      rules: of LRP, for the read-out from attended and hidden values to logits.
+      rules: of LRP, for the output layer, from attended and hidden values to logits.
 
     Raises:
       ValueError: another `weighed`.
@@ -160,7 +160,7 @@ class LRPInference:
     def decoder(
         self, model: Captioner, features: Float[Array, "batch positions features"]
     ) -> tuple[decoding.Step, Any]:
-        """Return `Captioner.decoder` of the re-weighted predictions, one caption per picture."""
+        """Return `Captioner.decoder` of the re-weighted predictions, one caption per image."""
         context, first = model.start(features)
 
         def step(state: Any, words: Array) -> tuple[Any, Array]:
@@ -187,8 +187,8 @@ def lrp_inference_loss(
 
     Args:
       model: a captioner.
-      features: of the pictures, as `encode` returns them, or of regions.
-      text: one caption per picture.
+      features: of the images, as `encode` returns them, or of regions.
+      text: one caption per image.
       inference: how predictions are re-weighted.
       key: for dropout; None: no dropout.
       mixing: weight of the plain prediction, from 0 to 1.

@@ -4,7 +4,7 @@ A caption is drawn from the model, and its reward is how much better it is than 
 The captions are written on the device and judged on the host, all inside the one compiled step
 (`jax.pure_callback`). A step then depends on nothing but its parameters, batch and key, so that a
 stopped training goes on bit by bit, and no caption is that of older parameters. The device waits
-while the host judges: on one core 20 ms for two captions of 64 pictures of Shapes, five references
+while the host judges: on one core 20 ms for two captions of 64 images of Shapes, five references
 each. The host reads the next examples while the device computes.
 """
 
@@ -25,7 +25,7 @@ from jaxrel.train.losses.lrp_inference import LRPInference
 IDFS = ("corpus", "batch")
 ENDS = ("both", "references", "neither")
 
-# (sampled ids, greedy ids, indices of pictures) -> the scores of both, [2, batch], float32.
+# (sampled ids, greedy ids, indices of images) -> the scores of both, [2, batch], float32.
 Reward = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -33,7 +33,7 @@ class CiderReward:
     """CIDEr-D of captions that are given as ids: what the host computes.
 
     Words are weighed by their frequency in all references ("corpus"). The reference
-    implementation of Sun et al. 2022 has only those of the batch, each picture counted twice
+    implementation of Sun et al. 2022 has only those of the batch, each image counted twice
     ("batch"): there a word's weight depends on what else is in the batch.
 
     The end of a caption counts as a word, so that a caption that stops too early or never is
@@ -43,7 +43,7 @@ class CiderReward:
     A token that no reference has, such as that of unknown words, is a wrong word.
 
     Args:
-      references: of each picture, split into words, without an end.
+      references: of each image, split into words, without an end.
       tokens: by id.
       form: how captions are written.
       idf: "corpus" or "batch".
@@ -66,7 +66,7 @@ class CiderReward:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         last = [] if ends == "neither" else [END]
-        self._references = [[[*words, *last] for words in picture] for picture in references]
+        self._references = [[[*words, *last] for words in image] for image in references]
         self._tokens, self._form = np.asarray(tokens), form
         self._last = [END] if ends == "both" else []
         self._corpus = CiderD.from_references(self._references) if idf == "corpus" else None
@@ -83,17 +83,17 @@ class CiderReward:
         self,
         sampled: Integer[np.ndarray, "batch context"],
         greedy: Integer[np.ndarray, "batch context"],
-        pictures: Integer[np.ndarray, " batch"],
+        images: Integer[np.ndarray, " batch"],
     ) -> Float[np.ndarray, "2 batch"]:
         """Return the scores of sampled and of greedy captions, from 0 to 10.
 
         Args:
           sampled, greedy: captions with start, end and padding.
-          pictures: the index of each caption's picture in the references.
+          images: the index of each caption's image in the references.
         """
-        references = [self._references[i] for i in pictures]
+        references = [self._references[i] for i in images]
         cider = self._corpus or CiderD.from_references([*references, *references])
-        # Once for both captions of a picture.
+        # Once for both captions of an image.
         weighed: list[list[TfIdf]] = [[cider.weigh(r) for r in several] for several in references]
         captions = [[self.words(row) for row in ids] for ids in (sampled, greedy)]
         return np.array([cider.score(words, weighed) for words in captions], np.float32)
@@ -130,13 +130,13 @@ def drawn(text: Int[Array, "batch context"], form: decoding.Format) -> Bool[Arra
 def scst_loss(
     model: Captioner,
     features: Float[Array, "batch positions features"],
-    pictures: Integer[Array, " batch"],
+    images: Integer[Array, " batch"],
     reward: Reward,
     key: PRNGKeyArray,
     *,
     inference: LRPInference | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Draw a caption for each picture, judge it, and return the loss that makes it as likely.
+    """Draw a caption for each image, judge it, and return the loss that makes it as likely.
 
     There is no dropout: the probabilities that captions are drawn with are those that are
     trained. (The reference implementation samples with dropout.)
@@ -147,8 +147,8 @@ def scst_loss(
 
     Args:
       model: a captioner.
-      features: of the pictures, as `encode` returns them, or of regions.
-      pictures: the index of each picture in the references of the reward.
+      features: of the images, as `encode` returns them, or of regions.
+      images: the index of each image in the references of the reward.
       reward: what the host computes, such as a `CiderReward`.
       key: for the captions.
       inference: how predictions are re-weighted; None: not at all.
@@ -162,14 +162,14 @@ def scst_loss(
     greedy = decoding.greedy(*still.decoder(seen), form).ids
     decoder = still.decoder(seen) if inference is None else inference.decoder(still, seen)
     sampled = decoding.sample(*decoder, form, key).ids
-    scores = jax.ShapeDtypeStruct((2, len(pictures)), jnp.float32)
+    scores = jax.ShapeDtypeStruct((2, len(images)), jnp.float32)
     of_sampled, of_greedy = jax.pure_callback(
         # A callback is given arrays of JAX's; inside it, their operations could wait for it.
         lambda *ids: reward(*map(np.asarray, ids)),
         scores,
         sampled,
         greedy,
-        pictures,
+        images,
     )
 
     read = model.teacher_forced(features, sampled)

@@ -79,8 +79,8 @@ def caption_loss(
 
     Args:
       model: a captioner.
-      features: of the pictures, as `encode` returns them, or of regions.
-      text: one caption per picture.
+      features: of the images, as `encode` returns them, or of regions.
+      text: one caption per image.
       key: for dropout; None: no dropout.
     """
     text = text.astype(jnp.int32)

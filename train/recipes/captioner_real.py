@@ -1,7 +1,7 @@
 """Recipes `gridtd-` and `aoa-`, `coco` and `flickr30k`: captioners with attention on real data.
 
 The encoder is a VGG or a ResNet whose weights are at hand, frozen unless its rate says otherwise.
-Pictures are read, resized without keeping their aspect and normalised while the device computes;
+Images are read, resized without keeping their aspect and normalised while the device computes;
 they are not changed by chance (Sun et al. 2022 flip them and vary their colours). Words are
 Karpathy's tokens, of letters and digits alone.
 """
@@ -27,13 +27,13 @@ from jaxrel.models.processor import Processor, quiet_transformers
 from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.models.vision import imagenet_processing, load_encoder
 from jaxrel.train.data import coco, flickr30k
-from jaxrel.train.data.files import PictureSource, Record
+from jaxrel.train.data.files import ImageSource, Record
 from jaxrel.train.recipes.captioner import caption_loss, new_config, train_captioner
 from jaxrel.train.recipes.mapper_real import _count, _fits, choice
 from jaxrel.train.recipes.settings import CaptionerReal
 
-# Each reads (folder, split) of a data set, with pictures and their captions.
-READERS: dict[str, Callable[..., PictureSource]] = {
+# Each reads (folder, split) of a data set, with images and their captions.
+READERS: dict[str, Callable[..., ImageSource]] = {
     "coco": coco.karpathy_captions,
     "flickr30k": flickr30k.captions,
 }
@@ -41,7 +41,7 @@ READERS: dict[str, Callable[..., PictureSource]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captions:
-    """Every caption of every picture as arrays: picture and token ids.
+    """Every caption of every image as arrays: image and token ids.
 
     Args:
       source: of a reader in `READERS`.
@@ -49,30 +49,30 @@ class Captions:
       context: tokens that the model reads; longer captions are left out with one warning.
 
     Attributes:
-      pictures: the index in `source` of each example's picture.
+      images: the index in `source` of each example's image.
     """
 
-    source: PictureSource
+    source: ImageSource
     processor: Processor
     context: int
-    pictures: np.ndarray = dataclasses.field(init=False, repr=False)
+    images: np.ndarray = dataclasses.field(init=False, repr=False)
     _text: np.ndarray = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         written = [[" ".join(words) for words in caption_words(r)] for r in self.source.records]
         texts = [text for several in written for text in several]
         kept = np.flatnonzero(_fits(self.processor, texts, self.context, "captions"))
-        pictures = np.repeat(np.arange(len(written)), [len(several) for several in written])
+        images = np.repeat(np.arange(len(written)), [len(several) for several in written])
         # Once for all: words that the model does not know are many, and no fault.
         ids = encode(self.processor, [texts[i] for i in kept], self.context)
-        object.__setattr__(self, "pictures", pictures[kept])
+        object.__setattr__(self, "images", images[kept])
         object.__setattr__(self, "_text", ids)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.source[self.pictures[index]]
+        record = self.source[self.images[index]]
         return {
             "id": np.int64(record["id"]),
             "image": self.processor.image(record["image"])[0],
@@ -93,7 +93,7 @@ def encode(
 
 
 def caption_words(record: Record) -> list[list[str]]:
-    """The words of each caption of a picture; a caption without any is left out."""
+    """The words of each caption of an image; a caption without any is left out."""
     split = [re.findall(r"[^\W_]+", " ".join(tokens).lower()) for tokens in record["tokens"]]
     return [words for words in split if words]
 
@@ -146,7 +146,7 @@ def new_model(
 
 
 def train(recipe: CaptionerReal, folder: Path) -> Captioner:
-    """Train on the captions of a data set, one caption of a picture per example.
+    """Train on the captions of a data set, one caption of an image per example.
 
     Args:
       recipe: the settings; `data` is the folder of the data set.
@@ -198,8 +198,8 @@ def evaluate(
       dataset: a name in `READERS`.
       data: the folder of the data set.
       split: of Karpathy's.
-      scenes: how many pictures.
-      batch: pictures at a time.
+      scenes: how many images.
+      batch: images at a time.
       beams: of beam search, 3 in Sun et al. 2022; 1 is greedy.
 
     Raises:
@@ -221,7 +221,7 @@ def evaluate(
     return {
         "protocol": f"captioner-{dataset}/1",
         "split": split,
-        "pictures": count,
+        "images": count,
         "beams": beams,
         "CIDEr-D": bootstrap(np.asarray(scores))._asdict(),
         "examples": captions[:5],

@@ -40,10 +40,10 @@ from jaxrel.train.recipes.settings import CaptionerShapes, changed_flags
 
 
 def new_model(recipe: CaptionerShapes) -> Captioner:
-    """The untrained model, with its tokenizer and picture preprocessing.
+    """The untrained model, with its tokenizer and image preprocessing.
 
     Raises:
-      ValueError: a size is out of range, or the picture is too small for the poolings.
+      ValueError: a size is out of range, or the image is too small for the poolings.
     """
     tokenizer = word_tokenizer(vocabulary(), recipe.context)
     config = new_config(recipe, vocab_size=len(tokenizer), image_size=SIDE)
@@ -123,7 +123,7 @@ def loss(
 
 
 def train(recipe: CaptionerShapes, folder: Path) -> Captioner:
-    """Train on one caption of each picture of a batch; see `train_captioner`.
+    """Train on one caption of each image of a batch; see `train_captioner`.
 
     Args:
       recipe: the settings.
@@ -167,7 +167,7 @@ def evaluate(
       data_seed: of the Shapes data set.
       split: of the data set.
       scenes: how many of each split.
-      batch: pictures at a time.
+      batch: images at a time.
 
     Returns:
       `protocol`, and `splits`: for each what `captions.evaluate` returns.
@@ -230,7 +230,7 @@ _WHAT = {
 CARD = """\
 # {kind}-shapes
 
-A captioner of 64x64 pictures of coloured shapes, as in Sun et al. 2022: a VGG,
+A captioner of 64x64 images of coloured shapes, as in Sun et al. 2022: a VGG,
 {what}.
 It is made to study hallucinated words: in `biased_train` some shapes and colours go together, in
 `biased_test` they never do, and `test` has no bias. It knows the words of the Shapes grammar and
@@ -240,7 +240,7 @@ nothing of photographs.
     jaxrel evaluate {kind}-shapes --model models/pretrained/{kind}-shapes --card
 
 Trained from nothing on {scenes} scenes of the split `{split}` (data seed {data_seed}), {steps}
-steps of {batch} pictures with one caption each; settings.json has every setting, train.jsonl the
+steps of {batch} images with one caption each; settings.json has every setting, train.jsonl the
 loss.
 
 Its greedy captions, judged on {tested} scenes of each split, with bootstrap 95% intervals:

@@ -1,7 +1,7 @@
 """Recipe `clip-shapes`: a small CLIP, trained on Shapes from nothing, on two CPU cores.
 
-The contrastive loss is CLIP's (Radford et al. 2021): in a batch of pictures with one caption
-each, every picture shall find its caption, and every caption its picture.
+The contrastive loss is CLIP's (Radford et al. 2021): in a batch of images with one caption
+each, every image shall find its caption, and every caption its image.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ SETTINGS_FILE = "settings.json"
 
 
 def new_model(recipe: ClipShapes) -> CLIP:
-    """The untrained model, with its tokenizer and picture preprocessing."""
+    """The untrained model, with its tokenizer and image preprocessing."""
     tower: dict[str, Any] = {
         "width": recipe.width,
         "heads": recipe.heads,
@@ -64,7 +64,7 @@ def normalise(image: UInt8[Array, "batch height width 3"]) -> Float[Array, "batc
 def load(
     recipe: ClipShapes, model: CLIP, split: str, count: int
 ) -> tuple[UInt8[np.ndarray, "scenes 64 64 3"], Int[np.ndarray, "scenes 5 tokens"]]:
-    """Draw scenes: their pictures, and the token ids of their captions."""
+    """Draw scenes: their images, and the token ids of their captions."""
     data = Shapes(seed=recipe.data_seed)
     images = np.empty((count, 64, 64, 3), np.uint8)
     captions: list[str] = []
@@ -77,7 +77,7 @@ def load(
 
 
 def contrastive_loss(model: CLIP, image: Array, text: Array) -> Float[Array, ""]:
-    """Mean cross-entropy of finding the caption and of finding the picture."""
+    """Mean cross-entropy of finding the caption and of finding the image."""
     logits = model({"image": normalise(image), "text": text.astype(jnp.int32)})["logits_per_image"]
     labels = jnp.arange(len(logits))
     losses = optax.softmax_cross_entropy_with_integer_labels
@@ -170,7 +170,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge a model on held-out scenes: retrieval, and where the relevance lies.
 
-    Retrieval: does a picture find its full caption among `among`, and a caption its picture?
+    Retrieval: does an image find its full caption among `among`, and a caption its image?
     Localisation: for an object that a one-object phrase names uniquely ("a red circle"), the
     share of each method's relevance inside the object's mask, and the pointing game.
 
@@ -201,7 +201,7 @@ def evaluate(
 
 
 def _retrieval(model: CLIP, scenes: list[Scene], among: int) -> dict[str, Any]:
-    found: dict[str, list[np.ndarray]] = {"caption": [], "picture": []}
+    found: dict[str, list[np.ndarray]] = {"caption": [], "image": []}
     compare = nnx.jit(lambda model, inputs: model(inputs)["logits_per_image"])
     for start in trange(0, len(scenes), among, desc="retrieval", leave=False):
         group = scenes[start : start + among]
@@ -211,7 +211,7 @@ def _retrieval(model: CLIP, scenes: list[Scene], among: int) -> dict[str, Any]:
         )
         logits = np.asarray(compare(model, inputs))
         found["caption"].append(logits.argmax(1) == np.arange(among))
-        found["picture"].append(logits.argmax(0) == np.arange(among))
+        found["image"].append(logits.argmax(0) == np.arange(among))
     scores = {name: bootstrap(np.concatenate(hits)) for name, hits in found.items()}
     return {"scenes": len(scenes), "among": among, "chance": 1 / among, **_plain(scores)}
 
@@ -278,7 +278,7 @@ def card(folder: Path, result: dict[str, Any]) -> str:
         split=result["split"],
         **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch")},
         caption=_shown(retrieval["caption"]),
-        picture=_shown(retrieval["picture"]),
+        image=_shown(retrieval["image"]),
         tested=retrieval["scenes"],
         among=retrieval["among"],
         by_chance=retrieval["chance"],
@@ -295,26 +295,26 @@ def _shown(interval: dict[str, float]) -> str:
 CARD = """\
 # clip-shapes
 
-A small CLIP for 64x64 pictures of coloured shapes: the model that `jaxrel explain` uses when none
+A small CLIP for 64x64 images of coloured shapes: the model that `jaxrel explain` uses when none
 is named. It knows the 75 words of the Shapes grammar and nothing of photographs.
 
     jaxrel train clip-shapes{flags} --out models/pretrained/clip-shapes
     jaxrel evaluate clip-shapes --model models/pretrained/clip-shapes --card
 
 Trained on {scenes} scenes of the split `train` (data seed {data_seed}), {steps} steps of {batch}
-pictures with one caption each; settings.json has every setting, train.jsonl the loss.
+images with one caption each; settings.json has every setting, train.jsonl the loss.
 
 Judged on the split `{split}`, with bootstrap 95% intervals:
 
 | retrieval among {among} ({tested} scenes, chance {by_chance:.3f}) | |
 |---|---|
-| a picture finds its caption | {caption} |
-| a caption finds its picture | {picture} |
+| an image finds its caption | {caption} |
+| a caption finds its image | {image} |
 
 Relevance for a phrase that names one object of several, all layers ({examples} examples): the
 share inside the object's mask, the same less equal accumulation's on the same examples, and how
 often the most relevant point is on the object (pointing game). A map without information has the
-mask's share of the picture inside: {chance}.
+mask's share of the image inside: {chance}.
 
 | method | share inside | less equal's | pointing game |
 |---|---|---|---|

@@ -40,22 +40,22 @@ Encode = Callable[[Captioner, Array], Float[Array, "batch positions features"]]
 
 
 @dataclass(frozen=True, eq=False)
-class WithPictures:
-    """Examples with the index of their picture in the references of a reward, "picture".
+class WithImages:
+    """Examples with the index of their image in the references of a reward, "references".
 
     Args:
       source: the examples.
-      pictures: by example.
+      images: by example.
     """
 
     source: Source
-    pictures: Integer[np.ndarray, " examples"]
+    images: Integer[np.ndarray, " examples"]
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
-        return {**self.source[index], "picture": np.int32(self.pictures[index])}
+        return {**self.source[index], "references": np.int32(self.images[index])}
 
 
 def train_shapes(recipe: FinetuneShapes, folder: Path) -> Captioner:
@@ -75,7 +75,7 @@ def train_shapes(recipe: FinetuneShapes, folder: Path) -> Captioner:
     """
     check_new_folder(folder)
     model = Captioner.from_pretrained(recipe.model, dtype=recipe.dtype)
-    _check_pictures(model, recipe.model)
+    _check_images(model, recipe.model)
     _check_shapes(model, recipe.model)
     examples = captioner_shapes.Examples(recipe.training(context=model.config.context), model)
 
@@ -87,16 +87,16 @@ def train_shapes(recipe: FinetuneShapes, folder: Path) -> Captioner:
         folder,
         model,
         encode,
-        WithPictures(examples, np.arange(len(examples)) % recipe.scenes),
+        WithImages(examples, np.arange(len(examples)) % recipe.scenes),
         lambda: _words(model, examples.text),
         name="finetune-shapes",
     )
 
 
 def train_real(recipe: FinetuneReal, folder: Path) -> Captioner:
-    """Go on with a captioner of COCO or Flickr30k, one caption of a picture per example.
+    """Go on with a captioner of COCO or Flickr30k, one caption of an image per example.
 
-    The references of the reward are all captions of a picture.
+    The references of the reward are all captions of an image.
 
     Args:
       recipe: the settings; `data` is the folder of the data set.
@@ -112,14 +112,14 @@ def train_real(recipe: FinetuneReal, folder: Path) -> Captioner:
         recipe.data, recipe.split, missing=choice(recipe.missing), corrupt=choice(recipe.corrupt)
     )
     model = Captioner.from_pretrained(recipe.model, dtype=recipe.dtype)
-    _check_pictures(model, recipe.model)
+    _check_images(model, recipe.model)
     examples = Captions(source, model.processor, model.config.context)
     return _go_on(
         recipe,
         folder,
         model,
         Captioner.encode,
-        WithPictures(examples, examples.pictures),
+        WithImages(examples, examples.images),
         lambda: [caption_words(record) for record in source.records],
         name=f"finetune-{recipe.dataset}",
         workers=recipe.workers,
@@ -137,7 +137,7 @@ def _go_on(
     name: str,
     workers: int = 0,
 ) -> Captioner:
-    """Train in the recipe's mode; the references of all pictures are asked for if they count."""
+    """Train in the recipe's mode; the references of all images are asked for if they count."""
     reward = None
     if "scst" in recipe.mode:
         tokenizer = model.processor.tokenizer
@@ -167,7 +167,7 @@ def mode_loss(
     Args:
       recipe: the settings.
       model: whose tokenizer counts.
-      encode: the features of the pictures of a batch.
+      encode: the features of the images of a batch.
       reward: of the modes with "scst".
     """
     given = {word.strip() for word in recipe.stop_words.split(",") if word.strip()}
@@ -179,8 +179,8 @@ def mode_loss(
         features = encode(model, batch["image"])
         if reward is not None:
             reweighting = inference if recipe.mode == "lrp-scst" else None
-            pictures = batch["picture"]
-            return scst_loss(model, features, pictures, reward, key, inference=reweighting)
+            images = batch["references"]
+            return scst_loss(model, features, images, reward, key, inference=reweighting)
         drop = key if recipe.dropout else None
         if recipe.mode == "lrp":
             mixing = recipe.mixing
@@ -193,22 +193,22 @@ def mode_loss(
 
 
 def _words(
-    model: Captioner, ids: Integer[np.ndarray, "pictures captions tokens"]
+    model: Captioner, ids: Integer[np.ndarray, "images captions tokens"]
 ) -> list[list[list[str]]]:
-    """The words of each picture's captions, of which the model knows all."""
+    """The words of each image's captions, of which the model knows all."""
     tokenizer = model.processor.tokenizer
     tokens = np.asarray(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
     special = np.isin(ids, tokenizer.all_special_ids)
     return [
-        [tokens[row[~left_out]].tolist() for row, left_out in zip(*picture, strict=True)]
-        for picture in zip(ids, special, strict=True)
+        [tokens[row[~left_out]].tolist() for row, left_out in zip(*image, strict=True)]
+        for image in zip(ids, special, strict=True)
     ]
 
 
-def _check_pictures(model: Captioner, name: str) -> None:
+def _check_images(model: Captioner, name: str) -> None:
     if model.encoder is None:
         raise ValueError(
-            f"{name!r} reads features of regions, and this recipe has pictures; name a captioner "
+            f"{name!r} reads features of regions, and this recipe has images; name a captioner "
             "with an encoder"
         )
     model.caption_format()  # says if there is no tokenizer
@@ -218,7 +218,7 @@ def _check_shapes(model: Captioner, name: str) -> None:
     unknown = sorted({*vocabulary()} - {*model.processor.tokenizer.get_vocab()})
     if unknown or model.config.image_size != SIDE:
         raise ValueError(
-            f"{name!r} is no captioner of Shapes: its pictures have {model.config.image_size} "
+            f"{name!r} is no captioner of Shapes: its images have {model.config.image_size} "
             f"pixels a side (Shapes': {SIDE}), and it lacks {len(unknown)} of its words, such as "
             f"{', '.join(unknown[:5]) or 'none'}; train one with jaxrel train gridtd-shapes"
         )
@@ -265,7 +265,7 @@ _HOW = {
 CARD = """\
 # A captioner that went on
 
-`{model}`, a captioner of 64x64 pictures of coloured shapes, went on with {how}.
+`{model}`, a captioner of 64x64 images of coloured shapes, went on with {how}.
 
     jaxrel train finetune-shapes{flags} --out FOLDER
     jaxrel evaluate finetune-shapes --model FOLDER --card

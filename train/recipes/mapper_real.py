@@ -1,6 +1,6 @@
 """Recipes `vqa-v2` and `caption-coco`: CLIPmapper on real data, with a CLIP from the hub.
 
-Pictures are read, resized and normalised by CLIP's own preprocessing while the device computes.
+Images are read, resized and normalised by CLIP's own preprocessing while the device computes.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.models.processor import Processor, quiet_transformers
 from jaxrel.train.data import coco, vqa_v2
-from jaxrel.train.data.files import Choice, PictureSource
+from jaxrel.train.data.files import Choice, ImageSource
 from jaxrel.train.evaluate.vqa import best_answers
 from jaxrel.train.recipes.mapper import caption_loss, new_model, train_mapper
 from jaxrel.train.recipes.settings import CaptionCoco, VqaV2
@@ -30,7 +30,7 @@ Example = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Questions of VQA v2 as arrays: picture, token ids, soft scores of the answers.
+    """Questions of VQA v2 as arrays: image, token ids, soft scores of the answers.
 
     Args:
       source: of `vqa_v2.questions`.
@@ -39,7 +39,7 @@ class Questions:
       context: tokens that the model reads; longer questions are left out with one warning.
     """
 
-    source: PictureSource
+    source: ImageSource
     processor: Processor
     vocabulary: vqa_v2.AnswerVocabulary
     context: int
@@ -65,7 +65,7 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """Every caption of every picture as arrays: picture and token ids.
+    """Every caption of every image as arrays: image and token ids.
 
     Args:
       source: of `coco.karpathy_captions`.
@@ -73,7 +73,7 @@ class Captions:
       context: tokens that the model reads; longer captions are left out with one warning.
     """
 
-    source: PictureSource
+    source: ImageSource
     processor: Processor
     context: int
     _places: tuple[tuple[int, int], ...] = dataclasses.field(init=False, repr=False)
@@ -90,8 +90,8 @@ class Captions:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Example:
-        picture, caption = self._places[index]
-        record = self.source[picture]
+        image, caption = self._places[index]
+        record = self.source[image]
         return {
             "id": np.int64(record["id"]),
             "image": self.processor.image(record["image"])[0],
@@ -151,7 +151,7 @@ def train_vqa(recipe: VqaV2, folder: Path) -> CLIPMapper:
 
 
 def train_caption(recipe: CaptionCoco, folder: Path) -> CLIPMapper:
-    """Train on COCO captions, one caption of a picture per example.
+    """Train on COCO captions, one caption of an image per example.
 
     Args:
       recipe: the settings; `data` is the folder of `coco.karpathy_captions`.
@@ -228,8 +228,8 @@ def evaluate_caption(
       model: trained by `train_caption`.
       data: the folder of `coco.karpathy_captions`.
       split: of Karpathy's.
-      scenes: how many pictures.
-      batch: pictures at a time.
+      scenes: how many images.
+      batch: images at a time.
 
     Raises:
       FileNotFoundError, ValueError: see `coco.karpathy_captions`.
@@ -248,7 +248,7 @@ def evaluate_caption(
     return {
         "protocol": "caption-coco/1",
         "split": split,
-        "pictures": count,
+        "images": count,
         "CIDEr-D": bootstrap(np.asarray(scores))._asdict(),
         "examples": captions[:5],
     }
@@ -259,7 +259,7 @@ def choice(text: str) -> Choice:
     return "skip" if text == "skip" else "error"
 
 
-def _count(asked: int, source: PictureSource) -> int:
+def _count(asked: int, source: ImageSource) -> int:
     if asked < 1:
         raise ValueError(f"scenes must be at least 1, got {asked}")
     return min(asked, len(source))

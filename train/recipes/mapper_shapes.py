@@ -5,7 +5,7 @@ shows (colour, shape, size, or background) and the patch's place from stage 1's 
 layer that is then thrown away: it makes stage 1 tell objects apart many times sooner than answers
 or words do, and gives it a notion of left and below, which a CLIP need not have.
 That of questions also adds the loss of finding what each question is about: its patches, from the
-picture's tokens in stage 2, and its place, from the token that the answer is read from. Without
+image's tokens in stage 2, and its place, from the token that the answer is read from. Without
 these, counts and comparisons were learnt late, and how two objects lie to each other not at all.
 """
 
@@ -66,7 +66,7 @@ class PatchNames(nnx.Module):
         Added is the mean Huber loss of the row and the column.
 
         Args:
-          tokens: of the picture, normalised, the class token first.
+          tokens: of the image, normalised, the class token first.
           shown: indices of colour, shape and size; -1 where a patch shows the background.
         """
         logits = self.head(tokens[:, 1:]).astype(jnp.float32)
@@ -116,7 +116,7 @@ class Asked(nnx.Module):
         """Mean binary cross-entropy of the patches asked about plus that of all others.
 
         Args:
-          tokens: of the picture, for one question each, the class token first.
+          tokens: of the image, for one question each, the class token first.
           asked: whether a patch shows what the first phrase of the question stands for, and the
             second.
           counted: which questions count.
@@ -134,7 +134,7 @@ class Asked(nnx.Module):
 def load_scenes(
     recipe: MapperShapes, model: CLIPMapper, split: str, count: int, read: Callable[[Scene], Any]
 ) -> tuple[dict[str, np.ndarray], list[Any]]:
-    """Draw scenes: pictures and what their patches show, and what `read` takes from each."""
+    """Draw scenes: images and what their patches show, and what `read` takes from each."""
     data = Shapes(seed=recipe.data_seed)
     vision = model.config.clip.vision
     images = np.empty((count, SIDE, SIDE, 3), np.uint8)
@@ -255,7 +255,7 @@ def vqa_loss(
     Args:
       model: what is trained.
       about: the heads that find what is asked about.
-      tokens: of the pictures, as `encode_image` returns them.
+      tokens: of the images, as `encode_image` returns them.
       batch: as `vqa_examples` makes it.
       asked_loss: weight of finding what is asked about.
 
@@ -281,7 +281,7 @@ def vqa_loss(
 
 
 def train_vqa(recipe: VqaShapes, folder: Path) -> CLIPMapper:
-    """Train on all questions of each picture of a batch; see `train_mapper`.
+    """Train on all questions of each image of a batch; see `train_mapper`.
 
     Raises:
       FileExistsError: the folder exists and is no model folder; said before any work.
@@ -301,7 +301,7 @@ def train_vqa(recipe: VqaShapes, folder: Path) -> CLIPMapper:
 
 
 def train_caption(recipe: CaptionShapes, folder: Path) -> CLIPMapper:
-    """Train on one caption of each picture of a batch; see `train_mapper`.
+    """Train on one caption of each image of a batch; see `train_mapper`.
 
     Raises:
       FileExistsError, ValueError, FloatingPointError, OSError: as `train_vqa`.
@@ -321,7 +321,7 @@ def _check_size(recipe: MapperShapes, model: CLIPMapper) -> None:
     side = model.config.clip.vision.image_size
     if side != SIDE:
         raise ValueError(
-            f"stage1 {recipe.stage1!r} reads pictures of {side} x {side} pixels, and this recipe "
+            f"stage1 {recipe.stage1!r} reads images of {side} x {side} pixels, and this recipe "
             f"trains on Shapes of {SIDE} x {SIDE}; name a CLIP of that size, such as clip-shapes"
         )
 

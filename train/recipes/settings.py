@@ -28,7 +28,7 @@ class ClipShapes:
     data_seed: int = _setting(0, "of the Shapes data set")
     scenes: int = _setting(60_000, "training scenes, drawn once and kept in memory")
     steps: int = _setting(3_000, "of the optimiser")
-    batch: int = _setting(128, "pictures per step, each with one caption")
+    batch: int = _setting(128, "images per step, each with one caption")
     learning_rate: float = _setting(1e-3, "the highest; it falls to 0 as a cosine")
     warmup: int = _setting(200, "steps until the highest learning rate")
     weight_decay: float = _setting(0.1, "of AdamW")
@@ -96,7 +96,7 @@ def _check_clamp(clamp: float) -> None:
 
 
 def _check_real(recipe: Any) -> None:
-    """Raise ValueError if no data are named, or what to do with bad pictures is unclear."""
+    """Raise ValueError if no data are named, or what to do with bad images is unclear."""
     if not recipe.data:
         raise ValueError("data is empty; name the folder of the data set with --data")
     for name in ("missing", "corrupt"):
@@ -124,7 +124,7 @@ class MapperShapes:
     stage1: str = _setting("clip-shapes", "what the model begins as: a CLIP or a CLIPmapper")
     scenes: int = _setting(50_000, "training scenes, drawn once and kept in memory")
     steps: int = _setting(3_000, "of the optimiser")
-    batch: int = _setting(36, "pictures per step")
+    batch: int = _setting(36, "images per step")
     accumulate: int = _setting(1, "parts of the batch, one after the other, to save memory")
     learning_rate: float = _setting(1e-3, "the highest; it falls to 0 as a cosine")
     stage1_rate: float = _setting(1.0, "factor on the learning rate in stage 1; 0 freezes it")
@@ -153,11 +153,11 @@ class MapperShapes:
 
 @dataclasses.dataclass(frozen=True)
 class VqaShapes(MapperShapes):
-    """Settings of the recipe `vqa-shapes`: each picture of a batch with all its questions."""
+    """Settings of the recipe `vqa-shapes`: each image of a batch with all its questions."""
 
     stage1: str = _setting("caption-shapes", "what the model begins as: a CLIP or a CLIPmapper")
     steps: int = _setting(3_500, "of the optimiser")
-    batch: int = _setting(16, "pictures per step")
+    batch: int = _setting(16, "images per step")
     asked_loss: float = _setting(0.5, "weight of finding what each question is about")
 
     def __post_init__(self):
@@ -169,10 +169,10 @@ class VqaShapes(MapperShapes):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionShapes(MapperShapes):
-    """Settings of the recipe `caption-shapes`: each picture of a batch with one caption."""
+    """Settings of the recipe `caption-shapes`: each image of a batch with one caption."""
 
     steps: int = _setting(3_000, "of the optimiser")
-    batch: int = _setting(64, "pictures per step")
+    batch: int = _setting(64, "images per step")
     context: int = _setting(34, "tokens of the longest text")
     full: float = _setting(1.0, "share of captions that name every object")
 
@@ -193,8 +193,8 @@ class MapperReal:
 
     data: str = _setting("", "folder of the data set, as downloaded and unpacked")
     split: str = _setting("train", "split to train on")
-    missing: str = _setting("error", "what to do with missing pictures: error or skip")
-    corrupt: str = _setting("error", "what to do with damaged pictures: error or skip")
+    missing: str = _setting("error", "what to do with missing images: error or skip")
+    corrupt: str = _setting("error", "what to do with damaged images: error or skip")
     stage1: str = _setting("openai/clip-vit-base-patch32", "the CLIP that stage 1 begins as")
     seed: int = _setting(0, "of the parameters and of the order of examples")
     steps: int = _setting(40_000, "of the optimiser")
@@ -210,7 +210,7 @@ class MapperReal:
     mlp_width: int = _setting(3072, "hidden features of the mapper's MLPs")
     context: int = _setting(32, "tokens of the longest text")
     dtype: str = _setting("bfloat16", "of the computation: float32 or bfloat16")
-    workers: int = _setting(8, "processes that read pictures; 0 reads in threads")
+    workers: int = _setting(8, "processes that read images; 0 reads in threads")
     log_every: int = _setting(50, "steps between two lines of the log")
     checkpoint_every: int = _setting(1_000, "steps between two checkpoints")
 
@@ -246,7 +246,7 @@ class _Captioner:
 
     seed: int = _setting(0, "of the parameters, the dropout and the order of examples")
     steps: int = _setting(3_000, "of the optimiser")
-    batch: int = _setting(32, "captions per step, each with its picture (the paper's: 32)")
+    batch: int = _setting(32, "captions per step, each with its image (the paper's: 32)")
     accumulate: int = _setting(1, "parts of the batch, one after the other, to save memory")
     learning_rate: float = _setting(
         5e-4, "the highest; it falls to 0 as a cosine (the paper's: 5e-4, less on a plateau)"
@@ -306,7 +306,7 @@ class CaptionerShapes(_Captioner):
     scenes: int = _setting(40_000, "training scenes, drawn once and kept in memory")
     full: float = _setting(1.0, "share of captions that name every object")
     steps: int = _setting(2_000, "of the optimiser")
-    batch: int = _setting(64, "pictures per step, each with one caption (the paper's: 32)")
+    batch: int = _setting(64, "images per step, each with one caption (the paper's: 32)")
     learning_rate: float = _setting(
         1e-3, "the highest; it falls to 0 as a cosine (the paper's: 5e-4, less on a plateau)"
     )
@@ -353,8 +353,8 @@ class CaptionerReal(_Captioner):
 
     data: str = _setting("", "folder of the data set, as downloaded and unpacked")
     split: str = _setting("train", "split to train on, in which words are counted too")
-    missing: str = _setting("error", "what to do with missing pictures: error or skip")
-    corrupt: str = _setting("error", "what to do with damaged pictures: error or skip")
+    missing: str = _setting("error", "what to do with missing images: error or skip")
+    corrupt: str = _setting("error", "what to do with damaged images: error or skip")
     at_least: int = _setting(3, "how often a word must occur to be one of the model's")
     encoder: str = _setting(
         "vgg16", "vgg16, resnet50 or another preset, or a VGG's channels, such as 32-32,64-64"
@@ -366,11 +366,11 @@ class CaptionerReal(_Captioner):
     encoder_rate: float = _setting(
         0.0, "factor on the learning rate in the encoder; 0 freezes it (to fine-tune, paper: 0.2)"
     )
-    image_size: int = _setting(224, "pixels of a side of the pictures (the paper's: 224)")
+    image_size: int = _setting(224, "pixels of a side of the images (the paper's: 224)")
     steps: int = _setting(45_000, "of the optimiser; about ten epochs")
     warmup: int = _setting(1_000, "steps until the highest learning rate (the paper's: 0)")
     dtype: str = _setting("bfloat16", "of the computation: float32 or bfloat16")
-    workers: int = _setting(8, "processes that read pictures; 0 reads in threads")
+    workers: int = _setting(8, "processes that read images; 0 reads in threads")
     checkpoint_every: int = _setting(1_000, "steps between two checkpoints")
 
     def __post_init__(self):
@@ -463,7 +463,7 @@ class _Finetune:
     )
     seed: int = _setting(0, "of the dropout, the samples and the order of examples")
     steps: int = _setting(600, "of the optimiser")
-    batch: int = _setting(32, "captions per step, each with its picture (the paper's: 32)")
+    batch: int = _setting(32, "captions per step, each with its image (the paper's: 32)")
     accumulate: int = _setting(1, "parts of the batch, one after the other, to save memory")
     learning_rate: float = _setting(
         5e-4, "the highest; it falls to 0 as a cosine (the paper's: 5e-4, 1e-5 or 5e-5, constant)"
@@ -517,7 +517,7 @@ class FinetuneShapes(_Finetune):
     split: str = _setting("biased_train", "split to train on")
     scenes: int = _setting(40_000, "training scenes, drawn once and kept in memory")
     full: float = _setting(1.0, "modes plain and lrp: share of captions that name every object")
-    batch: int = _setting(64, "pictures per step, each with one caption (the paper's: 32)")
+    batch: int = _setting(64, "images per step, each with one caption (the paper's: 32)")
 
     def __post_init__(self):
         super().__post_init__()
@@ -541,15 +541,15 @@ class FinetuneReal(_Finetune):
 
     data: str = _setting("", "folder of the data set, as downloaded and unpacked")
     split: str = _setting("train", "split to train on, in which the reward weighs words too")
-    missing: str = _setting("error", "what to do with missing pictures: error or skip")
-    corrupt: str = _setting("error", "what to do with damaged pictures: error or skip")
+    missing: str = _setting("error", "what to do with missing images: error or skip")
+    corrupt: str = _setting("error", "what to do with damaged images: error or skip")
     steps: int = _setting(4_500, "of the optimiser; about one epoch (the paper's: one)")
     encoder_rate: float = _setting(
         0.0, "factor on the learning rate in the encoder; 0 freezes it (the paper's: 0.2 or 0)"
     )
     warmup: int = _setting(100, "steps until the highest learning rate (the paper's: 0)")
     dtype: str = _setting("bfloat16", "of the computation: float32 or bfloat16")
-    workers: int = _setting(8, "processes that read pictures; 0 reads in threads")
+    workers: int = _setting(8, "processes that read images; 0 reads in threads")
     checkpoint_every: int = _setting(500, "steps between two checkpoints")
 
     def __post_init__(self):

@@ -78,7 +78,7 @@ def test_every_caption_of_the_grammar_is_true_of_its_scene_and_few_are_of_anothe
         ("A shiny RED, very round circle.", ["- red circle"]),
         ("a red and a blue circle", ["- blue circle"]),
         ("a red one and squares", ["- - square"]),
-        ("two pictures of a star", ["- - star"]),
+        ("two images of a star", ["- - star"]),
         ("a blue red circle", ["- red circle"]),
         ("no red circle and zero stars above a ring", ["- - ring"]),
         ("a circleround starfish", []),

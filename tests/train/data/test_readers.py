@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxrel.images import read_picture
+from jaxrel.images import read_image
 from jaxrel.train.data import coco, files, flickr30k, vqa_v2
-from jaxrel.train.data.files import PictureSource
+from jaxrel.train.data.files import ImageSource
 from jaxrel.train.data.vqa_v2 import AnswerVocabulary, normalise_answer, vqa_accuracy
 
 
@@ -26,7 +26,7 @@ def write_json(path, document):
     path.write_text(json.dumps(document), encoding="utf-8")
 
 
-def write_picture(path, grey=100, size=(12, 8), **options):
+def write_image(path, grey=100, size=(12, 8), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (grey,) * 3).save(path, **options)
 
@@ -133,11 +133,11 @@ def coco_folder(tmp_path):
     write_json(tmp_path / "annotations/captions_val2017.json", CAPTIONS)
     write_json(tmp_path / "annotations/instances_val2017.json", INSTANCES)
     for i, image in enumerate(CAPTIONS["images"]):
-        write_picture(tmp_path / "val2017" / image["file_name"], grey=50 * i, quality=100)
+        write_image(tmp_path / "val2017" / image["file_name"], grey=50 * i, quality=100)
     split = karpathy("train", "val", "restval", "test", "val")
     write_json(tmp_path / "dataset_coco.json", split)
     for image in split["images"]:
-        write_picture(tmp_path / image["filepath"] / image["filename"])
+        write_image(tmp_path / image["filepath"] / image["filename"])
     return tmp_path
 
 
@@ -146,7 +146,7 @@ def flickr_folder(tmp_path):
     split = karpathy("train", "val", "train", coco=False)
     write_json(tmp_path / "dataset_flickr30k.json", split)
     for image in split["images"]:
-        write_picture(tmp_path / "flickr30k-images" / image["filename"])
+        write_image(tmp_path / "flickr30k-images" / image["filename"])
     return tmp_path
 
 
@@ -155,7 +155,7 @@ def vqa_folder(tmp_path):
     write_json(tmp_path / QUESTIONS_FILE, QUESTIONS)
     write_json(tmp_path / ANNOTATIONS_FILE, ANNOTATIONS)
     for image in (9, 42):
-        write_picture(tmp_path / f"val2014/COCO_val2014_{image:012d}.jpg", grey=image)
+        write_image(tmp_path / f"val2014/COCO_val2014_{image:012d}.jpg", grey=image)
     return tmp_path
 
 
@@ -254,12 +254,12 @@ def test_vqa(vqa_folder):
 def test_vqa_test_split_has_no_answers(tmp_path):
     document = {"data_subtype": "test-dev2015", "questions": [question(1, 262144)]}
     write_json(tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json", document)
-    write_picture(tmp_path / "coco/test2015/COCO_test2015_000000262144.jpg")
-    pictures = tmp_path / "coco"
-    source = vqa_v2.questions(tmp_path, "test-dev", answers=False, pictures=pictures)
+    write_image(tmp_path / "coco/test2015/COCO_test2015_000000262144.jpg")
+    images = tmp_path / "coco"
+    source = vqa_v2.questions(tmp_path, "test-dev", answers=False, images=images)
     assert source[0].keys() == {"id", "file", "image_id", "question", "image"}
     with pytest.raises(ValueError, match=r"answers of 'test-dev' are not published.*answers=False"):
-        vqa_v2.questions(tmp_path, "test-dev", pictures=pictures)
+        vqa_v2.questions(tmp_path, "test-dev", images=images)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_bad_vocabulary_file(tmp_path, document, message):
 def test_missing_files_are_listed_with_what_is_expected(tmp_path):
     calls = {
         "captions_val2017.json and .*val2017 are missing. Expected: the file .*captions_val2017"
-        ".json .*trainval2017.zip.*; the folder .*val2017 .*annotations= and pictures=": (
+        ".json .*trainval2017.zip.*; the folder .*val2017 .*annotations= and images=": (
             lambda: coco.captions(tmp_path, "val2017")
         ),
         "instances_val2017.json is missing": lambda: coco.objects(tmp_path, "val2017"),
@@ -495,7 +495,7 @@ def test_inconsistent_coco_files(coco_folder, kind, fault, message):
         (put("images", 2, cocoid=None), r"images\[2\] has no 'cocoid'"),
         (put("images", 2, "sentences", 1, sentid=0), r"images\[2\].sentences\[1\]: 'sentid' is 0"),
         (put("images", 2, "sentences", 1, tokens=["a", 1]), r"tokens\[1\] is 1; expected a text"),
-        (put("images", 0, split="val"), r"no pictures of the split train"),
+        (put("images", 0, split="val"), r"no images of the split train"),
     ],
 )
 def test_inconsistent_split_files(coco_folder, fault, message):
@@ -561,7 +561,7 @@ def test_bad_boxes_are_left_out_with_one_warning(coco_folder, box):
     change(path, put("annotations", 0, bbox=box))
     message = (
         r"instances_val2017\.json: 1 of 3 boxes cannot be used: .*annotations\[0\]: the box .* of "
-        r"annotation 1 has no size or leaves its picture of 12 x 8"
+        r"annotation 1 has no size or leaves its image of 12 x 8"
     )
     with pytest.warns(UserWarning, match=message):
         objects = coco.objects(coco_folder, "val2017")
@@ -570,9 +570,9 @@ def test_bad_boxes_are_left_out_with_one_warning(coco_folder, box):
         coco.objects(coco_folder, "val2017", bad_boxes="error")
 
 
-def test_missing_pictures(vqa_folder):
+def test_missing_images(vqa_folder):
     (vqa_folder / "val2014/COCO_val2014_000000000009.jpg").unlink()
-    message = r"VQA v2 val: 1 of 2 pictures are not in .*: val2014/COCO_val2014_000000000009\.jpg\."
+    message = r"VQA v2 val: 1 of 2 images are not in .*: val2014/COCO_val2014_000000000009\.jpg\."
     with pytest.raises(FileNotFoundError, match=message + r'.*missing="skip"'):
         vqa_v2.questions(vqa_folder, "val")
     with pytest.warns(UserWarning, match=message + " They are left out") as caught:
@@ -581,7 +581,7 @@ def test_missing_pictures(vqa_folder):
     assert [record["id"] for record in source.records] == [42000]
 
 
-def test_many_missing_pictures_are_counted(coco_folder):
+def test_many_missing_images_are_counted(coco_folder):
     for path in (coco_folder / "val2017").iterdir():
         path.unlink()
     document = copy.deepcopy(CAPTIONS)
@@ -591,7 +591,7 @@ def test_many_missing_pictures_are_counted(coco_folder):
         )
         document["annotations"].append({"id": 90 + number, "image_id": number, "caption": "x"})
     write_json(coco_folder / "annotations/captions_val2017.json", document)
-    with pytest.raises(FileNotFoundError, match=r"5 of 5 pictures.*632\.jpg, and 2 more\. Unpack"):
+    with pytest.raises(FileNotFoundError, match=r"5 of 5 images.*632\.jpg, and 2 more\. Unpack"):
         coco.captions(coco_folder, "val2017")
     with (
         pytest.warns(UserWarning, match="5 of 5"),
@@ -602,23 +602,23 @@ def test_many_missing_pictures_are_counted(coco_folder):
         coco.captions(coco_folder, "val2017", missing="skip")
 
 
-def test_corrupt_pictures(coco_folder):
+def test_corrupt_images(coco_folder):
     path = coco_folder / "val2017/000000000285.jpg"
     path.write_bytes(path.read_bytes()[:200])
     source = coco.captions(coco_folder, "val2017")
     assert source[0]["id"] == 139
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"000000000285\.jpg is (damaged|not a picture)"):
+        with pytest.raises(ValueError, match=r"000000000285\.jpg is (damaged|not an image)"):
             source[1]
-    message = r"COCO captions val2017: 1 of 3 pictures cannot be read: .*285\.jpg .*left out"
+    message = r"COCO captions val2017: 1 of 3 images cannot be read: .*285\.jpg .*left out"
     with pytest.warns(UserWarning, match=message) as caught:
         source = coco.captions(coco_folder, "val2017", corrupt="skip")
     assert len(caught) == 1
     assert [source[i]["id"] for i in range(len(source))] == [139, 632]
 
 
-def test_boxes_need_a_picture_of_the_annotated_size(coco_folder):
-    write_picture(coco_folder / "val2017/000000000285.jpg", size=(8, 12))
+def test_boxes_need_an_image_of_the_annotated_size(coco_folder):
+    write_image(coco_folder / "val2017/000000000285.jpg", size=(8, 12))
     source = coco.instances(coco_folder, "val2017")
     message = r"285\.jpg is 12 x 8 pixels .* of image 285 are for 8 x 12, so its boxes would be"
     with pytest.raises(ValueError, match=message):
@@ -638,7 +638,7 @@ def test_boxes_need_a_picture_of_the_annotated_size(coco_folder):
         ("I;16", 257 * 90, "PNG", (90, 90, 90)),
     ],
 )
-def test_pictures_of_any_mode_come_as_rgb(flickr_folder, mode, colour, format, expected):
+def test_images_of_any_mode_come_as_rgb(flickr_folder, mode, colour, format, expected):
     path = flickr_folder / "flickr30k-images/10.jpg"
     Image.new(mode, (12, 8), colour).save(path, format=format)
     image = flickr30k.captions(flickr_folder, "train")[0]["image"]
@@ -646,20 +646,20 @@ def test_pictures_of_any_mode_come_as_rgb(flickr_folder, mode, colour, format, e
     np.testing.assert_allclose(image[4, 6], expected, atol=4)  # JPEG is lossy
 
 
-def test_pictures_come_upright(flickr_folder):
+def test_images_come_upright(flickr_folder):
     exif = Image.Exif()
     exif[0x0112] = 6
-    write_picture(flickr_folder / "flickr30k-images/10.jpg", exif=exif)
+    write_image(flickr_folder / "flickr30k-images/10.jpg", exif=exif)
     assert flickr30k.captions(flickr_folder, "train")[0]["image"].shape == (12, 8, 3)
 
 
 def test_nothing_is_decoded_before_it_is_asked_for(flickr_folder):
     for path in (flickr_folder / "flickr30k-images").iterdir():
-        path.write_text("no picture")
+        path.write_text("no image")
     source = flickr30k.captions(flickr_folder, "train")
     assert len(source) == 2
     assert source.records[1]["tokens"][1] == ("it", "runs")
-    with pytest.raises(ValueError, match="not a picture"):
+    with pytest.raises(ValueError, match="not an image"):
         source[0]
 
 
@@ -675,9 +675,9 @@ def test_a_source_is_a_sequence(coco_folder, tmp_path):
     moved = shutil.copytree(coco_folder, tmp_path / "moved")
     assert repr(coco.captions(moved, "val2017")) == repr(source)
     assert re.fullmatch(
-        r"PictureSource\('COCO captions val2017', examples=3, ids=[0-9a-f]{8}\)", repr(source)
+        r"ImageSource\('COCO captions val2017', examples=3, ids=[0-9a-f]{8}\)", repr(source)
     )
-    other = PictureSource(source.name, source.folder, source.records[:1] * 3)
+    other = ImageSource(source.name, source.folder, source.records[:1] * 3)
     assert repr(other) != repr(source)
 
 
@@ -690,9 +690,9 @@ def test_threads_take_turns_at_reading(coco_folder, monkeypatch):
         time.sleep(1e-3)  # lets the other threads in, if they may
         most.append(len(inside))
         inside.pop()
-        return read_picture(path)
+        return read_image(path)
 
-    monkeypatch.setattr(files, "read_picture", read)
+    monkeypatch.setattr(files, "read_image", read)
     source = coco.captions(coco_folder, "val2017")
     with ThreadPoolExecutor(8) as threads:
         ids = [example["id"] for example in threads.map(source.__getitem__, [0, 1, 2] * 8)]

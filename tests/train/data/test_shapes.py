@@ -117,7 +117,7 @@ def read_caption(objects, text):
 
 def read_question(objects, text):
     """The kind, the right answer and the objects of a question."""
-    (phrases,) = [re.findall(r"\bthe (?!left|right|picture)((?:[a-z]+ )*?[a-z]+)" + END, text)]
+    (phrases,) = [re.findall(r"\bthe (?!left|right|image)((?:[a-z]+ )*?[a-z]+)" + END, text)]
     named = [find(objects, phrase) for phrase in phrases]
     for found in named:
         assert len(found) == 1, text

@@ -29,21 +29,19 @@ from jaxrel.train.evaluate.caption_explanations import (
     evaluate,
     judge,
 )
-from jaxrel.train.evaluate.examples import STOP, ShapesPictures, Word, open_pictures
+from jaxrel.train.evaluate.examples import STOP, ShapesImages, Word, open_images
 from tests.train.data.test_readers import (
     CAPTIONS,
     INSTANCES,
     karpathy,
+    write_image,
     write_json,
-    write_picture,
 )
 
 SIDE, CONTEXT = 32, 10
 VOCABULARY = vocabulary()
 QUICK = Settings(resamples=200)
 ENCODER = VGGConfig(((4,), (5,), (6,)))
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @functools.cache
@@ -66,9 +64,9 @@ def captioner(kind="adaptive", words=VOCABULARY, side=SIDE, seed=0, **changes):
 
 
 class Lights:
-    """Black pictures with a light rectangle, and every word of a caption names it.
+    """Black images with a light rectangle, and every word of a caption names it.
 
-    In every other pair of pictures the rectangle is bright and words are true; in the others it
+    In every other pair of images the rectangle is bright and words are true; in the others it
     is dim and they are hallucinated.
     """
 
@@ -112,7 +110,7 @@ class Lights:
 
 
 def light(model, inputs, positions, *, method):
-    """In place of `word_relevance`: the picture's light, and maps that know nothing."""
+    """In place of `word_relevance`: the image's light, and maps that know nothing."""
     brightness = (inputs["image"].mean(-1) + 1) / 2
     shape, batch = (*positions.shape, SIDE, SIDE), len(positions)
     oracle = jnp.broadcast_to(brightness[:, None], shape)
@@ -150,7 +148,7 @@ def test_relevance_that_is_the_object_is_perfectly_localised(lights):
     assert attention["mass"]["mean"] == pytest.approx(found["area"]["mean"], rel=1e-5)
     less = true["difference"]["attention"]
     assert less["mass"]["mean"] == pytest.approx(1 - found["area"]["mean"], rel=1e-5)
-    assert found["pictures"] == 20
+    assert found["images"] == 20
 
 
 def test_relevance_that_is_higher_for_true_words_tells_them(lights):
@@ -165,7 +163,7 @@ def test_relevance_that_is_higher_for_true_words_tells_them(lights):
     assert 0.51 < chosen["threshold"] <= 1
     shares = ("auc", "sensitivity", "specificity", "precision")
     assert [chosen[x]["mean"] for x in shares] == [1, 1, 1, 1]
-    assert chosen["pictures"] == 10
+    assert chosen["images"] == 10
     assert methods["lrp"]["difference"]["attention"]["auc"]["max"]["mean"] == 0.5
     assert methods["lrp"]["difference"]["attention"]["chosen"]["low"] > 0
     assert methods["attention"]["auc"]["mean"]["mean"] == 0.5
@@ -189,9 +187,9 @@ def test_random_relevance_is_at_chance(lights):
     assert abs(told["methods"][RANDOM]["auc"]["mean"]["mean"] - 0.5) < 4 * deviation
 
 
-def test_things_named_are_hallucinated_as_the_pictures_say(lights):
+def test_things_named_are_hallucinated_as_the_images_say(lights):
     found = lights["captions"]
-    # 10 of 20 pictures are dim.
+    # 10 of 20 images are dim.
     assert found["CHAIR_s"]["mean"] == 0.5
     assert found["words"].keys() == {"a", "star"}
     json.dumps(lights, allow_nan=False)
@@ -205,8 +203,8 @@ def random_maps(*shape):
 
 
 def test_shares_on_objects_are_those_of_the_metrics():
-    maps, pictures = random_maps(2, 3, 4), Lights(3)
-    masks = pictures.masks_of.copy()
+    maps, images = random_maps(2, 3, 4), Lights(3)
+    masks = images.masks_of.copy()
     masks[:, 1] = np.roll(masks[:, 0], 9, axis=-1)
     named = np.zeros((3, 4, 2), bool)
     named[:, :2, 0] = named[:, 1:, 1] = True
@@ -226,9 +224,9 @@ def test_shares_on_objects_are_those_of_the_metrics():
 
 @pytest.fixture(scope="module")
 def inputs():
-    pictures = [Shapes(size=SIDE).scene("test", i).image for i in range(2)]
+    images = [Shapes(size=SIDE).scene("test", i).image for i in range(2)]
     texts = ["a small red circle above a blue star", "two rings and a cross"]
-    return captioner().prepare(image=pictures, text=texts)
+    return captioner().prepare(image=images, text=texts)
 
 
 POSITIONS = jnp.array([[8, 4, 0], [5, 1, 3]])
@@ -285,7 +283,7 @@ def test_patches_are_taken_away_as_a_person_would(inputs):
 @pytest.mark.parametrize(
     ("side", "patch", "count"), [(224, 8, 20), (448, 16, 20), (64, 2, 26), (32, 1, 26)]
 )
-def test_patches_are_the_papers_share_of_the_picture(side, patch, count):
+def test_patches_are_the_papers_share_of_the_image(side, patch, count):
     assert Settings().patches(side) == (patch, count)
     # 20 of 28 x 28 patches, to one patch.
     assert count * patch**2 / side**2 == pytest.approx(20 / 784, abs=(patch / side) ** 2)
@@ -306,7 +304,7 @@ def test_all_methods_are_judged(every_method):
         "Shapes",
         "biased_test",
     )
-    assert (result["pictures"], result["data_seed"]) == (6, 3)
+    assert (result["images"], result["data_seed"]) == (6, 3)
     assert set(result["patches"]) == set(result["hallucination"]) == {"shape", "colour"}
     assert set(result["words"]) == {"shape", "colour", STOP}
     assert result["settings"]["patch_pixels"] == 1
@@ -340,8 +338,8 @@ def test_files(lights, every_method, tmp_path):
     assert "# Explanations of my-model" in text
     assert "| lrp | 1.000 [1.000, 1.000] |" in text
     for file in files[2:]:
-        picture = np.asarray(Image.open(file).convert("RGB"))
-        assert picture.std() > 10
+        image = np.asarray(Image.open(file).convert("RGB"))
+        assert image.std() > 10
     assert "biased_test" in markdown(every_method)
 
 
@@ -361,8 +359,8 @@ def test_the_size_of_a_batch_does_not_matter(lights):
 def captions_are(patch, captions):
     """Let the model write these captions."""
 
-    def write(model, pictures, batch, beams):
-        given = [captions[i % len(captions)] for i in range(len(pictures))]
+    def write(model, images, batch, beams):
+        given = [captions[i % len(captions)] for i in range(len(images))]
         return model.processor.text(given, CONTEXT), [one.split() for one in given]
 
     patch.setattr(caption_explanations, "_write", write)
@@ -431,14 +429,14 @@ SCENE = scene_of(
 )
 def test_words_about_shapes(caption, expected):
     words = caption.split(" ")
-    found = ShapesPictures((SCENE,)).words(0, words)
+    found = ShapesImages((SCENE,)).words(0, words)
     assert [(one.group, one.name, one.true, one.objects) for one in found] == expected
     for one in found:
         assert words[one.position - 1] in (one.name, f"{one.name}s")
 
 
 def test_masks_of_shapes_are_filled_up():
-    masks = ShapesPictures((SCENE,)).masks(0)
+    masks = ShapesImages((SCENE,)).masks(0)
     assert masks.shape == (5, 64, 64)
     np.testing.assert_array_equal(masks.any((1, 2)), [True] * 3 + [False] * 2)
 
@@ -448,7 +446,7 @@ def coco(tmp_path):
     write_json(tmp_path / "annotations/captions_val2017.json", CAPTIONS)
     write_json(tmp_path / "annotations/instances_val2017.json", INSTANCES)
     for i, image in enumerate(CAPTIONS["images"]):
-        write_picture(tmp_path / "val2017" / image["file_name"], grey=50 * i)
+        write_image(tmp_path / "val2017" / image["file_name"], grey=50 * i)
     return tmp_path
 
 
@@ -456,30 +454,30 @@ REAL = ("a", "woman", "man", "bear", "bears", "chair", "dog", "with", "tree", "a
 
 
 def test_words_about_coco(coco):
-    pictures = open_pictures(captioner(words=REAL, side=16), str(coco), split=None, scenes=9)
-    assert (len(pictures), pictures.name, pictures.frequent) == (3, "COCO", COCO_FREQUENT)
-    # The first picture has a chair and people; its captions a woman, a room and chairs.
+    images = open_images(captioner(words=REAL, side=16), str(coco), split=None, scenes=9)
+    assert (len(images), images.name, images.frequent) == (3, "COCO", COCO_FREQUENT)
+    # The first image has a chair and people; its captions a woman, a room and chairs.
     caption = "a man with a bear and chair".split()
-    assert pictures.words(0, caption) == [
+    assert images.words(0, caption) == [
         Word(2, "person", "object", True, (1,)),
         Word(5, "bear", "object", False, ()),
         Word(7, "chair", "object", True, (0,)),
     ]
-    masks = pictures.masks(0)
+    masks = images.masks(0)
     # The middle of 12 x 8 pixels, from column 2, is seen at twice its size: the chair's box, from
     # 1.5 to 4.5 and from 2 to 6.25, ends at column 5 and row 12.
     expected = np.zeros((16, 16), bool)
     expected[4:12, :5] = True
     np.testing.assert_array_equal(masks[0], expected)
     assert masks[1].all()
-    assert not pictures.masks(2).any()
+    assert not images.masks(2).any()
     # A bedroom without boxes.
-    assert pictures.words(2, ["chair"]) == [Word(1, "chair", "object", False, ())]
+    assert images.words(2, ["chair"]) == [Word(1, "chair", "object", False, ())]
     # In the references as a plural, and without a box that is seen.
-    record = pictures.annotated[139]
+    record = images.annotated[139]
     record["boxes"][0] = [0, 0, 1, 8]
-    pictures = replace(pictures)
-    assert pictures.words(0, ["chair"]) == [Word(1, "chair", "object", True, ())]
+    images = replace(images)
+    assert images.words(0, ["chair"]) == [Word(1, "chair", "object", True, ())]
 
 
 def test_coco_is_judged(coco, monkeypatch, tmp_path):
@@ -488,44 +486,44 @@ def test_coco_is_judged(coco, monkeypatch, tmp_path):
     result = evaluate(
         model, data=str(coco), scenes=3, methods=(RANDOM,), words=3, beams=2, settings=QUICK
     )
-    assert (result["split"], result["pictures"]) == ("val2017", 3)
+    assert (result["split"], result["images"]) == ("val2017", 3)
     assert "data_seed" not in result
     assert result["localisation"]["cases"] == 2
     # Two of eight things are there.
     assert result["captions"]["CHAIR_i"]["mean"] == pytest.approx(6 / 8)
     assert result["hallucination"]["object"]["true"] == 2
     assert save(result, tmp_path / "out")[0].name == "captioner-coco.json"
-    assert "3 pictures with the model's own captions (2 beams)" in markdown(result)
+    assert "3 images with the model's own captions (2 beams)" in markdown(result)
 
 
 def test_karpathys_splits_have_the_boxes_of_the_official_ones(coco):
     split = karpathy("val", "test")
     write_json(coco / "dataset_coco.json", split)
     for image in split["images"]:
-        write_picture(coco / image["filepath"] / image["filename"])
+        write_image(coco / image["filepath"] / image["filename"])
     number = {**INSTANCES["images"][0], "id": 501}
     box = {**INSTANCES["annotations"][0], "image_id": 501}
     document = {**INSTANCES, "images": [number], "annotations": [box]}
     write_json(coco / "annotations/instances_val2014.json", document)
     model = captioner(words=REAL, side=16)
-    pictures = open_pictures(model, str(coco), split="test", scenes=9)
-    assert len(pictures) == 1
-    assert [w.name for w in pictures.words(0, ["dog", "chair"]) if w.true] == ["dog", "chair"]
+    images = open_images(model, str(coco), split="test", scenes=9)
+    assert len(images) == 1
+    assert [w.name for w in images.words(0, ["dog", "chair"]) if w.true] == ["dog", "chair"]
 
 
 def test_flickr30k_has_words_and_no_boxes(tmp_path):
     split = karpathy("test", "test", coco=False)
     write_json(tmp_path / "dataset_flickr30k.json", split)
     for image in split["images"]:
-        write_picture(tmp_path / "flickr30k-images" / image["filename"])
-    pictures = open_pictures(captioner(words=REAL, side=16), str(tmp_path), split=None, scenes=9)
-    assert (len(pictures), pictures.name, len(pictures.frequent)) == (2, "Flickr30k", 20)
-    assert pictures.words(1, ["dogs", "man"]) == [
+        write_image(tmp_path / "flickr30k-images" / image["filename"])
+    images = open_images(captioner(words=REAL, side=16), str(tmp_path), split=None, scenes=9)
+    assert (len(images), images.name, len(images.frequent)) == (2, "Flickr30k", 20)
+    assert images.words(1, ["dogs", "man"]) == [
         Word(1, "dog", "object", True, ()),
         Word(2, "person", "object", False, ()),
     ]
-    assert pictures.masks(1).shape == (1, 16, 16)
-    assert pictures.image(0).shape == (8, 12, 3)
+    assert images.masks(1).shape == (1, 16, 16)
+    assert images.image(0).shape == (8, 12, 3)
 
 
 # ---- errors
@@ -550,7 +548,7 @@ def test_bad_input_fails_at_once(options, message):
 
 def test_a_model_of_regions_has_no_maps():
     model = captioner(encoder=None, regions=(4, 6))
-    with pytest.raises(ValueError, match="reads features of regions and not pictures"):
+    with pytest.raises(ValueError, match="reads features of regions and not images"):
         evaluate(model)
 
 

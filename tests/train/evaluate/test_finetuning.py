@@ -1,4 +1,4 @@
-"""What is found of captioners that went on, and the intervals over pictures and beginnings."""
+"""What is found of captioners that went on, and the intervals over images and beginnings."""
 
 import json
 
@@ -20,11 +20,9 @@ from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.data.shapes.claims import facts
 from jaxrel.train.evaluate import finetuning
 from jaxrel.train.evaluate.captions import write_captions
-from jaxrel.train.evaluate.examples import ShapesPictures
+from jaxrel.train.evaluate.examples import ShapesImages
 from jaxrel.train.evaluate.finetuning import MEASURES, evaluate, find_runs, markdown
 from tests.train.recipes.test_finetune import begun  # noqa: F401
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CAPTIONS = [["a", "red", "circle"], ["a", "star"], ["a", "blue", "ring", "and", "a", "star"]]
 REFERENCES = [
@@ -52,10 +50,10 @@ def test_repetitions_and_examples_are_both_resampled():
     values = np.random.default_rng(2).normal(size=(3, 5))
     found = resampled([share(one, np.ones(5)) for one in values], 5, seed=3, resamples=7)
     rng = np.random.default_rng(3)
-    pictures, runs = rng.integers(0, 5, (7, 5)), rng.integers(0, 3, (7, 3))
+    images, runs = rng.integers(0, 5, (7, 5)), rng.integers(0, 3, (7, 3))
     naive = [
         np.mean([values[run, rows].mean() for run in some])
-        for rows, some in zip(pictures, runs, strict=True)
+        for rows, some in zip(images, runs, strict=True)
     ]
     # Sums of a few numbers in another order.
     np.testing.assert_allclose(found, [values.mean(), *naive], rtol=1e-12)
@@ -83,7 +81,7 @@ def test_what_cannot_be_resampled_is_said():
 
 
 def test_counts_of_bleu_and_of_words_add_up():
-    """Pictures that count several times are as several pictures."""
+    """Images that count several times are as several images."""
     twice, weights = [0, 2, 2], np.array([[1.0], [0.0], [2.0]])
     captions, references = [CAPTIONS[i] for i in twice], [REFERENCES[i] for i in twice]
     counts = bleu_counts(CAPTIONS, REFERENCES)
@@ -200,12 +198,12 @@ def test_measures_are_those_of_the_captions(models):
     assert result["examples"]["test"]["lrp"] == captions[:5]
     found = result["splits"]["test"]["lrp"]
     words = [tokenise(caption) for caption in captions]
-    pictures = ShapesPictures(scenes)
-    references = [pictures.references(i) for i in range(6)]
+    images = ShapesImages(scenes)
+    references = [images.references(i) for i in range(6)]
     often = frequent_words(
-        [pictures.forms(one) for one in words],
-        [[pictures.forms(one) for one in some] for some in references],
-        pictures.frequent,
+        [images.forms(one) for one in words],
+        [[images.forms(one) for one in some] for some in references],
+        images.frequent,
     )
     expected = {
         "words": np.mean([len(one) for one in words]),

@@ -13,13 +13,11 @@ from jaxrel.explanations.explain import token_relevance
 from jaxrel.models import from_pretrained
 from jaxrel.train.evaluate import weighting
 from jaxrel.train.evaluate.weighting import PROTOCOL, VARIANTS, Weighed
-from tests.models.test_clipmapper import TEXTS, answered, random_mapper, random_pictures
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+from tests.models.test_clipmapper import TEXTS, answered, random_images, random_mapper
 
 
 def tags_of(model):
-    return [tag for block in model.layout.schedule for moment in block for _, tag in moment]
+    return [tag for block in model.layout.schedule for stage in block for _, tag in stage]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def vqa(quick_compile):
 
 @pytest.fixture(scope="module")
 def questions(vqa):
-    return answered(vqa.prepare(image=random_pictures(), text=TEXTS))
+    return answered(vqa.prepare(image=random_images(), text=TEXTS))
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +55,13 @@ def assert_close(found, expected):
 
 def test_layers_make_the_weighted_method(vqa, questions, layers):
     blocks = [
-        [{p: layers[tag] for p, tag in moment} for moment in block] for block in vqa.layout.schedule
+        [{p: layers[tag] for p, tag in stage} for stage in block] for block in vqa.layout.schedule
     ]
     maps = attention.two_streams(blocks, importance="grad_value", residual=False)
-    readout = vqa.readout(questions)["text"]
+    target_token = vqa.target_tokens(questions)["text"]
     expected = token_relevance(vqa, questions, method=("weighted",))["weighted"]
-    assert_close(attention.row(maps.ss, readout), expected["text"])
-    assert_close(attention.row(maps.sq, readout), expected["vision"])
+    assert_close(attention.row(maps.ss, target_token), expected["text"])
+    assert_close(attention.row(maps.sq, target_token), expected["vision"])
 
 
 def test_layers_without_values(vqa, questions, layers):
@@ -91,7 +89,7 @@ def test_equal_and_weighted_are_the_methods(vqa, questions, explained):
 
 
 def test_variants_differ(explained):
-    """None is another one by a slip: but for the picture, of which words see little."""
+    """None is another one by a slip: but for the image, of which words see little."""
     maps = [np.asarray(one["vision"]) for one in explained[0].values()]
     for i, one in enumerate(maps):
         assert np.isfinite(one).all()
@@ -263,15 +261,15 @@ def test_facts_by_hand(explained, layers):
                 )
 
 
-def test_weights_at_the_readout_by_hand(vqa, questions, explained, layers):
+def test_weights_at_the_target_token_by_hand(vqa, questions, explained, layers):
     # The order in which the text's layers run.
     order = [("text", 0), ("text", 1)]
     mapper = ("text_single", "text_to_image", "text_self")
     order += [(tag, i) for i in range(2) for tag in mapper]
     weights = {tag: attention.layer_weights(*layers[tag][2:], "grad_value") for tag, _ in order}
-    found = explained[1]["readout"]
+    found = explained[1]["target_token"]
     assert set(found) == {"text", "text_single", "text_self"}
-    for b, token in enumerate(np.asarray(vqa.readout(questions)["text"])):
+    for b, token in enumerate(np.asarray(vqa.target_tokens(questions)["text"])):
         alphas = [np.asarray(weights[tag][0][i, b], np.float64) for tag, i in order]
         for place, (tag, i) in enumerate(order):
             if tag not in found:
@@ -293,12 +291,12 @@ def test_weights_at_the_readout_by_hand(vqa, questions, explained, layers):
 def test_where_little_is_moved_a_layer_alone_is_nearly_all(vqa, questions, layers, explained):
     small = {tag: x._replace(attn=1e-4 * x.attn) for tag, x in layers.items()}
     blocks = [
-        [{p: small[tag] for p, tag in moment} for moment in block] for block in vqa.layout.schedule
+        [{p: small[tag] for p, tag in stage} for stage in block] for block in vqa.layout.schedule
     ]
     maps = attention.two_streams(blocks, importance="grad_value", residual=False)
-    for b, token in enumerate(np.asarray(vqa.readout(questions)["text"])):
+    for b, token in enumerate(np.asarray(vqa.target_tokens(questions)["text"])):
         expected = sum(
-            np.nan_to_num(explained[1]["readout"][tag]["direct"][i, b])
+            np.nan_to_num(explained[1]["target_token"][tag]["direct"][i, b])
             * abar(small[tag], i, b)[token]
             for tag in ("text", "text_single", "text_self")
             for i in range(2)
@@ -376,8 +374,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         "batch": 32,
         "seed": 0,
     }
-    assert cli.main([*arguments, "--variant", "only stage 1:picture,key values"]) == 0
-    assert asked["variants"] == ("only stage 1, picture", "key values")
+    assert cli.main([*arguments, "--variant", "only stage 1:image,key values"]) == 0
+    assert asked["variants"] == ("only stage 1, image", "key values")
     assert cli.main(["evaluate", "weighting", "--model", "clip-shapes"]) == 2
     assert "this test is made for CLIPmapper" in capsys.readouterr().err
 

@@ -22,7 +22,7 @@ from jaxrel.train.recipes.captioner import caption_loss
 from tests.models.test_captioner import (
     TEXTS,
     captioner,
-    random_pictures,
+    random_images,
     reference,
     reference_config,
     tensors,
@@ -41,8 +41,6 @@ CASES = [
     ("aoa_regions", "paper"),
 ]
 WITH_GRADIENTS = [case for case in CASES if case not in (CASES[0], CASES[2])]
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 class CodedSentinel(SentinelLSTM):
@@ -67,7 +65,7 @@ def golden(name, form):
 
 @functools.cache
 def case(name, form):
-    """A model, the features of its pictures, whole captions, and what is re-weighted."""
+    """A model, the features of its images, whole captions, and what is re-weighted."""
     model, inputs = reference(name)
     if form == "coded":
         model, plain = nnx.clone(model), model.cell.lstm
@@ -202,7 +200,7 @@ def weights_of(model, attended, hidden, *, inference):
 
 @functools.cache
 def values():
-    """Attended and hidden values of seven words of each of two pictures."""
+    """Attended and hidden values of seven words of each of two images."""
     rng = np.random.default_rng(2)
     return tuple(rng.normal(size=(2, 7, 8)).astype(np.float32) for _ in range(2))
 
@@ -292,7 +290,7 @@ def test_bfloat16():
 def example():
     """A model, features and captions."""
     model = captioner("aoa")
-    inputs = model.prepare(image=random_pictures(), text=TEXTS)
+    inputs = model.prepare(image=random_images(), text=TEXTS)
     features = jax.jit(Captioner.encode)(model, inputs["image"])
     return model, features, inputs["text"]
 
@@ -369,5 +367,5 @@ def test_stop_words_and_special_tokens_are_not_explained():
 def test_the_list_of_stop_words():
     assert all(word == word.lower().strip() for word in STOP_WORDS)
     assert {"a", "the", "of", "with", "is", "and", "it"} <= STOP_WORDS
-    # Words that are seen in a picture are explained.
+    # Words that are seen in an image are explained.
     assert not STOP_WORDS & {"one", "two", "left", "right", "red", "man", "people", "top", "can't"}

@@ -14,7 +14,7 @@ from jaxrel.models import decoding
 from jaxrel.models.captioner import Captioner
 from jaxrel.train.losses.lrp_inference import LRPInference
 from jaxrel.train.losses.scst import CiderReward, drawn, scst_loss, self_critical_loss
-from tests.models.test_captioner import biased, captioner, random_pictures
+from tests.models.test_captioner import biased, captioner, random_images
 from tests.paths import FIXTURES
 
 FIXTURE = FIXTURES / "scst.npz"
@@ -25,8 +25,6 @@ REFERENCES = [
     [["a", "blue", "square"], ["blue", "square"], ["a", "large", "square"]],
     [["red", "square"]],
 ]
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @functools.cache
@@ -54,7 +52,7 @@ def test_reward_as_the_reference():
     words, (start, end) = want["word_list"], (18, 19)
     form = decoding.Format(start, end, 0, 11)
     references = [
-        [words[row[(row > 0) & (row < 18)]].tolist() for row in picture] for picture in want["refs"]
+        [words[row[(row > 0) & (row < 18)]].tolist() for row in image] for image in want["refs"]
     ]
     reward = CiderReward(references, words.tolist(), form, idf="batch", ends="references")
     captions = [whole(want[name], end, 0, start) for name in ("sampled", "greedy")]
@@ -89,7 +87,7 @@ def naive_cider(candidate, references, corpus):
     def weights(words, n):
         found = {}
         for gram, count in grams(words, n).items():
-            df = sum(any(gram in grams(r, n) for r in picture) for picture in corpus)
+            df = sum(any(gram in grams(r, n) for r in image) for image in corpus)
             found[gram] = count * (math.log(len(corpus)) - math.log(max(df, 1)))
         return found
 
@@ -116,16 +114,16 @@ def test_reward_is_that_of_loops(idf, ends):
             [2, 3, 0, 0, 0, 0, 0],  # without words
         ]
     )
-    pictures = np.array([0, 1, 1])
-    scores = reward(captions, captions[::-1], pictures)
+    images = np.array([0, 1, 1])
+    scores = reward(captions, captions[::-1], images)
     assert (scores.shape, scores.dtype) == ((2, 3), np.float32)
     mine, its = ([["<end>"] if who else []][0] for who in (ends == "both", ends != "neither"))
     words = [["a", "red", "circle", *mine], ["a", "blue", "blue", "square", "<unk>"], mine]
-    references = [[[*r, *its] for r in picture] for picture in REFERENCES]
+    references = [[[*r, *its] for r in image] for image in REFERENCES]
     corpus = references if idf == "corpus" else [references[i] for i in (0, 1, 1) * 2]
     for found, rows in zip(scores, (words, words[::-1]), strict=True):
         expected = [
-            naive_cider(row, references[i], corpus) for row, i in zip(rows, pictures, strict=True)
+            naive_cider(row, references[i], corpus) for row, i in zip(rows, images, strict=True)
         ]
         # Scores are passed on in float32.
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
@@ -145,7 +143,7 @@ def test_bad_rewards():
         CiderReward(REFERENCES, TOKENS, FORM, idf="val")
     with pytest.raises(ValueError, match="ends must be one of both, references, neither, got 'no'"):
         CiderReward(REFERENCES, TOKENS, FORM, ends="no")
-    with pytest.raises(ValueError, match="the references of picture 1 are"):
+    with pytest.raises(ValueError, match="the references of image 1 are"):
         CiderReward([*REFERENCES[:1], []], TOKENS, FORM)
 
 
@@ -167,8 +165,8 @@ class Recorded:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, sampled, greedy, pictures):
-        self.calls.append((sampled, greedy, pictures))
+    def __call__(self, sampled, greedy, images):
+        self.calls.append((sampled, greedy, images))
         assert all(isinstance(ids, np.ndarray) for ids in self.calls[-1])
         return np.array([(ids == 5).sum(-1) for ids in (sampled, greedy)], np.float32)
 
@@ -178,22 +176,22 @@ INFERENCE = LRPInference(np.arange(11) != 4)
 
 @functools.cache
 def example(kind="aoa"):
-    """A model, the features of eight pictures, and the pictures' indices."""
+    """A model, the features of eight images, and the images' indices."""
     # Logits as of a model that is unsure: those of the random values reach 46.
     model = biased(captioner(kind))
     model.head.kernel.set_value(0.1 * model.head.kernel[...])
-    images = jnp.asarray(model.processor.image(random_pictures(8)))
+    images = jnp.asarray(model.processor.image(random_images(8)))
     return model, jax.jit(Captioner.encode)(model, images), jnp.arange(8) + 3
 
 
 @pytest.mark.parametrize("inference", [None, INFERENCE], ids=["scst", "lrp-scst"])
 def test_the_loss_is_that_of_loops(inference, key):
-    model, features, pictures = example()
+    model, features, images = example()
     reward = Recorded()
-    run = jax.jit(lambda m, x, key: scst_loss(m, x, pictures, reward, key, inference=inference))
+    run = jax.jit(lambda m, x, key: scst_loss(m, x, images, reward, key, inference=inference))
     value, metrics = run(model, features, key)
     ((sampled, greedy, indices),) = reward.calls
-    np.testing.assert_array_equal(indices, pictures)
+    np.testing.assert_array_equal(indices, images)
     np.testing.assert_array_equal(greedy, jax.jit(Captioner.generate)(model, features))
     assert len({tuple(row) for row in sampled}) > 2
 
@@ -247,9 +245,9 @@ def test_captions_are_drawn_with_the_probabilities_that_are_trained(inference, k
 
 
 def test_compiled_is_eager(key):
-    model, features, pictures = example()
-    compiled = jax.jit(lambda m, x: scst_loss(m, x, pictures, Recorded(), key))(model, features)
-    eager = scst_loss(model, features, pictures, Recorded(), key)
+    model, features, images = example()
+    compiled = jax.jit(lambda m, x: scst_loss(m, x, images, Recorded(), key))(model, features)
+    eager = scst_loss(model, features, images, Recorded(), key)
     # float32 logits in another program; the captions are the same.
     for x, want in zip(jax.tree.leaves(compiled), jax.tree.leaves(eager), strict=True):
         np.testing.assert_allclose(x, want, rtol=1e-4, atol=1e-5)
@@ -279,14 +277,14 @@ def test_bfloat16(key):
 @pytest.mark.parametrize("inference", [None, INFERENCE], ids=["scst", "lrp-scst"])
 def test_what_is_rewarded_is_learnt(inference):
     """The word 5 becomes frequent."""
-    model, features, pictures = example()
+    model, features, images = example()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
     def step(params, key):
         def loss(params):
             now = nnx.merge(graph, params, rest)
-            return scst_loss(now, features, pictures, Recorded(), key, inference=inference)
+            return scst_loss(now, features, images, Recorded(), key, inference=inference)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return jax.tree.map(lambda p, g: p - 0.002 * g, params, grads), metrics["cider"]

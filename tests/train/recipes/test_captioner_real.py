@@ -45,8 +45,6 @@ ALL = {
     "aoa-flickr30k": AoAFlickr30k,
 }
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture
 def weights(tmp_path):
@@ -104,7 +102,7 @@ def test_training_and_evaluation(name, rate, split, folders, weights, enough, tm
     assert (bias != 0.125).any() == (rate > 0)
     np.testing.assert_allclose(bias, 0.125, atol=0.007)
     found = RECIPES[name].evaluate(model, data=folders, split=split, scenes=4, batch=2)
-    assert (found["protocol"], found["pictures"]) == (f"captioner-{recipe.dataset}/1", 1)
+    assert (found["protocol"], found["images"]) == (f"captioner-{recipe.dataset}/1", 1)
     assert np.isfinite(found["CIDEr-D"]["mean"])
 
 
@@ -156,13 +154,13 @@ def test_examples(folders, warned):
     # Rare words are <unk>, without a warning.
     assert examples[0]["text"].tolist() == [2, 1, 5, 6, 1, 3]
     assert examples[3]["text"].tolist() == [2, 4, 1, 3, 0, 0]
-    # All of a picture of 12 x 8 equal pixels, resized to a square.
+    # All of an image of 12 x 8 equal pixels, resized to a square.
     want = (np.asarray(source[0]["image"])[:1, :1] / 255 - IMAGENET_MEAN) / IMAGENET_STD
     assert examples[0]["image"].shape == (8, 8, 3)
     np.testing.assert_allclose(examples[0]["image"], np.broadcast_to(want, (8, 8, 3)), atol=1e-5)
 
 
-def test_the_model_prepares_pictures_as_examples_do(folders):
+def test_the_model_prepares_images_as_examples_do(folders):
     recipe = settings("gridtd-coco", folders, encoder_weights="", encoder_rate=1.0)
     source = coco.karpathy_captions(folders, "train+restval")
     vocabulary = captioner_real.build_vocabulary(source.records, 1)

@@ -43,8 +43,6 @@ SMALL = {
 }
 KINDS = {"gridtd": GridTDShapes(**SMALL), "aoa": AoAShapes(**SMALL, heads=2)}
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def made(quick_compile, tmp_path_factory):
@@ -297,7 +295,7 @@ def test_what_is_wrong_is_said_before_any_work(tmp_path, monkeypatch):
         captioner_shapes.train(KINDS["gridtd"], tmp_path / "file")
     for change, message in (
         ({"encoder": "vgg"}, "encoder must be one of vgg11"),
-        ({"encoder": "4,4,4,4,4,4,4,4"}, "a picture of 64 x 64 pixels is too small"),
+        ({"encoder": "4,4,4,4,4,4,4,4"}, "an image of 64 x 64 pixels is too small"),
         ({"attention": "mine"}, "attention must be one of paper, as coded"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
     ):

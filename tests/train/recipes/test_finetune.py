@@ -58,8 +58,6 @@ METRICS = {
     "lrp-scst": {"cider", "cider_greedy"},
 }
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def begun(quick_compile, tmp_path_factory):
@@ -188,7 +186,7 @@ def test_examples_know_their_scene_and_the_reward_all_its_captions(begun, tmp_pa
     assert references == [[text.split() for text in caption_texts(scene)] for scene in scenes]
     assert len(source) == 16 * CAPTIONS
     example = source[16 + 3]
-    assert example["picture"] == 3
+    assert example["image"] == 3
     np.testing.assert_array_equal(example["image"], scenes[3].image)
     assert more == {
         "name": "finetune-shapes",
@@ -245,9 +243,9 @@ def test_real_data(name, kind, folders, tmp_path, monkeypatch):  # noqa: F811
     examples = [source[i] for i in range(len(source))]
     for example in examples:
         (caption,) = parts["model"].sentences(example["text"][None])
-        assert caption.split() in references[example["picture"]]
+        assert caption.split() in references[example["image"]]
     if name == "coco":
-        batch = {key: np.stack([x[key] for x in examples]) for key in ("image", "picture")}
+        batch = {key: np.stack([x[key] for x in examples]) for key in ("image", "image")}
         value, metrics = jax.jit(loss)(parts, batch, jax.random.key(0))
         assert np.isfinite(value)
         assert set(metrics) == {"accuracy", "cider", "cider_greedy"}
@@ -303,7 +301,7 @@ def test_what_is_wrong_is_said_before_any_work(begun, tmp_path, monkeypatch, cap
     for name, kind, message in (
         (tmp_path / "none", FileNotFoundError, "none"),
         ("clip-shapes", ValueError, "captioner"),
-        (tmp_path / "other", ValueError, r"no captioner of Shapes: its pictures have 16 pixels"),
+        (tmp_path / "other", ValueError, r"no captioner of Shapes: its images have 16 pixels"),
         (tmp_path / "regions", ValueError, "reads features of regions"),
     ):
         with pytest.raises(kind, match=message):

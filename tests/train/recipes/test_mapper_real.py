@@ -23,8 +23,6 @@ from jaxrel.train.recipes import mapper_real
 from jaxrel.train.recipes.settings import CaptionCoco, VqaV2
 from tests.train.data.test_readers import coco_folder, vqa_folder  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 WORDS = ("a", "dog", "is", "it", "no", "red", "runs", "what")
 SMALL = {
     "steps": 2,
@@ -119,7 +117,7 @@ def test_caption_coco(coco_folder, stage1, enough, tmp_path):  # noqa: F811
     model = mapper_real.train_caption(recipe, tmp_path / "model")
     assert isinstance(model, CLIPMapperCaption)
     found = mapper_real.evaluate_caption(model, data=str(coco_folder), scenes=4, batch=2)
-    assert found["pictures"] == 1
+    assert found["images"] == 1
     assert np.isfinite(found["CIDEr-D"]["mean"])
 
 

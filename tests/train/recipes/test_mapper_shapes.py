@@ -30,9 +30,6 @@ SMALL = {
 METHODS = ("random", "raw", "equal", "weighted, norm")
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 @pytest.fixture(scope="module")
 def stage1(quick_compile, tmp_path_factory):
     recipe = ClipShapes(

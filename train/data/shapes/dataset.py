@@ -47,7 +47,7 @@ class Scene:
         seed: of the data set.
         split: one of `SPLITS`.
         index: number in the split.
-        size: side of the picture in pixels.
+        size: side of the image in pixels.
         objects: back to front.
         background: what lies behind them.
         repeated: the attribute of which two or three objects may share a value; the others
@@ -73,7 +73,7 @@ class Scene:
 
     @property
     def image(self) -> UInt8[np.ndarray, "height width 3"]:
-        """The picture, RGB, 0 to 255, read-only."""
+        """The image, RGB, 0 to 255, read-only."""
         return self._pixels[0]
 
     @property
@@ -123,7 +123,7 @@ class Shapes:
 
     Attributes:
         seed: from 0 to 2**32 - 1.
-        size: side of the pictures in pixels, 32 to 2048.
+        size: side of the images in pixels, 32 to 2048.
 
     Raises:
         ValueError: the seed or the size is out of range.
@@ -137,7 +137,7 @@ class Shapes:
         if not MIN_SIZE <= operator.index(self.size) <= MAX_SIZE:
             raise ValueError(
                 f"Shapes: size is {self.size}; expected {MIN_SIZE} to {MAX_SIZE} pixels. Smaller "
-                "pictures do not tell the shapes apart; render at 64 and resize."
+                "images do not tell the shapes apart; render at 64 and resize."
             )
 
     def scene(self, split: str, index: SupportsIndex) -> Scene:
@@ -168,14 +168,14 @@ class Shapes:
     def images(
         self, split: str, indices: Iterable[SupportsIndex]
     ) -> UInt8[np.ndarray, "batch height width 3"]:
-        """Makes the pictures of many scenes.
+        """Makes the images of many scenes.
 
         Args:
             split: one of `SPLITS`.
             indices: numbers in the split.
 
         Returns:
-            The pictures, RGB, 0 to 255.
+            The images, RGB, 0 to 255.
 
         Raises:
             ValueError: no such split, or an index is out of range.
@@ -186,7 +186,7 @@ class Shapes:
     def batch(
         self, split: str, indices: Iterable[SupportsIndex]
     ) -> dict[str, Shaped[np.ndarray, "batch *rest"]]:
-        """Makes pictures and where their objects are, for many scenes.
+        """Makes images and where their objects are, for many scenes.
 
         Args:
             split: one of `SPLITS`.

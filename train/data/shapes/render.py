@@ -82,22 +82,22 @@ def render(
     Args:
         objects: back to front.
         background: what lies behind them.
-        size: side of the picture in pixels.
+        size: side of the image in pixels.
 
     Returns:
-        The picture (RGB), and per object the pixels that show it: covered by at least half, and
+        The image (RGB), and per object the pixels that show it: covered by at least half, and
         by no later object.
     """
-    picture = _paint_background(background, size)
+    image = _paint_background(background, size)
     masks = np.zeros((len(objects), size, size), bool)
     for i, thing in enumerate(objects):
         window, coverage = _cover(thing, size)
-        patch = picture[window]
+        patch = image[window]
         patch += coverage[..., None] * (np.array(thing.rgb, np.float32) - patch)
         inside = coverage >= 0.5
         masks[(slice(i), *window)] &= ~inside
         masks[(i, *window)] = inside
-    return np.rint(picture).astype(np.uint8), masks
+    return np.rint(image).astype(np.uint8), masks
 
 
 def _cover(thing: Object, size: int) -> tuple[tuple[slice, slice], Points]:

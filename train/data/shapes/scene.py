@@ -1,6 +1,6 @@
 """What a scene is made of, and how it is drawn by chance.
 
-Lengths and positions are shares of the picture's side, so a scene is the same at any resolution.
+Lengths and positions are shares of the image's side, so a scene is the same at any resolution.
 """
 
 import dataclasses
@@ -63,9 +63,9 @@ class Object:
         shape: one of `SHAPES`.
         colour: one of `COLOURS`.
         size: `"small"` or `"large"`.
-        x: centre, as a share of the picture's side, from the left.
+        x: centre, as a share of the image's side, from the left.
         y: centre, from the top.
-        radius: radius of the circle around the object, as a share of the picture's side.
+        radius: radius of the circle around the object, as a share of the image's side.
         angle: rotation in radians, at most `MAX_ANGLE` either way.
         rgb: the colour as painted, 0 to 255: that of the name, give or take `COLOUR_JITTER`.
     """
@@ -89,7 +89,7 @@ class Background:
         first: one colour, RGB from 0 to 255.
         second: the other.
         angle: direction in radians.
-        frequency: periods per picture, for textures.
+        frequency: periods per image, for textures.
         phase: in radians, for textures.
     """
 

@@ -1,6 +1,6 @@
-"""Explanations drawn as one picture: a row per example, a column per method.
+"""Explanations drawn as one image: a row per example, a column per method.
 
-The sheet is put together from blocks. A block is a picture of its own (a line of text, an
+The sheet is put together from blocks. A block is an image of its own (a line of text, an
 overlay, a colour bar); blocks are stacked into cells and set beside each other into rows.
 """
 
@@ -19,27 +19,27 @@ _PAPER = (255, 255, 255)
 _INK = (28, 32, 36)
 _MUTED = (96, 100, 108)
 _LINE = (222, 225, 230)
-_DOUBT = (179, 38, 30)
+_FLAGGED = (179, 38, 30)
 
 _MARGIN = 32
 _GAP = 24
 _TITLE, _HEAD, _BODY, _SMALL = 20, 17, 15, 12
 
 
-def picture(explanations: Explanations, *, cell: int = 320) -> Image.Image:
+def figure(explanations: Explanations, *, cell: int = 320) -> Image.Image:
     """Draw explanations of the same inputs side by side.
 
     The first column shows the input with its target and score, then there is a column per
-    method: the picture under its heat with a colour bar, and the words as coloured boxes with
+    method: the image under its heat with a colour bar, and the words as coloured boxes with
     theirs. Each map has its own scale. A word that a method doubts is underlined, and why is
-    said below the method's map. The same explanations give the same picture.
+    said below the method's map. The same explanations give the same image.
 
     Args:
       explanations: one, or several of the same inputs (one per method).
       cell: the width of a column in pixels, at least 80.
 
     Returns:
-      An RGB picture.
+      An RGB image.
 
     Raises:
       ValueError: the list is empty, they explain different inputs, or `cell` is too
@@ -47,7 +47,7 @@ def picture(explanations: Explanations, *, cell: int = 320) -> Image.Image:
     """
     checked = content.check(explanations)
     if cell < 80:
-        raise ValueError(f"picture: cell is {cell} pixels; words need at least 80 to be legible")
+        raise ValueError(f"figure: cell is {cell} pixels; words need at least 80 to be legible")
     columns = len(checked) + 1
     width = columns * cell + (columns - 1) * _GAP
     heads = ["input", *(content.clean(e.method) for e in checked)]
@@ -67,18 +67,18 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def fit(picture: np.ndarray, cell: int) -> np.ndarray:
-    """The picture scaled so that its longer side is `cell` pixels, each side at least one."""
-    height, width = picture.shape[:2]
+def fit(image: np.ndarray, cell: int) -> np.ndarray:
+    """The image scaled so that its longer side is `cell` pixels, each side at least one."""
+    height, width = image.shape[:2]
     factor = cell / max(height, width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    # A strongly enlarged picture shows its own pixels; in between, squares would be uneven.
+    # A strongly enlarged image shows its own pixels; in between, squares would be uneven.
     how = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
-    return np.array(Image.fromarray(picture).resize(size, how))
+    return np.array(Image.fromarray(image).resize(size, how))
 
 
 def heat(explanation: Explanation, index: int, shown: np.ndarray | None, cell: int) -> np.ndarray:
-    """One relevance map as drawn: over its picture, or alone where there is none."""
+    """One relevance map as drawn: over its image, or alone where there is none."""
     assert explanation.image is not None
     relevance = explanation.image[index]
     if shown is not None:
@@ -94,10 +94,10 @@ def _models(explanations: Sequence[Explanation]) -> str:
 
 
 def _row(explanations: Sequence[Explanation], index: int, cell: int) -> Image.Image:
-    shown = content.shown_picture(explanations, index)
+    shown = content.shown_image(explanations, index)
     first = [] if shown is None else [Image.fromarray(fit(shown, cell))]
-    start, doubted = content.target(explanations, index)
-    first.append(_text(start + doubted, _BODY, cell, underlined=doubted))
+    start, flagged = content.target(explanations, index)
+    first.append(_text(start + flagged, _BODY, cell, underlined=flagged))
     score = f"score {content.score(explanations, index)}"
     first.append(_text(score, _SMALL, cell, ink=_MUTED))
     cells = [_stack(first, gap=8, width=cell)]
@@ -115,9 +115,9 @@ def _cell(explanation: Explanation, index: int, shown: np.ndarray | None, cell: 
         values = np.array([relevance for _, relevance in words])
         blocks.append(_words([word for word, _ in words], values, explanation.signed, cell))
         blocks.append(_bar(colours.scale(values), explanation.signed, cell))
-    if (verdict := content.verdict(explanation, index)) is not None:
-        ink = _DOUBT if verdict.doubted else _MUTED
-        blocks.append(_text(content.clean(str(verdict)), _SMALL, cell, ink=ink))
+    if (flag := content.flag(explanation, index)) is not None:
+        ink = _FLAGGED if flag.flagged else _MUTED
+        blocks.append(_text(content.clean(str(flag)), _SMALL, cell, ink=ink))
     return _stack(blocks, gap=12, width=cell)
 
 
@@ -192,7 +192,7 @@ def _text(
 def _dashes(draw: ImageDraw.ImageDraw, left: int, right: int, y: int) -> None:
     """A dashed line of doubt, two pixels thick."""
     for x in range(left, right, 7):
-        draw.rectangle((x, y, min(x + 3, right), y + 1), fill=_DOUBT)
+        draw.rectangle((x, y, min(x + 3, right), y + 1), fill=_FLAGGED)
 
 
 def _wrap(text: str, font: fonts.Font, width: int) -> list[str]:

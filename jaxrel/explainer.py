@@ -1,0 +1,5 @@
+"""The old name of `jaxrel.explanations.explain`, for one version."""
+
+from jaxrel.renamed import renamed
+
+__getattr__ = renamed(__name__, {"*": "jaxrel.explanations.explain"})

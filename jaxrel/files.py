@@ -1,0 +1,35 @@
+"""Writing files: complete or not at all."""
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that it appears complete or not at all; a missing folder is made.
+
+    Args:
+      path: the file; replaced if it exists.
+      data: its content.
+
+    Raises:
+      OSError: the file cannot be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(
+            f"cannot write {path}: {path.parent} is not a folder; give another place"
+        ) from None
+    # In the same folder, since a file can be moved in one step only within a file system.
+    # Not tempfile: its files are readable by their owner alone, whatever the umask.
+    temporary = path.with_name(f".jaxrel-{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
