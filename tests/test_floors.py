@@ -15,7 +15,7 @@ FOLDERS = {"jaxrel": "jaxrel", "models": "jaxrel.models", "train": "jaxrel.train
 CORE = ("jaxrel.tracing", "jaxrel.versions")
 RELEVANCE = (*CORE, "jaxrel.propagation")
 EXPLAIN = (*RELEVANCE, "jaxrel.attention", "jaxrel.gradients", "jaxrel.images", "jaxrel.files")
-OLD_NAMES = {"explainer", "explanation", "pictures", "word_relevance"}
+OLD_NAMES = ("explainer", "explanation", "pictures", "word_relevance")
 FLOORS = {
     "jaxrel.versions": (),
     "jaxrel.files": (),

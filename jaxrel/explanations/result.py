@@ -41,7 +41,7 @@ class Explanation:
       text: relevance of each token, 0 where there is padding.
       tokens: per example, one display string per token: `""` is a special or padding token
         (never shown), `"##ing"` continues the word before it.
-      images: per example, the image as shown; sizes may differ.
+      pixels: per example, the image as shown; sizes may differ.
       model: the model's name.
       settings: the method's settings, in words.
       report: a summary that JSON can hold: losses of relevance, timings, versions.
@@ -362,7 +362,7 @@ def _tokens(tokens: Sequence[Sequence[str]], text: np.ndarray | None) -> tuple:
 def _pixels(pixels: Sequence[Any] | np.ndarray, batch: int) -> tuple[np.ndarray, ...]:
     if len(pixels) != batch:
         raise ValueError(f"Explanation: {batch} examples, but {len(pixels)} images")
-    copies = tuple(np.array(shown) for shown in images)
+    copies = tuple(np.array(shown) for shown in pixels)
     for i, copy in enumerate(copies):
         if copy.dtype != np.uint8 or copy.ndim != 3 or copy.shape[2] != 3 or copy.size == 0:
             raise ValueError(

@@ -221,8 +221,8 @@ def all_methods(model, inputs, methods=TWO_STREAM_METHODS):
     )
     with pytest.MonkeyPatch.context() as patch:
         for name in ("capture_with_grad", "lrp"):
-            transformation = getattr(two_stream_methods, name)
-            patch.setattr(two_stream_methods, name, recorded(name, transformation))
+            transformation = getattr(bimodal_methods, name)
+            patch.setattr(bimodal_methods, name, recorded(name, transformation))
         return explain(model, inputs), made_of
 
 

@@ -23,7 +23,7 @@ def scene():
 
 
 def by_hand(model, scene, text, rules):
-    inputs = model.pairs(model.prepare(image=image, text=text))
+    inputs = model.pairs(model.prepare(image=scene, text=text))
     explain = jaxrel.lrp(lambda m, x: m.score(x), rules, argnums=None, at=TAGS)
     found = jax.jit(explain)(model, inputs)
     return [np.asarray(found[tag].sum(-1)) for tag in TAGS]
@@ -38,7 +38,7 @@ def by_hand(model, scene, text, rules):
     ],
 )
 def test_explanation_by_rules(model, scene, method, rules):
-    one = jaxrel.explain(model, image=image, text="a red circle", method=method)
+    one = jaxrel.explain(model, image=scene, text="a red circle", method=method)
     image, text = by_hand(model, scene, "a red circle", rules)
     assert one.signed
     # float32: the report's measures are fused into the same program.
@@ -54,7 +54,7 @@ def test_explanation_by_rules(model, scene, method, rules):
 
 
 def test_lrp_finds_the_object(model, scene):
-    maps = jaxrel.explain(model, image=image, text="a red circle", method=("lrp", "weighted"))
+    maps = jaxrel.explain(model, image=scene, text="a red circle", method=("lrp", "weighted"))
     peaks = [np.unravel_index(one.image[0].argmax(), one.image[0].shape) for one in maps]
     # The circle lies over the middle of the scene, rows 4 and 5 of 8.
     assert all(row in (4, 5) for row, _ in peaks)
@@ -63,7 +63,7 @@ def test_lrp_finds_the_object(model, scene):
 def test_other_rules(model, scene):
     mine = [(jaxrel.path("*mlp*") | jaxrel.path("*expand*"), jaxrel.rules.Gamma(0.5))]
     mine = jaxrel.Composite(mine) + composites.attn_lrp()
-    one = jaxrel.explain(model, image=image, text="a red circle", method="lrp", lrp=mine)
+    one = jaxrel.explain(model, image=scene, text="a red circle", method="lrp", lrp=mine)
     image, _ = by_hand(model, scene, "a red circle", mine)
     np.testing.assert_allclose(one.image.reshape(1, -1), image, rtol=1e-3, atol=1e-4)
     assert "dense: Gamma(gamma=0.5)" in one.report["rules"]
@@ -71,9 +71,9 @@ def test_other_rules(model, scene):
 
 def test_layers_are_for_attention(model, scene):
     with pytest.raises(ValueError, match=r"layers and heads choose attention maps; method lrp"):
-        jaxrel.explain(model, image=image, text="a red circle", method="lrp", layers=[0])
+        jaxrel.explain(model, image=scene, text="a red circle", method="lrp", layers=[0])
 
 
 def test_unknown_method(model, scene):
     with pytest.raises(ValueError, match=r"unknown method 'lpr'; there are equal, .*cp_lrp"):
-        jaxrel.explain(model, image=image, text="a red circle", method="lpr")
+        jaxrel.explain(model, image=scene, text="a red circle", method="lpr")

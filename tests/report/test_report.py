@@ -402,7 +402,7 @@ def test_a_flagged_target_in_other_words_is_marked_whole():
 
 def doubt_of(explanations):
     """Where the image has the colour of doubt."""
-    return (np.asarray(report.figure(explanations)) == png._FLAGGED).all(-1)
+    return (np.asarray(report.figure(explanations)) == figures._FLAGGED).all(-1)
 
 
 def test_image_underlines_flagged_words_and_says_why():
@@ -441,8 +441,8 @@ def test_a_flagged_word_that_is_wider_than_a_line_is_drawn():
     [
         ({"target": ["a", "b"]}, "target"),
         ({"tokens": [["a"] * 5] * 2}, "tokens"),
-        ({"images": np.zeros((2, 64, 64, 3), np.uint8)}, "images"),
-        ({"images": np.zeros((2, 9, 9, 3), np.uint8)}, "images"),
+        ({"pixels": np.zeros((2, 64, 64, 3), np.uint8)}, "images"),
+        ({"pixels": np.zeros((2, 9, 9, 3), np.uint8)}, "images"),
     ],
 )
 def test_explanations_of_other_inputs_are_refused(changes, what):
