@@ -1,12 +1,12 @@
-"""Writing captions with any step function: greedy, beam, diverse beam search and sampling.
+"""Writing captions with any step function: greedy, by beam search, and by sampling.
 
 A step function `(state, ids [rows]) -> (state, logits [rows, vocabulary])` reads one word per row.
 The leaves of its state have the rows as their first axis; rows are captions that do not depend
 on each other. Everything is pure and has static shapes, for `jax.jit`: one scan over the words
 writes the captions of all images.
 
-At the last place of a full context only the end may stand, and its probability counts as that of
-any word. `Decoded.ended` tells such captions from those that came to an end.
+At the last place of a full context only the end is possible, and its probability counts like that
+of any word. `Decoded.ended` is False for such captions.
 """
 
 from collections.abc import Callable
@@ -165,48 +165,22 @@ def beam_search(
       ValueError: `beams` is no positive integer.
     """
     _check_count("beams", beams)
-    found = _search(step, state, form, 1, beams, 0.0, length_penalty)
-    return jax.tree.map(lambda x: x[:, 0], found)
+    images = _rows(state)
+    state = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), state)
+    first_rows = jnp.arange(images)[:, None] * beams
 
+    def extend(carry: Any, position: Array) -> Any:
+        state, open_ = carry
+        state, logits = step(state, open_.ids[..., position - 1].reshape(-1))
+        log_p, own_end = _log_probabilities(logits.reshape(images, beams, -1), form, position)
+        grow = jax.vmap(lambda *image: _grow(*image, position, form, length_penalty))
+        open_, parents = grow(open_, log_p, own_end)
+        taken = (first_rows + parents).reshape(-1)
+        return (jax.tree.map(lambda x: x[taken], state), open_), None
 
-def diverse_beam_search(
-    step: Step,
-    state: State,
-    form: Format,
-    *,
-    groups: int,
-    beams: int,
-    penalty: float,
-    length_penalty: float | None = None,
-) -> Decoded:
-    """Search for several captions that differ (Vijayakumar et al. 2018, algorithm 1).
-
-    Groups of beams are extended one after the other. A word that a group chooses is worth
-    `penalty` less for each beam of an earlier group that has chosen it at the same step (Hamming
-    diversity). A group's captions are compared by their log-probability with all such losses.
-
-    Args:
-      step: the step function.
-      state: before the first word, one row per image; rows of `step` are then
-        `(image * groups + group) * beams + beam`.
-      form: how captions are written.
-      groups: how many captions are wanted.
-      beams: of each group.
-      penalty: the weight of diversity, in units of log-probability; 0 makes all groups alike.
-      length_penalty: as in `beam_search`.
-
-    Returns:
-      One caption per image and group, `[images, groups, ...]`; the first is that of
-      `beam_search`.
-
-    Raises:
-      ValueError: a number is no positive integer, or the penalty is negative.
-    """
-    _check_count("groups", groups)
-    _check_count("beams", beams)
-    if not penalty >= 0:
-        raise ValueError(f"penalty must be at least 0, got {penalty}")
-    return _search(step, state, form, groups, beams, penalty, length_penalty)
+    empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (images, *x.shape)), _empty(form, beams))
+    (_, open_), _ = jax.lax.scan(extend, (state, empty), jnp.arange(1, form.context))
+    return open_.best
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -273,97 +247,51 @@ def _word_by_word(
 
 
 class _Beams(NamedTuple):
-    """The captions of one image and group: those that are open, and the best one set aside.
+    """The captions of one image: those that are open, and the best one set aside.
 
-    Captions are compared by their score, the log-probability with what diversity takes from it; a
-    closed beam's is -inf. `open` says how many may be open.
+    The log-probability of a closed beam is -inf. `open` is the number of beams that may be open.
     """
 
     ids: Array
     log_probability: Array
-    score: Array
     open: Array
     best: Decoded
     best_score: Array
 
 
-def _search(
-    step: Step,
-    state: State,
-    form: Format,
-    groups: int,
-    beams: int,
-    penalty: float,
-    exponent: float | None,
-) -> Decoded:
-    """Diverse beam search; with one group it is beam search."""
-    images, rows = _rows(state), groups * beams
-    state = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), state)
-    first_rows = jnp.arange(images * groups).reshape(images, groups, 1) * beams
-
-    def extend(carry: Any, position: Array) -> Any:
-        state, open_ = carry
-        state, logits = step(state, open_.ids[..., position - 1].reshape(-1))
-        logits = logits.reshape(images, groups, beams, -1)
-        log_p, own_end = _log_probabilities(logits, form, position)
-
-        def grow(counts: Array, open_: _Beams, log_p: Array, own_end: Array) -> Any:
-            return _grow(open_, log_p - penalty * counts, log_p, own_end, position, form, exponent)
-
-        def next_group(counts: Array, of_group: Any) -> Any:
-            grown, parents, chosen = jax.vmap(grow)(counts, *of_group)
-            return counts + chosen, (grown, parents)
-
-        by_group = jax.tree.map(lambda x: x.swapaxes(0, 1), (open_, log_p, own_end))
-        none = jnp.zeros((images, log_p.shape[-1]))
-        _, grown = jax.lax.scan(next_group, none, by_group)
-        open_, parents = jax.tree.map(lambda x: x.swapaxes(0, 1), grown)
-        taken = (first_rows + parents).reshape(-1)
-        return (jax.tree.map(lambda x: x[taken], state), open_), None
-
-    empty = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (images, groups, *x.shape)), _empty(form, beams)
-    )
-    (_, open_), _ = jax.lax.scan(extend, (state, empty), jnp.arange(1, form.context))
-    return open_.best
-
-
 def _empty(form: Format, beams: int) -> _Beams:
     """One open caption without words: all beams alike would find the same captions."""
     ids = jnp.full((beams, form.context), form.pad, jnp.int32).at[:, 0].set(form.start)
-    score = jnp.full(beams, -jnp.inf).at[0].set(0)
+    log_probability = jnp.full(beams, -jnp.inf).at[0].set(0)
     best = Decoded(ids[0], jnp.array(-jnp.inf), jnp.array(False))
-    return _Beams(ids, jnp.zeros(beams), score, jnp.array(beams), best, jnp.array(-jnp.inf))
+    return _Beams(ids, log_probability, jnp.array(beams), best, jnp.array(-jnp.inf))
 
 
 def _grow(
     open_: _Beams,
-    worth: Float[Array, "beams vocabulary"],
     log_p: Float[Array, "beams vocabulary"],
     own_end: Bool[Array, " beams"],
     position: Array,
     form: Format,
     exponent: float | None,
-) -> tuple[_Beams, Int[Array, " beams"], Float[Array, " vocabulary"]]:
-    """The beams with one more word, where each comes from, and how often each word was chosen."""
+) -> tuple[_Beams, Int[Array, " beams"]]:
+    """Add one word to the beams; return them, and the beam that each comes from."""
     beams, vocabulary = log_p.shape
-    score, best = jax.lax.top_k((open_.score[:, None] + worth).ravel(), beams)
+    total, best = jax.lax.top_k((open_.log_probability[:, None] + log_p).ravel(), beams)
     parent, word = best // vocabulary, best % vocabulary
-    log_probability = open_.log_probability[parent] + log_p[parent, word]
-    kept = (jnp.arange(beams) < open_.open) & (score > -jnp.inf)
+    kept = (jnp.arange(beams) < open_.open) & (total > -jnp.inf)
     ids = open_.ids[parent].at[:, position].set(word)
     aside = kept & (word == form.end)
     length = 1.0 if exponent is None else ((5 + position) / 6) ** exponent
-    of_aside = jnp.where(aside, score / length, -jnp.inf)
+    of_aside = jnp.where(aside, total / length, -jnp.inf)
     top = of_aside.argmax()
-    candidate = Decoded(ids[top], log_probability[top], own_end[parent[top]])
+    candidate = Decoded(ids[top], total[top], own_end[parent[top]])
     better = of_aside[top] > open_.best_score
     grown = _Beams(
         ids,
-        log_probability,
-        jnp.where(kept & ~aside, score, -jnp.inf),
+        jnp.where(kept & ~aside, total, -jnp.inf),
         open_.open - aside.sum(),
         jax.tree.map(lambda new, old: jnp.where(better, new, old), candidate, open_.best),
         jnp.maximum(of_aside[top], open_.best_score),
     )
-    return grown, parent, jnp.zeros(vocabulary).at[word].add(kept.astype(jnp.float32))
+    return grown, parent

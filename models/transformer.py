@@ -10,6 +10,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrel import tag
+from jaxrel.models.sizes import check_heads, check_sizes
 
 # [..., query, key], True where a query sees a key; what is left out in front broadcasts.
 Mask = Bool[Array, "..."]
@@ -24,6 +25,22 @@ ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": quick_gelu,
     "gelu": partial(jax.nn.gelu, approximate=False),
 }
+
+
+def check_transformer(config: Any, part: str, *more: str) -> None:
+    """Raise ValueError if the sizes of a transformer do not make one.
+
+    Args:
+      config: has width, layers, heads, mlp_width and activation.
+      part: the part of the model that it is of, for the message.
+      *more: names of further sizes that it has.
+    """
+    check_sizes(part, config, ("width", "layers", "heads", "mlp_width", *more))
+    check_heads(part, "width", config.width, config.heads)
+    if config.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{part}: unknown activation {config.activation!r}, known are {', '.join(ACTIVATIONS)}"
+        )
 
 
 def layer_norm(width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

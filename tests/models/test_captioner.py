@@ -74,28 +74,6 @@ def test_teacher_forced_as_the_reference(name):
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_scheduled_sampling_as_the_reference(name):
-    model, inputs = reference(name)
-    own = load(name)["fwd/predictions_ss1"][..., reference_order(20)]
-    mixed = jax.jit(Captioner.scheduled_logits)(model, inputs, jnp.array([True, False, True]))
-    close(mixed[::2], own[::2])
-    close(mixed[1], FORWARD(model, inputs)[0][1])
-
-
-def test_scheduled_sampling_begins_at_the_step_given():
-    model = captioner("adaptive")
-    inputs = model.prepare(image=random_images(), text=TEXTS)
-    given = FORWARD(model, inputs)[0]
-    text = np.asarray(inputs["text"]).copy()
-    assert (text[:, 2] != given[:, 1].argmax(-1)).all()
-    text[:, 2] = given[:, 1].argmax(-1)
-    expected = FORWARD(model, inputs | {"text": text})[0][:, :3]
-    scheduled = jax.jit(Captioner.scheduled_logits, static_argnames="from_step")
-    found = scheduled(model, inputs, jnp.array([True, True]), from_step=2)
-    close(found[:, :3], expected)
-
-
-@pytest.mark.parametrize("name", REFERENCES)
 def test_decoding_as_the_reference(name):
     """It forbids no token, and these captions hold none that is forbidden here."""
     (model, inputs), arrays, order = reference(name), load(name), reference_order(20)

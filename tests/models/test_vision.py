@@ -723,18 +723,19 @@ def zeros(*shape, dtype=np.float32):
         (
             VGG_TINY,
             edited(vgg_tensors(), features__10__bias=None, features__13__bias=zeros(7)),
-            "the tensors are not those of a VGG of torchvision or timm with the sizes of VGGConfig"
-            ".*: missing are features.10.bias; unexpected are features.13.bias",
+            "weights are not those of a VGG of torchvision or timm with the sizes of VGGConfig"
+            r".*\. 1 tensors are missing: features.10.bias\. 1 tensors are unexpected: "
+            r"features.13.bias\. Give the sizes of the model in the file$",
         ),
         (
             BASIC,
             {n: x for n, x in resnet_tensors(BASIC).items() if not n.startswith("layer2.2.")},
-            "missing are layer2.2.bn1.bias, layer2.2.bn1.running_mean, .* and 5 more$",
+            r"10 tensors are missing: layer2.2.bn1.bias, .*, .* and 5 more\. Give the sizes",
         ),
         (
             BOTTLENECK,
             edited(hugging_face(resnet_tensors(BOTTLENECK)), resnet__pooler__weight=zeros(2)),
-            "not those of a ResNet of transformers .*: unexpected are resnet.pooler.weight",
+            "of a ResNet of transformers .* 1 tensors are unexpected: resnet.pooler.weight",
         ),
         (
             VGG_TINY,
