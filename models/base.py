@@ -1,7 +1,7 @@
 """What all models with a tokenizer and image preprocessing do alike."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from flax import nnx
@@ -34,7 +34,7 @@ class Model(nnx.Module):
 
         Args:
           folder: a new folder, or an older model folder, which is replaced.
-          dtype: of the file: "float32", or "float16" for half the size.
+          dtype: dtype of the file, "float32", or "float16" for half the size.
 
         Raises:
           FileExistsError: the folder exists and is no model folder.
@@ -46,6 +46,6 @@ class Model(nnx.Module):
 M = TypeVar("M", bound=Model)
 
 
-def empty(kind: type[M], config: Any, processor: Processor | None) -> M:
-    """Make a model with shapes in the place of parameters, for `checkpoint.fill`."""
+def empty(kind: Callable[..., M], config: Any, processor: Processor | None) -> M:
+    """Make a model that has shapes instead of parameters, for `checkpoint.fill`."""
     return nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), processor=processor))

@@ -43,7 +43,7 @@ def logit_by_token(
     """Return the logit of each token given those before it, or its log-probability.
 
     Args:
-      logits: of the token after each token, or their log-softmax.
+      logits: logits of the token after each token, or their log-softmax.
       text: token ids.
 
     Returns:
@@ -61,7 +61,7 @@ def mean_log_probability(
     """Return the mean log-probability of each caption's words and its end (teacher forcing).
 
     Args:
-      logits: of the token after each token.
+      logits: logits of the token after each token.
       text: token ids.
       last: the position of each caption's end.
     """

@@ -27,8 +27,8 @@ class Parameter:
     """Where one parameter of a model is in a file of weights.
 
     Args:
-      path: of the parameter in the model.
-      name: of the tensor in the file; "{layer}" in it stands for the layer's number, and then
+      path: path of the parameter in the model.
+      name: name of the tensor in the file; "{layer}" stands for the layer's number, and then
         the model's parameter has a leading layer axis.
       axes: axis i of the model's parameter (of one layer) is axis `axes[i]` of the tensor;
         None: the axes are the same.
@@ -207,7 +207,7 @@ def read_file(path: Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray
     """Read all tensors of one file of weights.
 
     Args:
-      path: of a safetensors file, or of a pickled checkpoint.
+      path: a safetensors file, or a pickled checkpoint.
       allow_pickle: see `read_tensors`.
 
     Returns:
@@ -305,7 +305,7 @@ def read_parameters(
     """Turn the tensors of a file into a model's parameters; every check comes first.
 
     Args:
-      tensors: by name. Buffers of position numbers, which old checkpoints hold, are ignored.
+      tensors: tensors by name. Buffers of position numbers, as in old checkpoints, are ignored.
       table: where each parameter is.
       shapes: the shape of each of the model's parameters, by path.
       wanted: the model whose tensors they should be, for the messages; by default the one that
@@ -389,7 +389,7 @@ def read_values(
 
     Args:
       folder: with config.json and the weights.
-      model: of which the shapes alone count.
+      model: a model, of which only the shapes count.
       table: where each parameter is in the file; None: named by its path.
       allow_pickle: see `read_tensors`.
 
@@ -424,7 +424,7 @@ def save_model(
       model: has a `config` with `to_dict`, and a `processor`.
       folder: a new folder, or an older model folder, which is replaced.
       table: where each parameter is in the file; None: named by its path.
-      dtype: of the file: "float32", or "float16" for half the size.
+      dtype: dtype of the file, "float32", or "float16" for half the size.
 
     Raises:
       FileExistsError: the folder exists and is no model folder.
@@ -505,6 +505,6 @@ def _keep_other_files(old: Path, new: Path) -> None:
 
 
 def some(names: Sequence[str], count: int = 5) -> str:
-    """Return the first names, and how many more there are, for a message."""
+    """Return the first names and the number of others, for a message."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

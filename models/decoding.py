@@ -11,6 +11,7 @@ of any word. `Decoded.ended` is False for such captions.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +27,10 @@ class Format:
     """How captions are written as ids.
 
     Args:
-      start: the id that each caption begins with, and which is not in it again.
+      start: the id at the start of each caption, which is not written again.
       end: the id that ends it.
       pad: the id after the end; it may be the end's.
-      context: the length of the longest caption, with start and end.
+      context: number of tokens of the longest caption, with start and end.
       never: more ids that are not written, such as that of unknown words.
 
     Raises:
@@ -58,11 +59,11 @@ class Decoded(NamedTuple):
     """Captions that were written.
 
     Attributes:
-      ids: with start and end, padded.
-      log_probability: of the words and the end, given the image: a sum of log-softmax values
-        over the whole vocabulary.
-      ended: False where the end is there only because the context was full, and another word
-        would have been more probable.
+      ids: int32 token ids with start and end, padded.
+      log_probability: float32; of the words and the end, given the image: a sum of log-softmax
+        values over the whole vocabulary.
+      ended: False where a caption ends only because the context was full, although another word
+        was more probable.
     """
 
     ids: Int[Array, "*batch context"]
@@ -75,7 +76,7 @@ def greedy(step: Step, state: State, form: Format) -> Decoded:
 
     Args:
       step: the step function.
-      state: before the first word, one row per caption.
+      state: state before the first word, one row per caption.
       form: how captions are written.
 
     Returns:
@@ -102,13 +103,13 @@ def sample(
 
     Args:
       step: the step function.
-      state: before the first word, one row per caption.
+      state: state before the first word, one row per caption.
       form: how captions are written.
       key: one key, or one per row; a row's caption depends on its own key alone.
       temperature: divides the logits.
-      top_k: draw from this many most probable words alone (Fan et al. 2018).
-      top_p: draw from the fewest most probable words whose probabilities sum to this at least
-        (the nucleus, Holtzman et al. 2020); after `top_k`.
+      top_k: draw only from this number of most probable words (Fan et al. 2018).
+      top_p: draw only from the smallest set of most probable words whose probabilities sum to at
+        least this (the nucleus, Holtzman et al. 2020); applied after `top_k`.
 
     Returns:
       One caption per row of the state. Its log-probability is the model's own, at temperature 1.
@@ -145,15 +146,15 @@ def beam_search(
 ) -> Decoded:
     """Search for the most probable caption, with several open ones at a time.
 
-    A caption that ends is set aside, and its place is not filled again: of `beams` captions that
-    are open at first, fewer and fewer go on. The result is the best of those set aside.
+    A caption that ends is set aside, and its place is not filled again: `beams` captions are open
+    at first, and fewer later. The result is the best of those set aside.
 
     Args:
       step: the step function.
-      state: before the first word, one row per image; rows of `step` are then
+      state: state before the first word, one row per image; rows of `step` are then
         `image * beams + beam`.
       form: how captions are written.
-      beams: how many captions are open at first.
+      beams: number of captions that are open at first.
       length_penalty: the exponent of ((5 + length) / 6), which divides a caption's
         log-probability when the best is chosen (Wu et al. 2016, eq. 14); None: 0, as Sun et al.
         2022 have it.
@@ -173,7 +174,7 @@ def beam_search(
         state, open_ = carry
         state, logits = step(state, open_.ids[..., position - 1].reshape(-1))
         log_p, own_end = _log_probabilities(logits.reshape(images, beams, -1), form, position)
-        grow = jax.vmap(lambda *image: _grow(*image, position, form, length_penalty))
+        grow = jax.vmap(partial(_grow, position=position, form=form, exponent=length_penalty))
         open_, parents = grow(open_, log_p, own_end)
         taken = (first_rows + parents).reshape(-1)
         return (jax.tree.map(lambda x: x[taken], state), open_), None
@@ -195,7 +196,10 @@ def _rows(state: State) -> int:
 def _log_probabilities(
     logits: Float[Array, "*rows vocabulary"], form: Format, position: Array
 ) -> tuple[Float[Array, "*rows vocabulary"], Bool[Array, "*rows"]]:
-    """Of the words that may be written, others -inf; and whether an end is the model's own."""
+    """Log-probabilities, -inf for words that may not be written; and whether an end is free.
+
+    An end is the model's own, and not that of a full context, where no word is more probable.
+    """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     words = jnp.arange(log_p.shape[-1])
     end, last = words == form.end, position == form.context - 1
@@ -208,7 +212,7 @@ def _log_probabilities(
 def _most_probable(
     log_p: Float[Array, "rows vocabulary"], top_k: int | None, top_p: float | None
 ) -> Float[Array, "rows vocabulary"]:
-    """Logits with -inf for the words that are not among the most probable."""
+    """Log-probabilities, -inf for words that are not among the most probable."""
     if top_k is not None:
         lowest = jax.lax.top_k(log_p, min(top_k, log_p.shape[-1]))[0][..., -1:]
         log_p = jnp.where(log_p < lowest, -jnp.inf, log_p)
@@ -223,7 +227,7 @@ def _most_probable(
 def _word_by_word(
     step: Step, state: State, form: Format, choose: Callable[[Array, Any], Array], keys: Any
 ) -> Decoded:
-    """One caption per row, each word chosen from the logits alone."""
+    """Write one caption per row, with each word chosen from the log-probabilities."""
     rows = _rows(state)
 
     def write(carry: Any, now: Any) -> Any:
@@ -260,7 +264,7 @@ class _Beams(NamedTuple):
 
 
 def _empty(form: Format, beams: int) -> _Beams:
-    """One open caption without words: all beams alike would find the same captions."""
+    """One open caption without words: several equal beams would find the same captions."""
     ids = jnp.full((beams, form.context), form.pad, jnp.int32).at[:, 0].set(form.start)
     log_probability = jnp.full(beams, -jnp.inf).at[0].set(0)
     best = Decoded(ids[0], jnp.array(-jnp.inf), jnp.array(False))
@@ -271,6 +275,7 @@ def _grow(
     open_: _Beams,
     log_p: Float[Array, "beams vocabulary"],
     own_end: Bool[Array, " beams"],
+    *,
     position: Array,
     form: Format,
     exponent: float | None,

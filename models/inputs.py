@@ -31,7 +31,7 @@ def check_floats(
     """Raise an error if `x` is not floats of shape [batch, *shape].
 
     Args:
-      name: of the input, for the message.
+      name: name of the input, for the message.
       x: the input.
       shape: without the batch.
       what: the values should be, for the message.

@@ -18,7 +18,7 @@ def check_sizes(part: str, config: Any, names: Iterable[str]) -> None:
     Args:
       part: the part of the model that the sizes are of, for the message.
       config: what has the fields.
-      names: of the fields.
+      names: names of the fields.
     """
     for name in names:
         value = getattr(config, name)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxrel.models.captioner.cells import ATTENTION_FORMS
 from jaxrel.models.checkpoint import CONFIG
 from jaxrel.models.sizes import (
     check_choice,
@@ -20,6 +19,7 @@ from jaxrel.models.vision.config import EncoderConfig, VGGConfig, encoder_config
 
 MODEL_TYPE = "captioner"
 KINDS = ("adaptive", "gridtd", "aoa")
+ATTENTION_FORMS = ("paper", "as coded")
 
 # The encoder has a section of its own, and dtype is not stored.
 _NOT_SIZES = ("encoder", "dtype")
@@ -31,20 +31,20 @@ class CaptionerConfig:
 
     Args:
       kind: "adaptive", "gridtd" or "aoa".
-      encoder: of images; None for a model of region features.
+      encoder: sizes of the image encoder; None for a model of region features.
       regions: (number of regions, features of each) where there is no encoder.
       image_size: pixels of a side of the square image; not used for regions.
       vocab_size: tokens, the special ones included.
       embed: features of a word.
       hidden: features of states and attended values.
-      heads: of the attention (kind "aoa"); divides `hidden`.
+      heads: number of attention heads (kind "aoa"); divides `hidden`.
       attention: form of the scores of adaptive attention, "paper" or "as coded": see
         `AdaptiveAttention`. Not used by "aoa".
-      dropout: before the prediction of the word; only with a key, as in training. Sun et al. 2022
-        have 0.5, and for "aoa" 0.3.
-      attention_dropout: of the attention maps of "aoa", as `dropout`.
-      context: the longest caption, with start and end.
-      dtype: of the computation, "float32" or "bfloat16"; not stored.
+      dropout: share of values dropped before each prediction; only with a key, as in training.
+        Sun et al. 2022 have 0.5, and 0.3 for "aoa".
+      attention_dropout: share of the attention maps of "aoa" that is dropped, as `dropout`.
+      context: number of tokens of the longest caption, with start and end.
+      dtype: dtype of the computation, "float32" or "bfloat16"; not stored.
 
     Raises:
       ValueError: a size or a name is out of range, or there are both or neither of encoder and

@@ -14,15 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxrel import tag
 from jaxrel.models import captions, decoding
 from jaxrel.models.base import Model, empty
-from jaxrel.models.captioner.cells import (
-    AdaptiveCell,
-    AoACell,
-    Context,
-    GridTDCell,
-    Read,
-    dropout,
-    linear,
-)
+from jaxrel.models.captioner.cells import CELLS, AoACell, Context, Read, dropout, linear
 from jaxrel.models.captioner.config import MODEL_TYPE, CaptionerConfig
 from jaxrel.models.captioner.inputs import check_inputs, check_seen, region_features
 from jaxrel.models.captioner.reference import ENCODER_PREFIX, read_reference
@@ -39,9 +31,9 @@ class Captioner(Model):
     """Writes captions, each word from the image and the preceding tokens.
 
     `inputs` is a dict {"image": float [batch, side, side, 3], normalised; "text": int [batch,
-    tokens]}, as `prepare` makes it. In the place of "image" it may hold "features" float [batch,
+    tokens]}, as `prepare` makes it. Instead of "image" it may hold "features" float [batch,
     positions, features], those of regions or what `encode` returned. Optional for "aoa" is "heads"
-    bool [batch, heads]: gradients and relevance go through the values of these heads alone, and
+    bool [batch, heads]: gradients and relevance go only through the values of these heads, and
     the output is the same.
 
     The tags are "features" (what the encoder returns, [batch, rows, columns, channels]),
@@ -50,7 +42,7 @@ class Captioner(Model):
 
     Args:
       config: the sizes.
-      rngs: for the initial parameters (stream "params").
+      rngs: keys for the initial parameters (stream "params").
       processor: tokenizer and image preprocessing.
 
     Raises:
@@ -69,7 +61,7 @@ class Captioner(Model):
         encoder = config.encoder
         self.encoder = None if encoder is None else make_encoder(encoder, dtype=dtype, rngs=rngs)
         self.project = linear(config.features, config.hidden, dtype=dtype, rngs=rngs)
-        self.cell = _cell(config, dtype, rngs)
+        self.cell = CELLS[config.kind](config, dtype=dtype, rngs=rngs)
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.embed,
@@ -79,7 +71,7 @@ class Captioner(Model):
         )
         self.head = linear(config.hidden, config.vocab_size, dtype=dtype, rngs=rngs)
 
-    # The pieces, from the image to the word.
+    # Steps from the image to the word.
 
     def encode(
         self, image: Float[Array, "batch height width 3"]
@@ -103,8 +95,8 @@ class Captioner(Model):
         """Return what every step reads of the images, and the state before the first word.
 
         Args:
-          features: as `encode` returns them, or of regions.
-          heads: of "aoa", those whose values have a gradient or relevance; None: all.
+          features: what `encode` returns, or features of regions.
+          heads: for "aoa", the heads whose values have a gradient or relevance; None: all.
         """
         values = jax.nn.relu(self.project(features))
         # Regions are projected before they are averaged, a grid only for multi-head attention.
@@ -126,13 +118,13 @@ class Captioner(Model):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> tuple[Any, Read]:
-        """Read one word: the next state, and what the word after it is predicted from.
+        """Read one word, and return the next state and the values that predict the next word.
 
         Args:
-          context: of the image, from `start`.
-          state: before the word.
+          context: what `start` returned for the images.
+          state: state before the word.
           embedded: the word.
-          dropout_key: for dropout; None: no dropout.
+          dropout_key: key for dropout; None: no dropout.
         """
         return self.cell(context, state, embedded, dropout_key)
 
@@ -180,10 +172,10 @@ class Captioner(Model):
         """Read whole captions; one scan runs over their words.
 
         Args:
-          features: of the images.
+          features: features of the images.
           text: token ids.
           heads: see `start`.
-          dropout_key: for dropout inside the cell; None: no dropout.
+          dropout_key: key for dropout inside the cell; None: no dropout.
 
         Returns:
           What `read` gives after each token, [batch, tokens, ...].
@@ -211,7 +203,7 @@ class Captioner(Model):
         Args:
           inputs: images or features, and captions, one caption per image.
           return_attention: also return the attention maps.
-          dropout_key: for dropout, as in training; None: no dropout.
+          dropout_key: key for dropout, as in training; None: no dropout.
 
         Returns:
           float32 [batch, tokens, vocabulary]; with `return_attention` a pair of it and of
@@ -227,7 +219,7 @@ class Captioner(Model):
         logits = self.word_logits(read.attended, read.hidden, dropout_key=before_head)
         return (logits, read.maps) if return_attention else logits
 
-    # What is explained, and what it is predicted from.
+    # What explanations ask: scores, maps, and the meaning of tokens.
 
     def score(self, inputs: Inputs, target: Any = None) -> Float[Array, " batch"]:
         """Return the logit of one word of each caption: the scalar that explanations explain.
@@ -307,7 +299,7 @@ class Captioner(Model):
         """Return the part of an image that the model sees; `prepare` crops to the middle."""
         return image if self.encoder is None else self.processor.seen(image)
 
-    # Captions.
+    # Inputs, rows to explain, and captions.
 
     def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
         """Make inputs from images and captions; without a caption the model writes it.
@@ -315,7 +307,7 @@ class Captioner(Model):
         Args:
           image: a PIL image, a uint8 [height, width, 3] array, or a list of them; for a model
             of regions their features, [regions, features], a batch or a list of them.
-          text: a caption or a list of captions to explain in the place of the model's own.
+          text: a caption or a list of captions to explain instead of the model's own.
 
         Raises:
           TypeError: not an image, or not text.
@@ -401,7 +393,7 @@ class Captioner(Model):
         Args:
           image: normalised images [batch, side, side, 3], or features [batch, positions,
             features].
-          beams: of beam search; 1 is greedy.
+          beams: number of beams; 1 is greedy.
           length_penalty: see `jaxrel.models.decoding.beam_search`.
           unknown: whether the token for unknown words may be written.
 
@@ -425,7 +417,7 @@ class Captioner(Model):
 
         Args:
           inputs: images or features.
-          beams: of beam search; 1 is greedy.
+          beams: number of beams; 1 is greedy.
         """
         seen = jnp.asarray(inputs["features" if "features" in inputs else "image"])
         return self.sentences(_generate(self, seen, beams=beams))
@@ -448,7 +440,7 @@ class Captioner(Model):
 
         Args:
           name_or_folder: a bundled model, a folder that `save_pretrained` wrote, or a hub name.
-          dtype: of the computation, "float32" (default) or "bfloat16".
+          dtype: dtype of the computation, "float32" (default) or "bfloat16".
           allow_pickle: read a pickled checkpoint where there is nothing else; needs torch.
 
         Raises:
@@ -481,7 +473,7 @@ class Captioner(Model):
 
         Args:
           config: the sizes; attention "as coded", with which those weights were trained.
-          tensors: by the names of its PyTorch state dict, such as "AdaLSTM.x_gate.weight".
+          tensors: tensors by the names of its PyTorch state dict, such as "AdaLSTM.x_gate.weight".
           processor: tokenizer and image preprocessing.
 
         Raises:
@@ -528,31 +520,10 @@ class Captioner(Model):
 
 def _two_keys(key: PRNGKeyArray | None) -> tuple[Any, Any]:
     """Keys for the dropout inside the cell, and for that before the head."""
-    return (None, None) if key is None else tuple(jax.random.split(key))
-
-
-def _cell(
-    config: CaptionerConfig, dtype: Any, rngs: nnx.Rngs
-) -> AdaptiveCell | GridTDCell | AoACell:
-    if config.kind == "aoa":
-        return AoACell(
-            config.embed,
-            config.hidden,
-            config.heads,
-            attention_dropout=config.attention_dropout,
-            dtype=dtype,
-            rngs=rngs,
-        )
-    kind = AdaptiveCell if config.kind == "adaptive" else GridTDCell
-    return kind(
-        config.embed,
-        config.hidden,
-        config.positions,
-        config.hidden if config.encoder is None else config.features,
-        form=config.attention,
-        dtype=dtype,
-        rngs=rngs,
-    )
+    if key is None:
+        return None, None
+    inside, before_head = jax.random.split(key)
+    return inside, before_head
 
 
 @jax.jit(static_argnames="beams")

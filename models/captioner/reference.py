@@ -61,8 +61,8 @@ def read_reference(
 
     Args:
       config: the sizes; see `Captioner.from_reference`.
-      tensors: by the names of the PyTorch state dict; those of the encoder are ignored.
-      shapes: of the parameters that are wanted, by path.
+      tensors: tensors by the names of the PyTorch state dict; those of the encoder are ignored.
+      shapes: shapes of the parameters that are wanted, by path.
 
     Raises:
       ValueError: see `Captioner.from_reference`.

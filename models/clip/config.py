@@ -112,7 +112,7 @@ class CLIPConfig:
       projection: features of the common embedding space.
       logit_scale: the initial logarithm of the factor on the cosines.
       remat: recompute each layer in the backward pass instead of storing it.
-      dtype: of the computation, "float32" or "bfloat16". Parameters, attention maps,
+      dtype: dtype of the computation, "float32" or "bfloat16". Parameters, attention maps,
         embeddings and scores are float32.
 
     Raises:

@@ -78,7 +78,7 @@ def interpolate_positions(
     as transformers' `interpolate_pos_encoding` does.
 
     Args:
-      positions: of the class token and the patches, row by row.
+      positions: embeddings of the class token and the patches, row by row.
       grid: (rows, columns) of the patches.
       new_grid: (rows, columns) wanted.
     """

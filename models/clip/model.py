@@ -33,7 +33,7 @@ class CLIP(Model):
 
     Args:
       config: the sizes.
-      rngs: for the initial parameters (stream "params").
+      rngs: keys for the initial parameters (stream "params").
       processor: tokenizer and image preprocessing for `prepare` and `tokens`.
 
     Raises:
@@ -69,7 +69,7 @@ class CLIP(Model):
             (config.json with model.safetensors or shards), or a hub name.
           image_size: another side of the square input, in pixels; the position embedding is
             interpolated (bicubic).
-          dtype: of the computation, "float32" (default) or "bfloat16".
+          dtype: dtype of the computation, "float32" (default) or "bfloat16".
           allow_pickle: read a pickled checkpoint where there is nothing else; needs torch.
 
         Raises:
@@ -248,7 +248,7 @@ class CLIP(Model):
         """Return one string per text token to display it.
 
         Args:
-          inputs: as `prepare` returns them.
+          inputs: what `prepare` returns.
 
         Returns:
           Per text, as many strings as tokens: "##" in front continues the word before;

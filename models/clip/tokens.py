@@ -31,7 +31,7 @@ def token_ids(processor: Processor, text: Any, config: TextConfig) -> Int[Array,
     Args:
       processor: the model's.
       text: a text or a list of texts.
-      config: of the text tower.
+      config: sizes of the text tower.
 
     Raises:
       TypeError, ValueError: see `Processor.text`; also a tokenizer that ends texts with another
@@ -51,7 +51,7 @@ def content(config: CLIPConfig, image: Any, text: Any) -> dict[str, Bool[Array, 
     """Return where the tokens are that stand for something: patches, and words.
 
     Args:
-      config: of the model.
+      config: sizes of the model.
       image: [batch, ...], for the size of the batch.
       text: token ids.
     """

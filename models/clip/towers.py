@@ -23,7 +23,7 @@ Kept = Bool[Array, "batch tokens"] | Int[Array, "batch kept"]
 
 
 def kept_mask(keep: Kept | None) -> Mask | None:
-    """The mask that hides tokens; None where all are seen, or the others are left out."""
+    """Return the mask that hides tokens; None where all are seen, or the others are left out."""
     return None if keep is None or keep.dtype != bool else key_mask(keep)
 
 
@@ -52,7 +52,7 @@ class VisionTower(nnx.Module):
             width**-0.5 * normal(rngs.params(), (config.tokens, width))
         )
         self.pre_norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
-        self.transformer = _transformer(config, "vision", dtype, rngs)
+        self.transformer = Transformer(config, "vision", dtype=dtype, rngs=rngs)
         if projection is not None:
             self.post_norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
             self.projection = _projection(width, projection, dtype, rngs)
@@ -112,7 +112,7 @@ class TextTower(nnx.Module):
         self.position_embedding = nnx.Param(
             0.01 * jax.random.normal(rngs.params(), (config.context, width))
         )
-        self.transformer = _transformer(config, "text", dtype, rngs)
+        self.transformer = Transformer(config, "text", dtype=dtype, rngs=rngs)
         if projection is not None:
             self.final_norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
             self.projection = _projection(width, projection, dtype, rngs)
@@ -151,22 +151,6 @@ class TextTower(nnx.Module):
     ) -> Float[Array, "batch embed"]:
         """Return the normalised embedding read from the token at `end`."""
         return _normalise(self.projection(self.final_norm(read_at(tokens, end))))
-
-
-def _transformer(
-    config: VisionConfig | TextConfig, name: str, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> Transformer:
-    return Transformer(
-        config.width,
-        config.layers,
-        config.heads,
-        config.mlp_width,
-        activation=config.activation,
-        eps=config.layer_norm_eps,
-        dtype=dtype,
-        name=name,
-        rngs=rngs,
-    )
 
 
 def _projection(width: int, features: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:

@@ -143,8 +143,8 @@ class CLIPMapperCaption(CLIPMapper):
 
         Args:
           token: the last token of each caption.
-          memory: of the preceding tokens, as `begin` or the last call returned it.
-          position: of the token.
+          memory: memory of the preceding tokens, from `begin` or the last call.
+          position: position of the token.
           image_mask: as in `begin`.
 
         Returns:
@@ -171,7 +171,7 @@ class CLIPMapperCaption(CLIPMapper):
 
         Args:
           image: a PIL image, a uint8 [height, width, 3] array, or a list of them.
-          text: a caption or a list of captions to explain in the place of the model's own.
+          text: a caption or a list of captions to explain instead of the model's own.
 
         Raises:
           TypeError, ValueError: see `CLIP.prepare`.

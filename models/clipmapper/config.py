@@ -24,7 +24,7 @@ class CLIPMapperConfig:
       several: whether several answers may be right: each has a probability of its own
         (sigmoid), as VQA v2 needs it; otherwise one is right (softmax).
       width: features per token in the mapper.
-      layers: of the mapper.
+      layers: number of layers of the mapper.
       heads: attention heads; divides `width`.
       mlp_width: hidden features of the MLPs.
       activation: "quick_gelu" or "gelu".

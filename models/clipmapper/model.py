@@ -40,7 +40,7 @@ class CLIPMapper(Model):
 
     Args:
       config: the sizes.
-      rngs: for the initial parameters (stream "params").
+      rngs: keys for the initial parameters (stream "params").
       processor: tokenizer and image preprocessing.
 
     Raises:
@@ -64,17 +64,7 @@ class CLIPMapper(Model):
         self.text_norm = layer_norm(stage1.text.width, eps=eps, dtype=dtype, rngs=rngs)
         self.vision_in = nnx.Linear(stage1.vision.width, config.width, dtype=dtype, rngs=rngs)
         self.text_in = nnx.Linear(stage1.text.width, config.width, dtype=dtype, rngs=rngs)
-        self.mapper = Mapper(
-            config.width,
-            config.layers,
-            config.heads,
-            config.mlp_width,
-            co_attention=config.task == "vqa",
-            activation=config.activation,
-            eps=eps,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.mapper = Mapper(config, co_attention=config.task == "vqa", dtype=dtype, rngs=rngs)
         self.final_norm = layer_norm(config.width, eps=eps, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(config.width, outputs, dtype=dtype, rngs=rngs)
 
@@ -181,7 +171,7 @@ class CLIPMapper(Model):
 
         Args:
           name_or_folder: a bundled model, a folder that `save_pretrained` wrote, or a hub name.
-          dtype: of the computation, "float32" (default) or "bfloat16".
+          dtype: dtype of the computation, "float32" (default) or "bfloat16".
           allow_pickle: read a pickled checkpoint where there is nothing else; needs torch.
 
         Returns:
@@ -269,7 +259,7 @@ class CLIPMapper(Model):
         """Return scores, attention maps and the scores' gradients by them, in one pass.
 
         Args:
-          inputs: as `prepare` makes them.
+          inputs: what `prepare` returns.
           target: see `score`.
 
         Returns:

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrel.models.transformer import scan_layers
 from jaxrel.models.vision.config import EncoderConfig, ResNetConfig, VGGConfig
 
 # Added to the variance in batch normalisation.
@@ -19,8 +20,8 @@ class VGG(nnx.Module):
 
     Args:
       config: the sizes.
-      dtype: of the computation; parameters are float32.
-      rngs: for the initial parameters (stream "params").
+      dtype: dtype of the computation; parameters are float32.
+      rngs: keys for the initial parameters (stream "params").
     """
 
     def __init__(self, config: VGGConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:
@@ -151,12 +152,7 @@ class Stage(nnx.Module):
         x = self.first(x)
         if self.rest is None:
             return x
-        graph, parameters = nnx.split(self.rest)
-
-        def block(x, parameters):
-            return nnx.merge(graph, parameters)(x), None
-
-        return jax.lax.scan(block, x, parameters)[0]
+        return scan_layers(lambda block, x, _: (block(x), None), self.rest, x)[0]
 
 
 class ResNet(nnx.Module):
@@ -164,8 +160,8 @@ class ResNet(nnx.Module):
 
     Args:
       config: the sizes.
-      dtype: of the computation; parameters and statistics are float32.
-      rngs: for the initial parameters (stream "params").
+      dtype: dtype of the computation; parameters and statistics are float32.
+      rngs: keys for the initial parameters (stream "params").
     """
 
     def __init__(self, config: ResNetConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:

@@ -39,8 +39,8 @@ class _Layout:
     """A naming of tensors.
 
     Args:
-      name: of the layout, in words.
-      kind: of encoder that it names.
+      name: name of the layout, in words.
+      kind: kind of encoder that it names.
       first: the name of the first convolution's kernel, by which the layout is known.
       table: where each parameter is; it may have parameters that these sizes do not.
       ignored: how the names of a classifier's tensors begin.
@@ -181,10 +181,10 @@ def load_encoder(
     Args:
       config: a preset's name or the sizes; see `encoder_config`.
       source: a file of weights, or a folder or hub name, such as "timm/vgg16.tv_in1k".
-      prefix: of the encoder's tensors in the file of a larger model, such as
+      prefix: start of the encoder's names in the file of a larger model, such as
         "img_encoder.encoder." in the reference implementation of Sun et al. 2022; all others are
         ignored then.
-      dtype: of the computation; parameters are float32.
+      dtype: dtype of the computation; parameters are float32.
       allow_pickle: read a pickled checkpoint where there is nothing else; needs torch.
 
     Returns:
@@ -235,9 +235,9 @@ def encoder_from_tensors(
 
     Args:
       config: the sizes.
-      tensors: by name.
-      prefix: of the encoder's names; tensors without it are ignored.
-      dtype: of the computation; parameters are float32.
+      tensors: tensors by name.
+      prefix: start of the encoder's names; tensors without it are ignored.
+      dtype: dtype of the computation; parameters are float32.
 
     Returns:
       A `VGG` or a `ResNet`.
