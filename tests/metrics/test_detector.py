@@ -335,7 +335,9 @@ def test_evaluate_and_explain(lights, folder, tmp_path, monkeypatch, capsys):
     assert all(one is None or one["flagged"] == (one["value"] < one["threshold"]) for one in flags)
     assert text.count("likely hallucinated: ") == sum(one["flagged"] for one in flags if one)
     assert text.count("not flagged: ") == sum(not one["flagged"] for one in flags if one)
-    assert "flag" not in found[1]["examples"][0]
+    old = [example["verdict"] for example in found[0]["examples"]]
+    assert [one and one["doubted"] for one in old] == [one and one["flagged"] for one in flags]
+    assert not {"flag", "verdict"} & set(found[1]["examples"][0])
     page = (tmp_path / "out/explanation.html").read_text()
     assert page.count("likely hallucinated: ") == text.count("likely hallucinated: ")
 

@@ -1,0 +1,7 @@
+"""`python -m jaxrel.cli`."""
+
+import sys
+
+from jaxrel.cli import main
+
+sys.exit(main())
