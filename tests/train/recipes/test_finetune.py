@@ -33,11 +33,11 @@ from jaxrel.train.recipes.settings import (
     FinetuneShapes,
     GridTDShapes,
 )
-from tests.models.test_captioner import REGIONS
-from tests.models.test_captioner import captioner as random_captioner
 from tests.paths import ROOT
 from tests.train.data.test_readers import coco_folder, flickr_folder  # noqa: F401
 from tests.train.recipes.test_captioner_real import folders  # noqa: F401
+from tests.zoo.captioners import REGIONS
+from tests.zoo.captioners import captioner as random_captioner
 
 SIZES = {"scenes": 16, "encoder": "4,4,4,4", "embed": 6, "hidden": 8, "batch": 8}
 SMALL = {
