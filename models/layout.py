@@ -32,10 +32,13 @@ class Layout:
       schedule: for two streams that attend to each other, in the terms of
         `jaxrel.attention.bimodal_accumulation`: tags of attention maps in the place of `Layers`.
         Stream s holds the target token. Empty where every stream attends to itself alone.
+      by_word: whether `jaxrel.explain` explains captions word by word in the image's pixels, with
+        one forward pass per caption: see `jaxrel.explanations.words.Captions`.
     """
 
     streams: tuple[Stream, ...]
     schedule: tuple[tuple[tuple[tuple[str, str], ...], ...], ...] = ()
+    by_word: bool = False
 
     def __getitem__(self, name: str) -> Stream:
         """Return the stream called `name`; KeyError names the streams there are."""

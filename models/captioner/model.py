@@ -269,7 +269,8 @@ class Captioner(Model):
             (
                 Stream("features", "image", config.positions, config.grid, prefix=0),
                 Stream("text", "text", config.context),
-            )
+            ),
+            by_word=True,
         )
 
     def target_tokens(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
