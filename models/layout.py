@@ -30,8 +30,8 @@ class Layout:
     Args:
       streams: the streams.
       schedule: for two streams that attend to each other, in the terms of
-        `jaxrel.attention.two_streams`: tags of attention maps in the place of `Layers`. Stream s
-        is the one that is read out. Empty where every stream attends to itself alone.
+        `jaxrel.attention.bimodal_accumulation`: tags of attention maps in the place of `Layers`.
+        Stream s holds the target token. Empty where every stream attends to itself alone.
     """
 
     streams: tuple[Stream, ...]

@@ -1,11 +1,21 @@
 """The attention methods that relevance accumulation is compared with."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrel.attention.accumulate import head_mean, identity
-from jaxrel.attention.maps import FloatArray, Selection, matmul, prepare, relevance_dtype
+from jaxrel.attention.maps import (
+    FloatArray,
+    Selection,
+    head_mean,
+    matmul,
+    prepare,
+    relevance_dtype,
+)
+from jaxrel.tracing.sharding import shaped_like, zeros
 
 
 def raw(
@@ -47,18 +57,27 @@ def rollout(
     Raises:
       ValueError: the shape is not as above, or a layer or a head does not exist.
     """
-    return _rollout(*prepare("rollout", {"attn": attn}, layers=layers, heads=heads))
+    return _product(_mixed, *prepare("rollout", {"attn": attn}, layers=layers, heads=heads))
 
 
-@jax.jit
-def _rollout(attn):
-    start = identity(attn, relevance_dtype(attn))
+def _mixed(attn: Array) -> Float[Array, "batch query key"]:
+    """The mean over the heads plus the identity, each row as shares of its sum."""
+    mean = attn.astype(relevance_dtype(attn)).mean(axis=1)
+    mixed = mean + jnp.eye(mean.shape[-1], dtype=mean.dtype)
+    return mixed / mixed.sum(axis=-1, keepdims=True)
 
-    def layer(flow, attn):
-        step = attn.astype(flow.dtype).mean(axis=1) + start
-        return matmul(step / step.sum(axis=-1, keepdims=True), flow), None
 
-    return jax.lax.scan(layer, start, attn)[0]
+@functools.partial(jax.jit, static_argnums=0)
+def _product(matrix: Callable, *maps: Array) -> Float[Array, "batch query key"]:
+    """The product over the layers of `matrix(*maps of a layer)`, the last layer leftmost."""
+    batch, tokens, dtype = maps[0].shape[1], maps[0].shape[-1], relevance_dtype(*maps)
+    like = shaped_like(maps[0], (1, None, None), shape=(batch, tokens, tokens), dtype=dtype)
+
+    def layer(product, maps):
+        return matmul(matrix(*maps), product), None
+
+    start = zeros(like) + jnp.eye(tokens, dtype=dtype)
+    return jax.lax.scan(layer, start, maps)[0]
 
 
 def grad_cam(
@@ -110,16 +129,8 @@ def no_aggregation(
       TypeError: as in `equal`.
     """
     maps = {"attn": attn, "grad": grad}
-    return _no_aggregation(*prepare("no_aggregation", maps, layers=layers, heads=heads))
-
-
-@jax.jit
-def _no_aggregation(attn, grad):
-    def layer(relevance, maps):
-        return matmul(head_mean(*maps), relevance), None
-
-    start = identity(attn, relevance_dtype(attn, grad))
-    return jax.lax.scan(layer, start, (attn, grad))[0]
+    prepared = prepare("no_aggregation", maps, layers=layers, heads=heads)
+    return _product(head_mean, *prepared)
 
 
 def cross_rollout(

@@ -15,8 +15,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxrel.attention.accumulate import head_mean
-from jaxrel.attention.maps import matmul, relevance_dtype
+from jaxrel.attention.maps import head_mean, matmul, relevance_dtype
 from jaxrel.attention.streaming import Carrier
 
 
@@ -41,7 +40,7 @@ def blockwise(
       q: queries, heads apart.
       k: keys.
       v: values.
-      carrier: the carrier (`carrier.Carrier`).
+      carrier: the carrier (`streaming.Carrier`).
       block: how many queries at a time; the number of tokens need not be a multiple.
       mask: the keys that may be attended to, True to keep; None for all. A query with no
         key at all gets output 0.

@@ -1,13 +1,13 @@
-"""Attention maps of a model nobody prepared: found in its graph by what they do.
+"""Attention maps of a model that was not prepared for it: found in its graph by structure.
 
 An attention site is a softmax whose output reaches, through moves and masks, a product with
-values that depend on the explained data, in which the softmax's axis is summed over. That
-covers Flax's attention modules (NNX and Linen), `jax.nn.dot_product_attention` where XLA
-computes it, grouped queries, and attention written with einsum or `@`. The sites of layers
-that follow one another, scanned or unrolled, form a stack.
+values that depend on the explained data and that sums over the softmax's axis. That covers
+Flax's attention modules (NNX and Linen), `jax.nn.dot_product_attention` where XLA computes it,
+grouped queries, and attention written with einsum or `@`. The sites of successive layers,
+scanned or unrolled, form a stack.
 
-What structure cannot tell: axes of equal length. The batch is the product's first batch axis,
-and streams are [batch, tokens, width]; a model that has the tokens first is explained through
+Structure cannot tell apart axes of equal length. The batch is the product's first batch axis,
+and streams are [batch, tokens, width]; explain a model that has the tokens first through
 `jax.vmap` over its examples.
 """
 
@@ -189,10 +189,10 @@ def sites(fun: Callable, *, argnums: int | Sequence[int] | None = None) -> Calla
 
 
 def trace_attention(fun: Callable, *args) -> Traced:
-    """Trace a call, with attention taken out of functions that have a derivative of their own.
+    """Trace a call, and open functions with their own derivative that compute attention.
 
-    The maps inside such a function have no gradient but that of what it computes, which is
-    therefore the one that counts.
+    A map inside such a function has no gradient by that derivative; the gradient that counts is
+    the one of the operations that the function computes.
     """
     traced = trace(fun, *args)
     return dataclasses.replace(traced, graph=open_calls(traced.graph, _attends))

@@ -259,7 +259,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _explain(options: argparse.Namespace) -> None:
     from jaxrel import explain, report
-    from jaxrel.attention.transformation import check_methods
+    from jaxrel.attention.methods import check_methods
     from jaxrel.images import read_images
     from jaxrel.metrics import Detector
     from jaxrel.models import Captioner

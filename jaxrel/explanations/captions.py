@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxrel.attention.transformation import check_methods
+from jaxrel.attention.methods import check_methods
 from jaxrel.explanations.result import Explanation
 from jaxrel.explanations.words import SIGNED_WORDS, WORD_METHODS, in_pixels, word_relevance
 from jaxrel.images import seen_images

@@ -14,12 +14,10 @@ from jax import numpy as jnp
 from PIL import Image
 
 from jaxrel import attention
-from jaxrel.attention.bimodal_methods import (
-    TWO_STREAM_METHODS,
-    value_and_two_stream_relevance,
-)
+from jaxrel.attention.bimodal_relevance import value_and_bimodal_relevance
 from jaxrel.attention.importance import measure
-from jaxrel.attention.transformation import check_methods, value_and_relevance
+from jaxrel.attention.methods import BIMODAL_METHODS, check_methods
+from jaxrel.attention.unimodal_relevance import value_and_relevance
 from jaxrel.explanations.captions import explain_captions
 from jaxrel.explanations.result import Explanation
 from jaxrel.images import seen_images
@@ -37,7 +35,7 @@ BY_RULES = {
 }
 METHODS = (*attention.METHODS, *BY_RULES)
 # Of models whose streams attend to each other.
-TWO_STREAM = (*TWO_STREAM_METHODS, *BY_RULES)
+TWO_STREAM = (*BIMODAL_METHODS, *BY_RULES)
 # These look at the last layer alone.
 _LAST = frozenset({"raw", "grad_cam", "partial_lrp"})
 SIGNED = frozenset({"partial_lrp", *BY_RULES})
@@ -55,7 +53,7 @@ class Explainable(Protocol):
         """The streams of tokens: name, modality, tokens, grid and prefix of each.
 
         A `schedule` that is not empty says how two streams attend to each other, the first of
-        them read out: see `attention.value_and_two_stream_relevance`.
+        them read out: see `attention.value_and_bimodal_relevance`.
         """
 
     def prepare(self, *, image: Any, text: Any) -> Mapping[str, Any]:
@@ -293,7 +291,7 @@ def _explained_rows(
     score, relevance, reports = None, {}, {}
     if methods and schedule:
         (name,) = target_token
-        explained = value_and_two_stream_relevance(
+        explained = value_and_bimodal_relevance(
             _score, schedule, method=methods, target_token=target_token[name], importance=importance
         )
         score, found = explained(model, inputs)
