@@ -289,6 +289,7 @@ def test_usual_models_are_schedules(model, importance):
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("x64")
 def test_equal_importance_is_equal_accumulation():
     schedule = random_schedule(2)
     same = bimodal_accumulation(schedule, importance=lambda value, grad: jnp.ones(value.shape[:-1]))

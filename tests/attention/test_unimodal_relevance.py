@@ -218,6 +218,11 @@ def without_residual(x):
     return jax.nn.dot_product_attention(*[x[:, :, None]] * 3, is_causal=True).sum((1, 2, 3))
 
 
+def two_forms(x):
+    attn = jax.nn.softmax(x @ x.swapaxes(-1, -2))
+    return attn @ x + (attn * 0.5) @ (x * 2)
+
+
 ERRORS = {
     "method": (
         lambda: attention.relevance(scanned, method="wieghted"),
@@ -278,28 +283,6 @@ ERRORS = {
         ValueError,
         r"tagged 'a' at .* has shape \(8,\); an attention map is \[batch, heads, query, key\]",
     ),
-}
-
-
-@pytest.mark.parametrize(("call", "error", "text"), ERRORS.values(), ids=ERRORS.keys())
-def test_errors_say_what_to_do(call, error, text):
-    with pytest.raises(error, match=text):
-        call()
-
-
-def test_a_choice_of_layers_in_a_cond_is_refused():
-    def model(x):
-        layer = lambda x, i: (lax.cond(i == 1, lambda x: x + attend(x, 0), lambda x: x, x), None)
-        return lax.scan(layer, x, jnp.arange(3))[0][:, 0].sum(-1)
-
-    want = attention.relevance(lambda x: (x + attend(x, 0))[:, 0].sum(-1), method="equal")(X)
-    got = attention.relevance(model, method="equal")(X)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # float32, other fusion
-    with pytest.raises(NotImplementedError, match=r"'raw' counts the layers .* may not run"):
-        attention.relevance(model, method="raw")(X)
-
-
-LOUD = {
     "logits": (
         lambda: attention.relevance(lambda x: (x + attend(x, 0))[:, 0])(X),
         TypeError,
@@ -335,7 +318,7 @@ LOUD = {
         ValueError,
         "argnums 3 does not fit a call with 1 arguments",
     ),
-    "target_token": (
+    "target token by a word": (
         lambda: attention.relevance(scanned, target_token="mean")(X),
         ValueError,
         "target_token must be a token's index, or one per example, got 'mean'",
@@ -343,12 +326,19 @@ LOUD = {
 }
 
 
-def two_forms(x):
-    attn = jax.nn.softmax(x @ x.swapaxes(-1, -2))
-    return attn @ x + (attn * 0.5) @ (x * 2)
-
-
-@pytest.mark.parametrize(("call", "error", "text"), LOUD.values(), ids=LOUD.keys())
-def test_what_cannot_be_told_is_refused(call, error, text):
+@pytest.mark.parametrize(("call", "error", "text"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors_say_what_to_do(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_choice_of_layers_in_a_cond_is_refused():
+    def model(x):
+        layer = lambda x, i: (lax.cond(i == 1, lambda x: x + attend(x, 0), lambda x: x, x), None)
+        return lax.scan(layer, x, jnp.arange(3))[0][:, 0].sum(-1)
+
+    want = attention.relevance(lambda x: (x + attend(x, 0))[:, 0].sum(-1), method="equal")(X)
+    got = attention.relevance(model, method="equal")(X)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # float32, other fusion
+    with pytest.raises(NotImplementedError, match=r"'raw' counts the layers .* may not run"):
+        attention.relevance(model, method="raw")(X)

@@ -71,7 +71,7 @@ def test_explain_the_words_of_captions(caption):
     beside = explain([images[2], images[1]], ["is a circle above what", TEXTS[1]])
     for one, other, another in zip(maps, others, beside, strict=True):
         assert (one.image.shape, one.text.shape) == ((8, 2, 2), (8, 9))
-        assert one.report["image"] == [0, 0, 0, 0, 0, 1, 1, 1]
+        assert one.report["example"] == [0, 0, 0, 0, 0, 1, 1, 1]
         assert one.target[4] == "what is a red [circle]"
         np.testing.assert_array_equal(one.pixels[7], caption.seen(images[1]))
         for i in (0, 1, 2, 3, 5):
@@ -106,8 +106,8 @@ def test_explain_whole_captions(caption):
     )
     for one, by_word in zip(whole, words, strict=True):
         assert one.target == tuple(TEXTS)
-        assert one.report["image"] == [0, 1]
-        of = np.asarray(by_word.report["image"])
+        assert one.report["example"] == [0, 1]
+        of = np.asarray(by_word.report["example"])
         image = np.stack([by_word.image[of == i].mean(0) for i in (0, 1)])
         score = [by_word.score[of == i].mean() for i in (0, 1)]
         np.testing.assert_allclose(one.score, score, rtol=1e-5)
