@@ -1,4 +1,7 @@
-"""The attention methods that relevance accumulation is compared with."""
+"""The baselines: raw attention, rollout, attention Grad-CAM, and gradient times attention.
+
+Chefer, Gur and Wolf 2021 and Huang, Jia, Zhang and Zhang 2023 compare accumulation with these.
+"""
 
 import functools
 from collections.abc import Callable
@@ -21,18 +24,19 @@ from jaxrel.tracing.sharding import shaped_like, zeros
 def raw(
     attn: FloatArray, *, layers: Selection = None, heads: Selection = None
 ) -> Float[Array, "batch query key"]:
-    """The last layer's attention, the mean over its heads.
+    """Raw attention: the last layer's map, the mean over its heads.
 
     Args:
       attn: attention maps `[layers, batch, heads, query, key]`, also between two streams.
-      layers: as in `equal`; the last of them is the one.
+      layers: as in `equal`; the last of them is read.
       heads: the heads to average; None for all.
 
     Returns:
       The map, in float32 (float64 for float64 maps).
 
     Raises:
-      ValueError: the shape is not as above, or a layer or a head does not exist.
+      ValueError: as in `equal`.
+      TypeError: as in `equal`.
     """
     (attn,) = prepare("raw", {"attn": attn}, layers=layers, heads=heads, square=False)
     return attn[-1].astype(relevance_dtype(attn)).mean(axis=1)
@@ -44,7 +48,7 @@ def rollout(
     """Attention rollout: the product over the layers of `A + I` with rows that sum to 1.
 
     Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers"; `A` is the mean
-    over the heads. It knows no gradient, and so no target.
+    over the heads. It uses no gradient, so it is the same for every target.
 
     Args:
       attn: attention maps `[layers, batch, heads, query, key]`.
@@ -55,7 +59,8 @@ def rollout(
       The product, the last layer leftmost, in float32 (float64 for float64 maps).
 
     Raises:
-      ValueError: the shape is not as above, or a layer or a head does not exist.
+      ValueError: as in `equal`.
+      TypeError: as in `equal`.
     """
     return _product(_mixed, *prepare("rollout", {"attn": attn}, layers=layers, heads=heads))
 
@@ -85,20 +90,22 @@ def grad_cam(
 ) -> Float[Array, "batch query key"]:
     """Grad-CAM of the last attention layer: its maps, each head weighted by its mean gradient.
 
-    `max(mean over heads of (mean(grad) * attn), 0)`, as Chefer, Gur and Wolf 2021 compare
-    with (their code clips the mean over the heads, not each head).
+    `max(mean over heads of (mean(grad) * attn), 0)`: Selvaraju et al. 2017, in the form that
+    Chefer, Gur and Wolf 2021 compare with (their code clips the mean over the heads, not each
+    head).
 
     Args:
       attn: attention maps `[layers, batch, heads, query, key]`, also between two streams.
       grad: gradient of the explained scalar with respect to them.
-      layers: as in `equal`; the last of them is the one.
+      layers: as in `equal`; the last of them is read.
       heads: the heads to average; None for all.
 
     Returns:
       The map, 0 or more, in float32 (float64 for float64 maps).
 
     Raises:
-      ValueError: the shapes are not as above, or a layer or a head does not exist.
+      ValueError: as in `equal`.
+      TypeError: as in `equal`.
     """
     maps = {"attn": attn, "grad": grad}
     attn, grad = prepare("grad_cam", maps, layers=layers, heads=heads, square=False)
@@ -110,10 +117,10 @@ def grad_cam(
 def no_aggregation(
     attn: FloatArray, grad: FloatArray, *, layers: Selection = None, heads: Selection = None
 ) -> Float[Array, "batch query key"]:
-    """Gradient times attention, rolled out: `R = A R` for every layer, from `R = I`.
+    """Gradient times attention, rolled out: `R = I`, then `R = A R` for every layer.
 
-    Equal accumulation without what the residual branch carries: the ablation of Chefer, Gur
-    and Wolf 2021.
+    Equal accumulation without the part that the residual branch carries: the ablation of
+    Chefer, Gur and Wolf 2021. `A` is `head_mean`.
 
     Args:
       attn: as in `equal`.
@@ -138,8 +145,8 @@ def cross_rollout(
 ) -> Float[Array, "batch s q"]:
     """Rollout between two streams: `rollout(s)^T A rollout(q)`.
 
-    `A` is the last cross-attention from s to q, the mean over its heads. As Chefer, Gur and
-    Wolf 2021 compare with; the transpose is theirs.
+    `A` is the last cross-attention from s to q, the mean over its heads. This is the baseline
+    of Chefer, Gur and Wolf 2021; the transpose is theirs.
 
     Args:
       s_self: self-attention maps of stream s, `[layers, batch, heads, s, s]`.

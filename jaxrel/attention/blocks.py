@@ -32,7 +32,8 @@ def blockwise(
 ) -> tuple[Float[Array, "batch heads tokens value_width"], Carrier]:
     """`softmax(scale q k^T) v`, and the carrier accumulated over its map.
 
-    It stands for `accumulate` and the attention it marks; results agree to rounding. The
+    It replaces `streaming.accumulate` and the attention that this marks; results agree to
+    rounding. The
     softmax, the gradient of the map and the relevance are computed in float32 (float64 for
     float64 inputs) whatever the dtype of q, k and v.
 

@@ -165,7 +165,7 @@ class Stack:
 
 
 def sites(fun: Callable, *, argnums: int | Sequence[int] | None = None) -> Callable:
-    """List the attention stacks of a function, by the names `relevance` knows them by.
+    """List the attention stacks of a function, with the names by which `relevance` knows them.
 
     Args:
       fun: any JAX function; see `relevance`.
@@ -199,7 +199,7 @@ def trace_attention(fun: Callable, *args) -> Traced:
 
 
 def _attends(node: Node) -> bool:
-    """Whether a function with a derivative of its own computes attention, or its softmax."""
+    """Whether a function with its own derivative computes attention, or its softmax."""
     if node.name not in CUSTOM or len(node.bodies) != 1:
         return False
     body = open_calls(node.bodies[0], lambda inner: inner.name in CUSTOM)
@@ -239,7 +239,7 @@ def tagged_stack(traced: Traced, name: str) -> Stack | None:
 
 
 def data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
-    """Inputs that count as data: the named arguments, or all that are no NNX module."""
+    """Inputs that count as data: the named arguments, or all that are not NNX modules."""
     if argnums is None:
         chosen = [not isinstance(arg, nnx.Module) for arg in args]
     else:
@@ -330,7 +330,7 @@ def _site(
 
 
 def _is_stream(value: Value, site: Site) -> bool:
-    """Whether a value is [batch, tokens, width], give or take axes of length 1."""
+    """Whether a value is [batch, tokens, width], apart from axes of length 1."""
     batch, _, tokens, _ = site.shape
     sizes = [size for size in value.shape[:-1] if size != 1]
     return sizes == [size for size in (batch, tokens) if size != 1]
@@ -373,7 +373,7 @@ def _residual(
     users: dict[Value, list[Node]],
     data: frozenset[Value],
 ) -> Residual | None:
-    """The sum of an attention's output with the stream that the attention looked from."""
+    """The sum of an attention's output and the stream that its queries come from."""
     producers = graph.producers()
     value, after = out, None
     while len(users.get(value, ())) == 1:
