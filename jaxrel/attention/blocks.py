@@ -33,9 +33,8 @@ def blockwise(
     """`softmax(scale q k^T) v`, and the carrier accumulated over its map.
 
     It replaces `streaming.accumulate` and the attention that this marks; results agree to
-    rounding. The
-    softmax, the gradient of the map and the relevance are computed in float32 (float64 for
-    float64 inputs) whatever the dtype of q, k and v.
+    rounding. The softmax, the gradient of the map and the relevance are computed in float32
+    (float64 for float64 inputs) whatever the dtype of q, k and v.
 
     Args:
       q: queries, heads apart.
