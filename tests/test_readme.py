@@ -1,5 +1,6 @@
 """The Python of README and of the packages' READMEs runs as it stands, and explains something."""
 
+import importlib
 import re
 
 import jax
@@ -67,6 +68,17 @@ def test_nothing_is_no_explanation(value):
 def test_links_and_images_exist(page):
     for link in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / link).exists(), f"{name(page)} links to {link}, which is not there"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_names_exist(page):
+    for path in re.findall(r"`(jaxrel(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+        found, tried = jaxrel, "jaxrel"
+        for part in path.split(".")[1:]:
+            tried = f"{tried}.{part}"
+            if not hasattr(found, part):
+                importlib.import_module(tried)
+            found = getattr(found, part)
 
 
 def test_readme_is_read_in_ten_minutes():
