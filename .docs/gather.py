@@ -45,7 +45,7 @@ def copy(file: Path, place: Path) -> None:
 
 
 def readable(notebook: Path, executed: Path) -> dict:
-    """Return the executed notebook, if it is this one, with formulas that need no script."""
+    """Return a notebook as a page: executed, if it was, and with formulas that need no script."""
     found = json.loads(notebook.read_text(encoding="utf-8"))
     sources = [cell["source"] for cell in found["cells"]]
     ran = json.loads(executed.read_text(encoding="utf-8")) if executed.is_file() else {"cells": []}
@@ -56,6 +56,8 @@ def readable(notebook: Path, executed: Path) -> dict:
     for cell in found["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = mathml("".join(cell["source"]))
+        else:  # progress bars go to stderr
+            cell["outputs"] = [out for out in cell["outputs"] if out.get("name") != "stderr"]
     install = next(cell for cell in found["cells"] if cell["cell_type"] == "code")
     install["metadata"]["tags"] = ["install"]
     return found
