@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Int
 from tqdm.auto import trange
 
-from jaxrel.explanations.explain import TWO_STREAM, explain
+from jaxrel.explanations.explain import BIMODAL_METHODS, explain
 from jaxrel.metrics import Interval, bootstrap, bootstrap_ratio, chance, hits, share_inside
 from jaxrel.models.clipmapper import CLIPMapperVQA
 from jaxrel.train.data.shapes import Scene, Shapes, answers
@@ -158,13 +158,13 @@ def _localisation(
     if not chosen:
         return {"examples": 0}
     truth = np.stack([scene.masks[question.objects[0]] for scene, question in chosen])
-    inside: dict[str, list[np.ndarray]] = {method: [] for method in TWO_STREAM}
-    points: dict[str, list[np.ndarray]] = {method: [] for method in TWO_STREAM}
+    inside: dict[str, list[np.ndarray]] = {method: [] for method in BIMODAL_METHODS}
+    points: dict[str, list[np.ndarray]] = {method: [] for method in BIMODAL_METHODS}
     for start in trange(0, len(chosen), batch, desc="relevance", leave=False):
         rows = slice(start, start + batch)
         images = [scene.image for scene, _ in chosen[rows]]
         texts = [question.text for _, question in chosen[rows]]
-        for one in explain(model, image=images, text=texts, method=TWO_STREAM):
+        for one in explain(model, image=images, text=texts, method=BIMODAL_METHODS):
             inside[one.method].append(share_inside(one.image, truth[rows]))
             points[one.method].append(hits(one.image, truth[rows]))
     shares = {method: np.concatenate(found) for method, found in inside.items()}
