@@ -21,9 +21,9 @@ from jax import numpy as jnp
 
 from jaxrel.propagation import composites
 from jaxrel.propagation.lrp import as_seed, explained_arguments, modified_gradient
-from jaxrel.tracing.analysis import dependents
 from jaxrel.tracing.capture import check_scalar_outputs, find_tags, taps_with_grad
 from jaxrel.tracing.evaluate import evaluate, tap_shapes
+from jaxrel.tracing.flow import dependents
 from jaxrel.tracing.graph import Traced, Value, trace
 from jaxrel.tracing.sharding import shaped_like, zeros
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxrel.tracing import primitives
 from jaxrel.tracing.facts import Facts, active_ins, fact_of, is_elementwise, is_relu
+from jaxrel.tracing.flow import Backward, operands
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value, tag_name
 from jaxrel.tracing.patterns import softmaxes
 from jaxrel.tracing.primitives import (
@@ -190,58 +191,21 @@ def carriers(
     """
     walk = _Carriers(facts, cut or {})
     # Relevance starts at the first output; others are auxiliary.
-    walk.back(graph, [True] + [False] * (len(graph.outs) - 1))
+    walk.run(graph, [True] + [False] * (len(graph.outs) - 1))
     return walk.found
 
 
-class _Carriers:
+class _Carriers(Backward):
     def __init__(self, facts: Facts, cut: Mapping[Node, frozenset[Value]]):
+        super().__init__()
         self.facts, self.cut = facts, cut
-        self.found: set[Value] = set()
 
-    def back(self, graph: Graph, live: Sequence[bool]) -> list[bool]:
-        """Mark what leads to the outputs that are live; which inputs do?"""
-        for atom, on in zip(graph.outs, live, strict=True):
-            if on and isinstance(atom, Value) and self.facts[atom].active:
-                self.found.add(atom)
-        for node in reversed(graph.nodes):
-            lives = [out in self.found for out in node.outs]
-            if not any(lives):
-                continue
-            if node.is_control and not node.loop:
-                reached = zip(node.ins, self._control(node, lives), strict=True)
-                self.found.update(a for a, on in reached if on and isinstance(a, Value))
-            else:
-                passed = self.cut.get(node, frozenset())
-                self.found.update(v for v in active_ins(self.facts, node) if v not in passed)
-        return [value in self.found for value in graph.ins]
+    def carries(self, value: Value) -> bool:
+        return self.facts[value].active
 
-    def _control(self, node: Node, live: list[bool]) -> list[bool]:
-        if node.scan:
-            reached = self._scan(node, live)
-        else:
-            bodies = [self.back(body, live) for body in node.bodies]
-            reached = [any(lives) for lives in zip(*bodies, strict=True)]
-            reached = [False, *reached] if node.is_cond else reached
-        active = (isinstance(a, Value) and self.facts[a].active for a in node.ins)
-        return [on and carries for on, carries in zip(reached, active, strict=True)]
-
-    def _scan(self, node: Node, live: list[bool]) -> list[bool]:
-        assert node.scan is not None
-        consts, carries = node.scan.consts, node.scan.carries
-        state, ys = live[:carries], live[carries:]
-        total = [False] * len(node.ins)
-        for _, _, body in reversed(node.segments()):
-            while True:
-                ins = self.back(body, [*state, *ys])
-                total = [a or b for a, b in zip(total, ins, strict=True)]
-                before = ins[consts : consts + carries]
-                new = [a or b for a, b in zip(state, before, strict=True)]
-                if new == state:
-                    break
-                state = new
-        total[consts : consts + carries] = state
-        return total
+    def passed(self, node: Node) -> Iterable[Value]:
+        cut = self.cut.get(node, frozenset())
+        return [value for value in active_ins(self.facts, node) if value not in cut]
 
 
 def softmax_nodes(graph: Graph, facts: Facts) -> dict[Node, tuple[Value, set[Node]]]:
@@ -306,8 +270,8 @@ def stacked(node: Node, facts: Facts) -> bool:
     """Whether a scan runs over layers: some of what it scans over are parameters."""
     if node.scan is None:
         return False
-    xs = node.ins[node.scan.consts + node.scan.carries :]
-    return any(fact.paths and not fact.active for fact in (fact_of(facts, x) for x in xs))
+    known = (fact_of(facts, x) for x in operands(node, node.ins).scanned)
+    return any(fact.paths and not fact.active for fact in known)
 
 
 class _Finder:
@@ -340,7 +304,7 @@ class _Finder:
 
     def find(self) -> Iterator[Operation]:
         for node in self.graph.nodes:
-            if node.is_control and not node.loop:
+            if node.is_open:
                 yield from self._control(node)
             elif any(out in self.carrying for out in node.outs):
                 yield from self._of(node)

@@ -22,6 +22,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxrel.tracing.flow import operands
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
 from jaxrel.tracing.opaque import cure, custom_derivative
 from jaxrel.tracing.sharding import shaped_like, zeros
@@ -191,8 +192,7 @@ def _probes_of(node: Node, edits: Edits, probes: Mapping[str, Any]) -> dict[str,
 
 def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
     assert node.scan is not None
-    consts, carries = node.scan.consts, node.scan.carries
-    fixed, state, xs = args[:consts], args[consts : consts + carries], args[consts + carries :]
+    _, fixed, state, xs = operands(node, args)
     whole = len(node.bodies) == 1
     taps: dict[str, Any] = {}
     found = []
@@ -255,19 +255,19 @@ def _remat(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) 
 
 
 def _cond(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
-    index, *operands = args
+    (index,), inputs, *_ = operands(node, args)
     # Every branch hands out the same structure: a tap of a branch not taken is zero.
     blank: dict[str, jax.ShapeDtypeStruct] = {}
     for body in node.bodies:
         blank |= tap_shapes(body, edits.taps)
 
     def branch(body):
-        def run(operands, probes, carrier):
-            inner = evaluate(body, operands, edits, probes=probes, carrier=carrier)
+        def run(inputs, probes, carrier):
+            inner = evaluate(body, inputs, edits, probes=probes, carrier=carrier)
             empty = {name: zeros(shape) for name, shape in blank.items()}
             return inner.outs, empty | inner.taps, inner.carrier
 
         return run
 
     probes = _probes_of(node, edits, probes)
-    return Evaluated(*lax.switch(index, [*map(branch, node.bodies)], operands, probes, carrier))
+    return Evaluated(*lax.switch(index, [*map(branch, node.bodies)], inputs, probes, carrier))

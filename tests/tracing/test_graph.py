@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jaxrel
 from jaxrel.tracing import Edits, Interceptor, Step, tag_name, tap_shapes, trace
-from jaxrel.tracing.analysis import dependents
+from jaxrel.tracing.flow import dependents
 from jaxrel.tracing.evaluate import evaluate
 from jaxrel.tracing.rewrite import cut_scans
 
@@ -378,7 +378,7 @@ ERRORS = {
             lambda x: lax.while_loop(lambda c: c.sum() < 3, lambda c: jaxrel.tag(c + 1, "a"), x)
         )(X),
         NotImplementedError,
-        r"while at .*test_tracing.py:\d+.* use lax.scan, or fori_loop with static bounds",
+        r"while at .*test_graph.py:\d+.* use lax.scan, or fori_loop with static bounds",
     ),
     "empty name": (lambda: jaxrel.tag(X, ""), ValueError, "tag: name is empty"),
 }
@@ -396,7 +396,7 @@ def test_a_tag_inside_a_handwritten_derivative_raises_with_its_source_line():
         return jaxrel.tag(x * 2, "inside")
 
     opaque.defvjp(lambda x: (opaque(x), None), lambda _, g: (g,))
-    with pytest.raises(NotImplementedError, match=r"test_tracing.py:\d+.*move the tag outside"):
+    with pytest.raises(NotImplementedError, match=r"test_graph.py:\d+.*move the tag outside"):
         jaxrel.capture(lambda x: opaque(x))(X)
 
 
