@@ -7,14 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxrel.propagation.composites import Composite, kinds_named, specific
-from jaxrel.propagation.operations import (
-    Linear,
-    Operation,
-    Product,
-    carriers,
-    operations,
-    stacked,
-)
+from jaxrel.propagation.finder import carriers, operations, stacked
+from jaxrel.propagation.operations import Linear, Operation, Product
 from jaxrel.propagation.rules import (
     KINDS,
     Epsilon,

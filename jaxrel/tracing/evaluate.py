@@ -185,8 +185,9 @@ def _enter(node: Node) -> Callable[..., Evaluated]:
     )
 
 
-def _probes_of(node: Node, edits: Edits, probes: Mapping[str, Any]) -> dict[str, Any]:
-    names = {name for body in node.bodies for name in tap_shapes(body, edits.taps)}
+def _within(bodies: Sequence[Graph], edits: Edits, probes: Mapping[str, Any]) -> dict[str, Any]:
+    """The probes of the taps inside these bodies."""
+    names = {name for body in bodies for name in tap_shapes(body, edits.taps)}
     return {name: probe for name, probe in probes.items() if name in names}
 
 
@@ -217,8 +218,7 @@ def _segment(
     # A scan's state has one type throughout, so Python numbers take the body's.
     types = body.ins[len(fixed) : len(fixed) + carries]
     state = [_strong(x, v) for x, v in zip(state, types, strict=True)]
-    names = tap_shapes(body, edits.taps)
-    probes = {name: probe for name, probe in probes.items() if name in names}
+    probes = _within([body], edits, probes)
 
     def step(loop, x):
         (state, carrier), (xs, probes) = loop, x
@@ -251,7 +251,7 @@ def _remat(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) 
         return tuple(evaluate(body, args, edits, probes=probes, carrier=carrier))
 
     run = jax.checkpoint(run, policy=node.remat.policy, prevent_cse=node.remat.prevent_cse)
-    return Evaluated(*run(args, _probes_of(node, edits, probes), carrier))
+    return Evaluated(*run(args, _within(node.bodies, edits, probes), carrier))
 
 
 def _cond(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
@@ -269,5 +269,5 @@ def _cond(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -
 
         return run
 
-    probes = _probes_of(node, edits, probes)
+    probes = _within(node.bodies, edits, probes)
     return Evaluated(*lax.switch(index, [*map(branch, node.bodies)], inputs, probes, carrier))

@@ -203,11 +203,11 @@ class _Analysis(Forward[Fact]):
             return None
         facts = [self.facts[value] for value in active]
         roots = {fact.root for fact in facts}
-        if len(roots) != 1 or self._begins_anew(node, ins, facts):
+        if len(roots) != 1 or self._starts_another(node, ins, facts):
             return None
         return roots.pop()
 
-    def _begins_anew(self, node: Node, ins: list[Fact], active: list[Fact]) -> bool:
+    def _starts_another(self, node: Node, ins: list[Fact], active: list[Fact]) -> bool:
         """Whether what follows is no part of the activation that led here.
 
         A bias or a scale with a value for each feature, or learned, after an activation is an

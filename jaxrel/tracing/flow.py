@@ -161,11 +161,11 @@ class Backward:
         for node in reversed(graph.nodes):
             live = [out in self.found for out in node.outs]
             if any(live):
-                found = self.passed(node)
+                found = set(self.passed(node))
                 if node.is_open:
                     reached = zip(node.ins, self._control(node, live), strict=True)
-                    found = {v for v, on in reached if on}.intersection(found)
-                self.found.update(found)
+                    found.intersection_update(atom for atom, on in reached if on)
+                self.found |= found
         return [value in self.found for value in graph.ins]
 
     def _control(self, node: Node, live: list[bool]) -> list[bool]:
