@@ -1,10 +1,11 @@
 """Gradient methods, each a function transformation as `jaxrel.lrp` is one.
 
-What these have in common. The function returns one real array whose first axis is the batch,
-`[batch]` or `[batch, classes]`, say; examples do not mix. `seed` chooses what of it is explained:
-an array of the output's shape, the cotangent that goes backward, or a function of the output
-that returns one; by default ones, and so the gradient of `sum(out)`. With `seed = one_hot(class)`
-each example explains a class of its own. Nothing is differentiated through the seed.
+All explain a function that returns one real array whose first axis is the batch, `[batch]` or
+`[batch, classes]`, say; examples do not mix. `seed` says which part of the output is explained: it
+is the cotangent that goes backward, an array of the output's shape or a function of the output that
+returns one. By default it is ones, which gives the gradient of `sum(out)`. With
+`seed = one_hot(class)` each example explains a class of its own. Nothing is differentiated through
+the seed.
 
 Results have the structure of the explained argument and are float32 (float64 for float64
 values); integers in it get zeros. Wrap the transformed function in `jit`: tracing happens at

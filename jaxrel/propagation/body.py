@@ -11,7 +11,7 @@ class Body:
     """A graph, or a body in it, with what is known of its values.
 
     Attributes:
-      facts: of the values, those of all other bodies too.
+      facts: what is known of each value, in all other bodies too.
       carrying: the values that carry relevance.
       stack: (start, stop, length) of the part of a scanned stack that the graph is a body of.
       users: the nodes that use a value, and None where the graph returns it.

@@ -217,9 +217,9 @@ Entry = tuple[Where | Callable[[Any], bool], Rule]
 class Composite:
     """An ordered list of (where, rule): the first match decides.
 
-    `where` may also be a function of one's own of an operation
-    (`jaxrel.propagation.operations.Operation`); a scan over layers is cut only where `layer` says
-    so, not by what such a function does.
+    `where` may also be any function that takes an operation
+    (`jaxrel.propagation.operations.Operation`) and says whether it is meant. Such a function does
+    not cut a scan over layers; only `layer` does.
 
     An entry matches an operation if its condition does and its rule is for that kind of
     operation: `(everything(), Epsilon())` says nothing of activations. What no entry matches
@@ -374,9 +374,9 @@ def epsilon_gamma_box(
     Args:
       low: the least value an input can have, in the units the convolution sees.
       high: the greatest.
-      epsilon: of the Epsilon rule.
-      gamma: of the Gamma rule.
-      stabiliser: of all other rules.
+      epsilon: the Epsilon rule's amount.
+      gamma: the Gamma rule's factor.
+      stabiliser: the other rules' amount.
     """
     box = (first() & op("conv"), ZBox(low, high, stabiliser))
     conv = (op("conv"), Gamma(gamma, stabiliser))

@@ -240,8 +240,8 @@ def forward(
 ) -> tuple[list, Callable[[Any], tuple[Cotangents, Any]]]:
     """Run forward; return the flat outputs, and what goes backward through the rules.
 
-    The latter takes the output's cotangent, and returns the cotangents and that of the carrier
-    that `interceptors` thread through the program.
+    The latter takes the output's cotangent. It returns the cotangents, and the cotangent of the
+    carrier that `interceptors` thread through the program.
     """
     graph, args = prepared.graph, [*call.traced.args]
     explained = [i for i, value in enumerate(graph.ins[: len(args)]) if value in prepared.explained]

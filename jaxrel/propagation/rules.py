@@ -402,7 +402,7 @@ class Pass(ActivationRule):
     def elementwise(self, f: Callable, x: Array, c: Array, scalar: Callable | None = None) -> Array:
         """See the class. `scalar` is f of one number, if it is the same at every position.
 
-        The limit at 0 is then that of one number, and the derivative is not computed everywhere.
+        Then the limit at 0 is found once, and the derivative is not computed at every position.
         """
         zero = x if scalar is None else jnp.zeros((), x.dtype)
         value, slope = jax.jvp(scalar or f, (zero,), (jnp.ones_like(zero),))

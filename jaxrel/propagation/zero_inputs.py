@@ -47,9 +47,9 @@ def add_probes(
 
     Args:
       graph: the graph; its inputs hold `explained`.
-      facts: of its values; those of the new ones are added.
+      facts: what is known of its values; the facts of new values are added.
       explained: inputs that carry relevance.
-      wanted: inputs of operations with a direct rule.
+      wanted: the inputs of operations with a direct rule.
     """
     mirror = _Mirror(facts, frozenset(wanted))
     return Probed(mirror.graph(graph, explained), mirror.found, mirror.steps)
@@ -152,7 +152,7 @@ class _Mirror:
 
 
 def _runs_first(node: Node, body: Graph) -> bool:
-    """Whether a body is that of a scan's first iteration, and only of that."""
+    """Whether a body runs in a scan's first iteration and in no other."""
     if not node.scan:
         return False
     start, stop, first = node.segments()[0]

@@ -83,9 +83,9 @@ class Forward(Generic[Fact]):
         """Note a fact. Inputs and constants of a graph have no node."""
         self.facts[value] = fact
 
-    def read(self, atom: Atom) -> Fact:
-        """The fact of a value or of a literal."""
-        return self.literal(atom) if isinstance(atom, Constant) else self.facts[atom]
+    def read(self, atoms: Iterable[Atom]) -> list[Fact]:
+        """The facts of values and literals."""
+        return [self.facts[a] if isinstance(a, Value) else self.literal(a) for a in atoms]
 
     def run(self, graph: Graph, ins: Sequence[Fact]) -> list[Fact]:
         """Find the facts of all values, given those of the inputs; return the outputs'."""
@@ -94,11 +94,11 @@ class Forward(Generic[Fact]):
         for value, array in graph.constants.items():
             self.write(value, self.constant(array))
         for node in graph.nodes:
-            known = [self.read(atom) for atom in node.ins]
+            known = self.read(node.ins)
             outs = self._control(node, known) if node.is_control else self.outs(node, known)
             for value, fact in zip(node.outs, outs, strict=True):
                 self.write(value, fact, node)
-        return [self.read(atom) for atom in graph.outs]
+        return self.read(graph.outs)
 
     def _control(self, node: Node, ins: list[Fact]) -> list[Fact]:
         given = operands(node, ins)
@@ -203,7 +203,7 @@ def dependents(graph: Graph, sources: Iterable[Value]) -> frozenset[Value]:
     """
     walk = _Dependents(frozenset(sources))
     walk.run(graph, [False] * len(graph.ins))
-    return frozenset(value for value, depends in walk.facts.items() if depends)
+    return frozenset(walk.facts)
 
 
 class _Dependents(Forward[bool]):
@@ -216,11 +216,13 @@ class _Dependents(Forward[bool]):
     def constant(self, array: Any) -> bool:
         return False
 
-    def literal(self, atom: Constant) -> bool:
-        return False
+    # Only what depends is noted: this runs for every attention of a model.
+    def read(self, atoms: Iterable[Atom]) -> list[bool]:
+        return [atom in self.facts for atom in atoms]
 
     def write(self, value: Value, fact: bool, node: Node | None = None) -> None:
-        self.facts[value] = fact or value in self.sources
+        if fact or value in self.sources:
+            self.facts[value] = True
 
     def outs(self, node: Node, ins: list[bool]) -> list[bool]:
         reached = any(ins)

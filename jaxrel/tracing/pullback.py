@@ -67,7 +67,7 @@ def pullback(
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A traced call, and what of its arguments is explained.
+    """A traced call, and which of its arguments are explained.
 
     Attributes:
       caller: whose call it is, for errors.

@@ -121,9 +121,10 @@ def test_the_signal_takes_all():
 )
 def test_pass_at_zero(x64, f, limit, dtype):
     x, c = jnp.array([0.0, -0.0], dtype), jnp.array([3.0, -2.0], dtype)
-    found = Pass().elementwise(f, x, c)
-    assert found.dtype == dtype
-    np.testing.assert_array_equal(found, c * limit)
+    for scalar in (None, f):
+        found = Pass().elementwise(f, x, c, scalar)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, c * limit)
 
 
 @pytest.mark.parametrize("f", [jax.nn.gelu, jax.nn.silu, jnp.tanh, jax.nn.sigmoid, jax.nn.elu])
@@ -133,11 +134,12 @@ def test_pass_conserves_elsewhere(x64, f):
     np.testing.assert_allclose(x * Pass().elementwise(f, x, c), f(x) * c, rtol=1e-15)
 
 
+WEIGHTS = np.ones((4, 3))
 # One operation of each kind. Sigmoid of 0 is no multiple of 0: even Pass loses something there.
 OPERATIONS = {
     "activation": (jax.nn.sigmoid, [Pass(), Guided(), Deconvnet(), BetaSmooth(), Stop()]),
     "product": (lambda x: x[:2] * x[2:], [Uniform(), SignalTakesAll(), Stop()]),
-    "dense": (lambda x: x @ jnp.ones((4, 3)), [Epsilon(), ZPlus(), Gamma(), Flat(), Stop()]),
+    "dense": (lambda x: x @ WEIGHTS, [Epsilon(), ZPlus(), Gamma(), Flat(), Stop()]),
 }
 
 
@@ -147,7 +149,9 @@ OPERATIONS = {
 def test_what_does_not_conserve_says_so(x64, kind, rule):
     fun, _ = OPERATIONS[kind]
     x = jnp.array([-2.0, 0.0, 0.3, 5.0])
-    total = jaxrel.conservation(fun, [(jaxrel.op(kind), rule)])(x).summary()
+    table = jaxrel.conservation(fun, [(jaxrel.op(kind), rule)])(x)
+    assert [one.kind for one in table] == [kind]
+    total = table.summary()
     # Sums are kept in float32.
     lost = abs(total["rule"]) > 1e-5 * abs(total["output"])
     assert lost == ("rule" in rule.loses)
