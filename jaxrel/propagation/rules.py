@@ -404,11 +404,12 @@ class Pass(ActivationRule):
 
         Then the limit at 0 is found once, and the derivative is not computed at every position.
         """
-        zero = x if scalar is None else jnp.zeros((), x.dtype)
-        value, slope = jax.jvp(scalar or f, (zero,), (jnp.ones_like(zero),))
+        at = x if scalar is None else jnp.zeros((), x.dtype)
+        value, slope = jax.jvp(scalar or f, (at,), (jnp.ones_like(at),))
         limit = jnp.where((value == 0) & jnp.isfinite(slope), slope, 0)
         y = value if scalar is None else f(x)
-        return c * jnp.where(x == 0, limit, y / jnp.where(x == 0, 1, x)).astype(c.dtype)
+        zero = x == 0
+        return c * jnp.where(zero, limit, y / jnp.where(zero, 1, x)).astype(c.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
