@@ -1,31 +1,32 @@
 """Gradient methods, each a function transformation as `jaxrel.lrp` is one.
 
-What these have in common. The function returns one real array whose first axis is the batch,
-`[batch]` or `[batch, classes]`, say; examples do not mix. `seed` chooses what of it is explained:
-an array of the output's shape, the cotangent that goes backward, or a function of the output
-that returns one; by default ones, and so the gradient of `sum(out)`. With `seed = one_hot(class)`
-each example explains a class of its own. Nothing is differentiated through the seed.
+All explain a function that returns one real array whose first axis is the batch, `[batch]` or
+`[batch, classes]`, say; examples do not mix. `seed` says which part of the output is explained: it
+is the cotangent that goes backward, an array of the output's shape or a function of the output that
+returns one. By default it is ones, which gives the gradient of `sum(out)`. With
+`seed = one_hot(class)` each example explains a class of its own. Nothing is differentiated through
+the seed.
 
 Results have the structure of the explained argument and are float32 (float64 for float64
 values); integers in it get zeros. Wrap the transformed function in `jit`: tracing happens at
 every call.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array
 
 from jaxrel.propagation import composites
-from jaxrel.propagation.lrp import as_seed, explained_arguments, modified_gradient
-from jaxrel.tracing.analysis import dependents
-from jaxrel.tracing.capture import check_scalar_outputs, find_tags, taps_with_grad
-from jaxrel.tracing.evaluate import evaluate, tap_shapes
-from jaxrel.tracing.graph import Traced, Value, trace
-from jaxrel.tracing.sharding import shaped_like, zeros
+from jaxrel.propagation.lrp import explained_vjp
+from jaxrel.tracing.capture import find_tags
+from jaxrel.tracing.evaluate import Edits, evaluate, tap_shapes
+from jaxrel.tracing.flow import dependents
+from jaxrel.tracing.graph import Graph, Value, trace
+from jaxrel.tracing.pullback import Call, check_output, pullback, seed_cotangent
 
 Argnums = int | Sequence[int]
 
@@ -49,8 +50,8 @@ def gradient(fun: Callable, *, argnums: Argnums = 0) -> Callable:
     """
 
     def explained(*args, seed: Any = None):
-        call = _Call.of("gradient", fun, argnums, args)
-        return call.gather(call.gradient(call.xs(), seed))
+        call = Call.of("gradient", fun, args, argnums)
+        return _gather(call, _gradient(call, _explained(call), seed))
 
     return explained
 
@@ -63,10 +64,10 @@ def input_x_gradient(fun: Callable, *, argnums: Argnums = 0) -> Callable:
     """
 
     def explained(*args, seed: Any = None):
-        call = _Call.of("input_x_gradient", fun, argnums, args)
-        xs = call.xs()
-        gradients = call.gradient(xs, seed)
-        return call.gather([_wide(x) * g for x, g in zip(xs, gradients, strict=True)])
+        call = Call.of("input_x_gradient", fun, args, argnums)
+        xs = _explained(call)
+        gradients = _gradient(call, xs, seed)
+        return _gather(call, [_wide(x) * g for x, g in zip(xs, gradients, strict=True)])
 
     return explained
 
@@ -108,10 +109,10 @@ def smooth_grad(
 
     def explained(key: Any, *args, seed: Any = None):
         _check_key(key)
-        call = _Call.of("smooth_grad", fun, argnums, args)
-        xs, seed = call.xs(), call.fixed(seed)
-        scales = [noise * span for span in call.ranges()]
-        batched = len(call.out.shape) > 0
+        call = Call.of("smooth_grad", fun, args, argnums)
+        xs, seed = _explained(call), _fixed(call, seed)
+        scales = [noise * span for span in _ranges(call)]
+        batched = len(_out(call).shape) > 0
 
         def step(total, key):
             keys = jax.random.split(key, len(xs))
@@ -119,11 +120,11 @@ def smooth_grad(
                 x + (scale * _draw(key, x, batched)).astype(x.dtype)
                 for key, x, scale in zip(keys, xs, scales, strict=True)
             ]
-            gradients = call.gradient(noisy, seed)
+            gradients = _gradient(call, noisy, seed)
             return _add(total, [g * g for g in gradients] if squared else gradients), None
 
         total, _ = lax.scan(step, _zeros(xs), jax.random.split(key, samples))
-        return call.gather([x / samples for x in total])
+        return _gather(call, [x / samples for x in total])
 
     return explained
 
@@ -158,9 +159,9 @@ def integrated_gradients(
     _check_count("integrated_gradients", "steps", steps)
 
     def explained(*args, seed: Any = None):
-        call = _Call.of("integrated_gradients", fun, argnums, args)
-        xs, seed = call.xs(), call.fixed(seed)
-        starts = call.baseline(baseline)
+        call = Call.of("integrated_gradients", fun, args, argnums)
+        xs, seed = _explained(call), _fixed(call, seed)
+        starts = _starts(call, baseline)
         ways = [_wide(x) - start for x, start in zip(xs, starts, strict=True)]
 
         def step(total, a):
@@ -168,10 +169,10 @@ def integrated_gradients(
                 (start + a.astype(way.dtype) * way).astype(x.dtype)
                 for x, start, way in zip(xs, starts, ways, strict=True)
             ]
-            return _add(total, call.gradient(points, seed)), None
+            return _add(total, _gradient(call, points, seed)), None
 
         total, _ = lax.scan(step, _zeros(xs), (jnp.arange(steps) + 0.5) / steps)
-        return call.gather([way * x / steps for way, x in zip(ways, total, strict=True)])
+        return _gather(call, [way * x / steps for way, x in zip(ways, total, strict=True)])
 
     return explained
 
@@ -267,115 +268,92 @@ def guided_grad_cam(fun: Callable, layer: str, *, argnums: int = 0) -> Callable:
     return explained
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """A traced call, as a function of the real arrays that are explained."""
+def class_activation(maps: Array, gradients: Array) -> Array:
+    """Grad-CAM of feature maps whose gradients are known (Selvaraju et al. 2017, eq. 1 and 2).
 
-    name: str
-    traced: Traced
-    # The explained leaves among all leaves of the arguments, and how to put them back.
-    chosen: tuple[int, ...]
-    tree: Any
+    Args:
+      maps: [batch, *positions, channels].
+      gradients: of their shape, with further axes in front if several outputs are explained.
 
-    @classmethod
-    def of(cls, name: str, fun: Callable, argnums: Argnums, args: tuple) -> "_Call":
-        many = explained_arguments(name, argnums, args)
-        traced = trace(fun, *args)
-        check_scalar_outputs(traced, name)
-        leaves = iter(range(len(traced.args)))
-        places = [[next(leaves) for _ in jax.tree.leaves(arg)] for arg in args]
-        whole = tuple(args[index] for index in many)
-        explained = whole[0] if isinstance(argnums, int) else whole
-        chosen = tuple(place for index in many for place in places[index])
-        call = cls(name, traced, chosen, jax.tree.structure(explained))
-        if not call.real():
-            kinds = ", ".join(sorted({str(traced.args[i].dtype) for i in chosen}))
-            raise TypeError(
-                f"{name}: the explained argument holds no real numbers ({kinds or 'nothing'}); "
-                "explain a real one, such as the embedding of integer tokens"
-            )
-        return call
+    Returns:
+      `max(sum over c of w_c A_c, 0)`, `w_c` the mean gradient over positions, of the gradients'
+      shape without channels.
+    """
+    weights = gradients.mean(tuple(range(1 - maps.ndim, -1)), keepdims=True)
+    return jnp.maximum((weights * maps).sum(-1), 0)
 
-    @property
-    def out(self) -> Any:
-        """Shape and dtype of the output."""
-        return self.traced.graph.outs[0].aval
 
-    def real(self) -> list[int]:
-        """The explained leaves that are real numbers."""
-        return [i for i in self.chosen if jnp.issubdtype(self.traced.args[i].dtype, jnp.floating)]
+def _out(call: Call) -> Any:
+    """Shape and dtype of the output."""
+    return call.traced.graph.outs[0].aval
 
-    def xs(self) -> list:
-        """The real arrays that are explained."""
-        return [self.traced.args[i] for i in self.real()]
 
-    def __call__(self, xs: list) -> Any:
-        """The output for other values of them."""
-        values = list(self.traced.args)
-        for i, x in zip(self.real(), xs, strict=True):
-            values[i] = x
-        return evaluate(self.traced.graph, values).outs[0]
+def _explained(call: Call) -> list:
+    """The real arrays that are explained."""
+    return [call.traced.args[i] for i in call.explained()]
 
-    def gradient(self, xs: list, seed: Any) -> list:
-        """The gradient at `xs`, wide enough to be summed."""
-        out, pullback = jax.vjp(self, xs)
-        (gradients,) = pullback(_cotangent(self.name, out, seed))
-        return [_wide(g) for g in gradients]
 
-    def fixed(self, seed: Any) -> Any:
-        """The seed for the unchanged input: what is explained must not change on the way."""
-        return _cotangent(self.name, self(self.xs()), seed) if callable(seed) else seed
+def _gradient(call: Call, xs: list, seed: Any) -> list:
+    """The gradient at other values of the explained arrays, wide enough to be summed."""
+    args, by = [*call.traced.args], call.explained()
+    for i, x in zip(by, xs, strict=True):
+        args[i] = x
+    evaluated, back = pullback(call.traced.graph, args, by=by)
+    return [_wide(g) for g in back(seed_cotangent(call.caller, evaluated.outs[0], seed)).args]
 
-    def ranges(self) -> list:
-        """max - min of each array: of each example, or of all where the output is a scalar."""
-        found = []
-        for x in self.xs():
-            if self.out.shape and x.shape[:1] != self.out.shape[:1]:
-                raise ValueError(
-                    f"{self.name}: the input has shape {x.shape} and the output "
-                    f"{self.out.shape}; the first axis of both must be the batch, as noise is "
-                    "relative to each example's range. For a function of one example, "
-                    "give it a batch of one: lambda x: fun(x[0])[None], called with x[None]"
-                )
-            axes = tuple(range(1 if self.out.shape else 0, x.ndim))
-            x = _wide(x)
-            found.append(x.max(axes, keepdims=True) - x.min(axes, keepdims=True))
-        return found
 
-    def baseline(self, baseline: Any) -> list:
-        """The baseline of every real array, of its shape."""
-        whole = jax.tree.unflatten(self.tree, self.chosen)
-        try:
-            leaves = jax.tree.leaves(jax.tree.broadcast(baseline, whole))
-            shapes = [self.traced.args[i].shape for i in self.chosen]
-            spread = [jnp.broadcast_to(b, s) for b, s in zip(leaves, shapes, strict=True)]
-        except ValueError as error:
-            shapes = jax.tree.map(lambda i: self.traced.args[i].shape, whole)
+def _fixed(call: Call, seed: Any) -> Any:
+    """The seed for the unchanged input: what is explained must not change on the way."""
+    if not callable(seed):
+        return seed
+    out = evaluate(call.traced.graph, call.traced.args).outs[0]
+    return seed_cotangent(call.caller, out, seed)
+
+
+def _gather(call: Call, relevance: list) -> Any:
+    """Relevance of the explained arrays in the structure of what is explained."""
+    return call.gather(dict(zip(call.explained(), relevance, strict=True)))
+
+
+def _ranges(call: Call) -> list:
+    """max - min of each array: of each example, or of all where the output is a scalar."""
+    found, out = [], _out(call)
+    for x in _explained(call):
+        if out.shape and x.shape[:1] != out.shape[:1]:
             raise ValueError(
-                f"{self.name}: the baseline, {jax.tree.map(jnp.shape, baseline)}, does not "
-                f"broadcast to the explained argument, {shapes}"
-            ) from error
-        found = dict(zip(self.chosen, spread, strict=True))
-        xs = zip(self.real(), self.xs(), strict=True)
-        return [found[i].astype(_wide(x).dtype) for i, x in xs]
+                f"{call.caller}: the input has shape {x.shape} and the output {out.shape}; the "
+                "first axis of both must be the batch, as noise is relative to each example's "
+                "range. For a function of one example, give it a batch of one: "
+                "lambda x: fun(x[0])[None], called with x[None]"
+            )
+        axes = tuple(range(1 if out.shape else 0, x.ndim))
+        x = _wide(x)
+        found.append(x.max(axes, keepdims=True) - x.min(axes, keepdims=True))
+    return found
 
-    def gather(self, relevance: list) -> Any:
-        """Relevance in the structure of what is explained."""
-        found = dict(zip(self.real(), relevance, strict=True))
-        args = self.traced.args
-        leaves = [
-            found[i] if i in found else zeros(shaped_like(args[i], dtype=jnp.float32))
-            for i in self.chosen
-        ]
-        return jax.tree.unflatten(self.tree, leaves)
+
+def _starts(call: Call, baseline: Any) -> list:
+    """The baseline of every explained array, of its shape."""
+    args, chosen = call.traced.args, call.chosen()
+    whole = jax.tree.unflatten(call.structure(), chosen)
+    try:
+        leaves = jax.tree.leaves(jax.tree.broadcast(baseline, whole))
+        pairs = zip(chosen, leaves, strict=True)
+        spread = {i: jnp.broadcast_to(leaf, args[i].shape) for i, leaf in pairs}
+    except ValueError as error:
+        shapes = jax.tree.map(lambda i: args[i].shape, whole)
+        raise ValueError(
+            f"{call.caller}: the baseline, {jax.tree.map(jnp.shape, baseline)}, does not "
+            f"broadcast to the explained argument, {shapes}"
+        ) from error
+    return [spread[i].astype(_wide(args[i]).dtype) for i in call.explained()]
 
 
 def _modified(name: str, fun: Callable, composite: Any, argnums: Argnums) -> Callable:
-    modified = modified_gradient(fun, composite, argnums=argnums)
+    run = explained_vjp(name, fun, composite, argnums=argnums, gradient=True)
 
     def explained(*args, seed: Any = None):
-        start = None if seed is None else lambda out: _cotangent(name, out, seed)
-        return jax.tree.map(_wide, modified(*args, seed=start))
+        return jax.tree.map(_wide, run(*args)[1](seed))
 
     return explained
 
@@ -386,29 +364,19 @@ def _grad_cam(name: str, fun: Callable, layer: str, size: Any) -> Callable:
         raise ValueError(f"{name}: size must be (height, width), two positive ints, got {size}")
 
     def explained(*args, seed: Any = None):
-        def seeded(*args):
-            out = fun(*args)
-            leaves = jax.tree.leaves(out)
-            if len(leaves) != 1:  # said by the check of the output
-                return out
-            return leaves[0] * lax.stop_gradient(_cotangent(name, leaves[0], seed))
-
-        traced = trace(seeded, *args)
-        value = _feature_maps(name, traced, layer, size)
-        _, values, gradients = taps_with_grad(traced, {value: layer}, name)
-        maps = _wide(values[layer])
-        positions = tuple(range(1, maps.ndim - 1))
-        weights = _wide(gradients[layer]).mean(positions, keepdims=True)
-        cam = jnp.maximum((weights * maps).sum(-1), 0)
+        traced = trace(fun, *args)
+        check_output(name, traced)
+        taps = {_feature_maps(name, traced.graph, layer, size): layer}
+        evaluated, back = pullback(traced.graph, traced.args, Edits(taps=taps))
+        gradients = back(seed_cotangent(name, evaluated.outs[0], seed)).taps
+        cam = class_activation(_wide(evaluated.taps[layer]), _wide(gradients[layer]))
         return cam if size is None else jax.image.resize(cam, (len(cam), *size), "bilinear")
 
     return explained
 
 
-def _feature_maps(name: str, traced: Traced, layer: str, size: Any) -> Value:
+def _feature_maps(name: str, graph: Graph, layer: str, size: Any) -> Value:
     """The one value with the tag, checked."""
-    check_scalar_outputs(traced, name)
-    graph = traced.graph
     tagged = [value for _, value in find_tags(graph, layer, name)]
     value = tagged[0]
     if len(tagged) > 1:
@@ -443,13 +411,6 @@ def _feature_maps(name: str, traced: Traced, layer: str, size: Any) -> Value:
             f"tag returns: x = jaxrel.tag(x, {layer!r})"
         )
     return value
-
-
-def _cotangent(name: str, out: Any, seed: Any) -> Any:
-    """What goes backward from the output."""
-    if seed is None:
-        return jnp.ones_like(out)
-    return as_seed(name, out, seed, "cotangent").astype(out.dtype)
 
 
 def _wide(x: Any) -> Any:

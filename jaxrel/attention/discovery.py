@@ -24,7 +24,7 @@ from jax import numpy as jnp
 from jaxtyping import Array
 
 from jaxrel.tracing import primitives
-from jaxrel.tracing.analysis import dependents
+from jaxrel.tracing.flow import dependents
 from jaxrel.tracing.graph import Graph, Node, Traced, Value, tag_name, trace
 from jaxrel.tracing.opaque import cure
 from jaxrel.tracing.patterns import origin, softmaxes

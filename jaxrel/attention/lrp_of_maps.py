@@ -8,9 +8,9 @@ from jax import numpy as jnp
 
 from jaxrel.propagation.assignment import prepare
 from jaxrel.propagation.composites import as_composite
-from jaxrel.tracing.analysis import dependents
 from jaxrel.tracing.capture import taps_with_grad
 from jaxrel.tracing.facts import Fact
+from jaxrel.tracing.flow import dependents
 from jaxrel.tracing.graph import Graph, Traced, Value
 from jaxrel.tracing.primitives import LOOKUPS
 from jaxrel.tracing.sharding import shaped_like, zeros

@@ -22,11 +22,11 @@ from jaxrel.attention.maps import relevance_dtype, row, token_index
 from jaxrel.attention.methods import METHODS, TABLE, check_methods
 from jaxrel.attention.streaming import accumulate, seed, weigh_sum
 from jaxrel.propagation.composites import as_composite, attn_lrp
-from jaxrel.propagation.lrp import labelled
 from jaxrel.renamed import renamed_keywords
-from jaxrel.tracing.capture import check_scalar_outputs, taps_with_grad
-from jaxrel.tracing.evaluate import Edits, Interceptor, evaluate
+from jaxrel.tracing.capture import taps_with_grad
+from jaxrel.tracing.evaluate import Edits, Interceptor
 from jaxrel.tracing.graph import Traced
+from jaxrel.tracing.pullback import check_output, leaf_paths, pullback
 from jaxrel.tracing.sharding import shaped_like
 
 STREAMING = tuple(name for name in METHODS if TABLE[name].streaming)
@@ -138,7 +138,7 @@ def value_and_relevance(
             by_lrp = None
             if any(TABLE[name].by_lrp for name in methods):
                 data = data_values(traced, args, argnums)
-                paths = [path for _, path, _ in labelled(fun, args)]
+                paths = [path for _, path in leaf_paths(fun, args)]
                 by_lrp = functools.partial(
                     lrp_of_maps, traced, rules=composite, data=data, paths=paths
                 )
@@ -151,7 +151,7 @@ def value_and_relevance(
 
 
 def _check_scalars(traced: Traced) -> None:
-    check_scalar_outputs(traced, "attention.relevance")
+    check_output("attention.relevance", traced)
     shape = traced.graph.outs[0].shape
     if len(shape) > 1:
         raise TypeError(
@@ -284,12 +284,6 @@ def _stream(
                 interceptor = _weigh_at(stack.name, site, measure(importance))
                 interceptors[total] = Interceptor(interceptor, (before, after))
 
-    def run(carriers):
-        result = evaluate(
-            traced.graph, traced.args, Edits(interceptors=interceptors), carrier=carriers
-        )
-        return result.outs[0], result.carrier
-
     seeds = {}
     for stack in stacks:
         site = stack.sites[0]
@@ -301,8 +295,11 @@ def _stream(
             dtype=relevance_dtype(site.value.aval),
             like=shaped_like(site.value.aval, (site.batch,), shape=(batch,)),
         )
-    (out, _), pullback = jax.vjp(run, jax.tree.map(jnp.zeros_like, seeds))
-    (rows,) = pullback((jnp.ones_like(out), seeds))
+    carrier = jax.tree.map(jnp.zeros_like, seeds)
+    edits = Edits(interceptors=interceptors)
+    evaluated, back = pullback(traced.graph, traced.args, edits, carrier=carrier)
+    (out,) = evaluated.outs
+    rows = back(jnp.ones_like(out), seeds).carrier
     return traced.unflatten([out]), {stack.name: rows[stack.name].keep for stack in stacks}
 
 

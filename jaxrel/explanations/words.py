@@ -15,6 +15,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrel.explanations.methods import SIGNED_WORDS, WORD_METHODS
+from jaxrel.gradients import class_activation
 from jaxrel.propagation import composites, rules
 from jaxrel.propagation.composites import Composite, as_composite, everything
 from jaxrel.propagation.lrp import lrp_vjp
@@ -171,7 +172,7 @@ def _word_relevance_rows(
     if _BY_GRADIENT & {*methods}:
         pixels, places = by_word(_GRADIENT, gradient=True)
         words = places["text/tokens"]
-        cam = _class_activation(features, places["features"])
+        cam = class_activation(features, places["features"])
         found["gradient"] = (pixels.sum(-1), words.sum(-1))
         found["input_x_gradient"] = ((pixels * image).sum(-1), (words * embedded).sum(-1))
         found["grad_cam"] = (cam, words.sum(-1))
@@ -198,9 +199,3 @@ def _map(explain: Callable, seeds: Array, at_once: int | None) -> Any:
     if at_once is None or at_once >= len(seeds):
         return jax.vmap(explain)(seeds)
     return lax.map(explain, seeds, batch_size=at_once)
-
-
-def _class_activation(features: Array, gradients: Array) -> Array:
-    """Grad-CAM (Selvaraju et al. 2017, eq. 1 and 2), words first: [words, batch, rows, columns]."""
-    weights = gradients.mean((-3, -2), keepdims=True)
-    return jnp.maximum((weights * features).sum(-1), 0)

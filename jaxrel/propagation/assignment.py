@@ -7,14 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxrel.propagation.composites import Composite, kinds_named, specific
-from jaxrel.propagation.operations import (
-    Linear,
-    Operation,
-    Product,
-    carriers,
-    operations,
-    stacked,
-)
+from jaxrel.propagation.finder import carriers, operations, stacked
+from jaxrel.propagation.operations import Linear, Operation, Product
 from jaxrel.propagation.rules import (
     KINDS,
     Epsilon,
@@ -29,6 +23,7 @@ from jaxrel.propagation.steps import share_sum, step_for
 from jaxrel.propagation.zero_inputs import add_probes
 from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.facts import Fact, Facts, active_ins, analyse, is_elementwise
+from jaxrel.tracing.flow import operands
 from jaxrel.tracing.graph import Graph, Node, Value
 from jaxrel.tracing.opaque import cure
 from jaxrel.tracing.primitives import CUSTOM, CUSTOM_JVP, LINEAR
@@ -197,9 +192,7 @@ def _cuts(node: Node, facts: Facts, composite: Composite) -> set[int]:
 
 def _begins(node: Node, facts: Facts) -> bool:
     """Whether a scan's first iteration holds a first linear operation, and only that one."""
-    assert node.scan is not None
-    consts, carries = node.scan.consts, node.scan.carries
-    state = [a for a in node.ins[consts : consts + carries] if isinstance(a, Value)]
+    state = [a for a in operands(node, node.ins).state if isinstance(a, Value)]
     fresh = any(facts[value].active and facts[value].fresh for value in state)
     return fresh and any(one.name in LINEAR for body in node.bodies for one in body.walk())
 

@@ -41,7 +41,8 @@ class Where:
 
     def parts(self) -> tuple["Where", ...]:
         """The conditions this one is made of, itself first."""
-        return (self,)
+        inner = [one for one in vars(self).values() if isinstance(one, Where)]
+        return (self, *(part for one in inner for part in one.parts()))
 
     def __and__(self, other: "Where") -> "Where":
         return All(self, other)
@@ -64,10 +65,6 @@ class All(Where):
         """See the class."""
         return self.left(operation) and self.right(operation)
 
-    def parts(self) -> tuple[Where, ...]:
-        """See `Where`."""
-        return (self, *self.left.parts(), *self.right.parts())
-
     def __repr__(self) -> str:
         return f"({self.left} & {self.right})"
 
@@ -83,10 +80,6 @@ class Any_(Where):
         """See the class."""
         return self.left(operation) or self.right(operation)
 
-    def parts(self) -> tuple[Where, ...]:
-        """See `Where`."""
-        return (self, *self.left.parts(), *self.right.parts())
-
     def __repr__(self) -> str:
         return f"({self.left} | {self.right})"
 
@@ -100,10 +93,6 @@ class Not(Where):
     def __call__(self, operation: Any) -> bool:
         """See the class."""
         return not self.condition(operation)
-
-    def parts(self) -> tuple[Where, ...]:
-        """See `Where`."""
-        return (self, *self.condition.parts())
 
     def __repr__(self) -> str:
         return f"~{self.condition}"
@@ -228,9 +217,9 @@ Entry = tuple[Where | Callable[[Any], bool], Rule]
 class Composite:
     """An ordered list of (where, rule): the first match decides.
 
-    `where` may also be a function of one's own of an operation
-    (`jaxrel.propagation.operations.Operation`); a scan over layers is cut only where `layer` says
-    so, not by what such a function does.
+    `where` may also be any function that takes an operation
+    (`jaxrel.propagation.operations.Operation`) and says whether it is meant. Such a function does
+    not cut a scan over layers; only `layer` does.
 
     An entry matches an operation if its condition does and its rule is for that kind of
     operation: `(everything(), Epsilon())` says nothing of activations. What no entry matches
@@ -385,9 +374,9 @@ def epsilon_gamma_box(
     Args:
       low: the least value an input can have, in the units the convolution sees.
       high: the greatest.
-      epsilon: of the Epsilon rule.
-      gamma: of the Gamma rule.
-      stabiliser: of all other rules.
+      epsilon: the Epsilon rule's amount.
+      gamma: the Gamma rule's factor.
+      stabiliser: the other rules' amount.
     """
     box = (first() & op("conv"), ZBox(low, high, stabiliser))
     conv = (op("conv"), Gamma(gamma, stabiliser))
@@ -459,7 +448,7 @@ def captioning(epsilon: float = 0.01) -> Composite:
 
 
 def guided_backprop() -> Composite:
-    """Guided at activations and the derivative elsewhere; see `jaxrel.guided_backprop`."""
+    """Guided at activations, the derivative elsewhere; see `jaxrel.gradients.guided_backprop`."""
     return Composite([(op("activation"), Guided()), (everything(), Gradient())])
 
 

@@ -12,23 +12,24 @@ from jax import numpy as jnp
 from jaxrel.propagation.assignment import Choice, Prepared
 from jaxrel.propagation.composites import as_composite
 from jaxrel.propagation.lrp import (
-    Call,
     as_places,
     as_relevance,
     cotangent,
-    pull_back,
+    forward,
+    prepare_call,
     quotient,
+    results,
+    traced_call,
 )
 from jaxrel.propagation.operations import Block, Linear
 from jaxrel.propagation.plan import Row, row_of, table
-from jaxrel.propagation.rules import Gradient, Rule
+from jaxrel.propagation.rules import STABILISERS, Gradient, Rule
 from jaxrel.propagation.steps import step_for
 from jaxrel.tracing.evaluate import Interceptor, Step
 from jaxrel.tracing.facts import active_ins
 from jaxrel.tracing.graph import Node, Value, tag_name
 from jaxrel.tracing.primitives import BRINGS, EXACT
-
-_STABILISERS = ("epsilon", "stabiliser")
+from jaxrel.tracing.pullback import Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +153,8 @@ def conservation(
     at = as_places(at)
 
     def conserved(*args, seed: Any = None) -> Conservation:
-        call = Call.of(fun, args, argnums, False, "conservation")
-        prepared = call.prepare(composite, at, unknown)
+        call = traced_call("conservation", fun, args, argnums)
+        prepared = prepare_call(call, composite, at, unknown)
         places = _places(prepared)
 
         @jax.jit
@@ -185,8 +186,8 @@ def value_and_measured_lrp(
     at = as_places(at)
 
     def measured(*args, seed: Any = None):
-        call = Call.of(fun, args, argnums, False, "lrp")
-        prepared = call.prepare(composite, at, "error")
+        call = traced_call("lrp", fun, args, argnums)
+        prepared = prepare_call(call, composite, at, "error")
         places = _places(prepared)
         outs, found, output, arrived, measures = _measure(call, prepared, places, at, seed)
         balances = [
@@ -201,7 +202,7 @@ def value_and_measured_lrp(
             "rules": dict(collections.Counter(kinds)),
             "relevance": {"output": output, "input": arrived, **totals},
         }
-        return call.value(outs), call.gather(found, as_relevance), report
+        return call.traced.unflatten(outs), results(call, found, as_relevance), report
 
     return measured
 
@@ -265,14 +266,8 @@ def _measure(
         for i, (node, choice, step) in enumerate(places)
     }
     zeros = [jnp.zeros(5, jnp.float32) for _ in places]
-    outs, found, measures = pull_back(
-        call,
-        prepared,
-        at,
-        lambda out: cotangent(out, seed),
-        interceptors=interceptors,
-        carrier=zeros,
-    )
+    outs, back = forward(call, prepared, at, interceptors=interceptors, carrier=zeros)
+    found, measures = back(cotangent(outs[0], seed))
     arrived = [as_relevance(*leaf).sum() for leaf in found.leaves.values()]
     arrived += [as_relevance(*place, None).sum() for place in found.places.values()]
     out = outs[0]
@@ -308,7 +303,7 @@ def _variants(choice: Choice | None, step: Step) -> tuple[Callable, Callable] | 
 
 
 def _unstabilised(rule: Rule) -> Rule:
-    names = [field.name for field in dataclasses.fields(rule) if field.name in _STABILISERS]
+    names = [field.name for field in dataclasses.fields(rule) if field.name in STABILISERS]
     return dataclasses.replace(rule, **dict.fromkeys(names, 0.0))
 
 
@@ -382,6 +377,3 @@ def _balance(choice: Choice | None, node: Node, measure: np.ndarray) -> Balance:
     bias, stabiliser, rule = map(float, _sorted_out(node, choice, measure))
     kind = row.kind if row else ("constant" if node.name in BRINGS else node.name)
     return Balance(kind, row, node.where(), received, passed, bias, stabiliser, rule)
-
-
-__all__ = ["Balance", "Conservation", "conservation", "value_and_measured_lrp"]

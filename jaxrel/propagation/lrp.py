@@ -13,10 +13,10 @@ from jax import numpy as jnp
 from jaxrel.propagation.assignment import Prepared, prepare
 from jaxrel.propagation.composites import Where, as_composite
 from jaxrel.tracing.capture import find_tags, gather, tap_names
-from jaxrel.tracing.evaluate import Edits, Interceptor, evaluate, tap_shapes
+from jaxrel.tracing.evaluate import Edits, Interceptor
 from jaxrel.tracing.facts import Fact
-from jaxrel.tracing.graph import Traced, Value, trace
-from jaxrel.tracing.sharding import shaped_like, zeros
+from jaxrel.tracing.graph import Value
+from jaxrel.tracing.pullback import Call, as_seed, path_of, pullback, seed_cotangent
 
 Unknown = Literal["error", "warn"]
 
@@ -84,18 +84,11 @@ def value_and_lrp(
     unknown: Unknown = "error",
 ) -> Callable:
     """Like `lrp`, but the function returns `(fun(*args), relevance)`."""
-    composite = as_composite(rules)
-    at = as_places(at)
-    _check_argnums(argnums, at)
-    if unknown not in get_args(Unknown):
-        raise ValueError(f"lrp: unknown must be 'error' or 'warn', got {unknown!r}")
+    run = explained_vjp("lrp", fun, rules, argnums=argnums, has_aux=has_aux, at=at, unknown=unknown)
 
     def explained(*args, seed: Any = None, **kwargs):
-        call = Call.of(functools.partial(fun, **kwargs), args, argnums, has_aux, "lrp")
-        prepared = call.prepare(composite, at, unknown)
-        out, cotangents, _ = pull_back(call, prepared, at, lambda out: cotangent(out, seed))
-        relevance = call.gather(cotangents, as_relevance)
-        return call.value(out), relevance
+        value, explain = run(*args, **kwargs)
+        return value, explain(seed)
 
     return explained
 
@@ -130,12 +123,23 @@ def lrp_vjp(
     Raises:
       TypeError, ValueError, NotImplementedError: see `lrp`.
     """
-    return _vjp("lrp_vjp", fun, rules, argnums, at, unknown, gradient)
+    return explained_vjp(
+        "lrp_vjp", fun, rules, argnums=argnums, at=at, unknown=unknown, gradient=gradient
+    )
 
 
-def _vjp(
-    caller: str, fun: Callable, rules: Any, argnums: Any, at: Any, unknown: Unknown, gradient: bool
+def explained_vjp(
+    caller: str,
+    fun: Callable,
+    rules: Any,
+    *,
+    argnums: int | Sequence[int] | None = 0,
+    has_aux: bool | None = None,
+    at: Any = (),
+    unknown: Unknown = "error",
+    gradient: bool = False,
 ) -> Callable:
+    """`lrp_vjp` in the name of another function, for errors; with `has_aux` as in `lrp`."""
     composite = as_composite(rules)
     at = as_places(at)
     _check_argnums(argnums, at)
@@ -143,14 +147,17 @@ def _vjp(
         raise ValueError(f"{caller}: unknown must be 'error' or 'warn', got {unknown!r}")
 
     def run(*args, **kwargs):
-        call = Call.of(functools.partial(fun, **kwargs), args, argnums, False, caller)
-        outs, back = forward(call, call.prepare(composite, at, unknown), at)
+        call = traced_call(caller, functools.partial(fun, **kwargs), args, argnums, has_aux)
+        outs, back = forward(call, prepare_call(call, composite, at, unknown), at)
 
         def explain(seed: Any) -> Any:
-            start = _modified(caller, outs[0], seed) if gradient else cotangent(outs[0], seed)
-            return call.gather(back(start)[0], as_cotangent if gradient else as_relevance)
+            if gradient:
+                start = _finite(seed_cotangent(caller, outs[0], seed))
+            else:
+                start = cotangent(outs[0], seed)
+            return results(call, back(start)[0], as_cotangent if gradient else as_relevance)
 
-        return call.value(outs), explain
+        return call.traced.unflatten(outs), explain
 
     return run
 
@@ -167,7 +174,9 @@ def modified_gradient(
     With rules that change the derivative (`Guided`, `Deconvnet`) this is their method's result.
     `seed` is the cotangent of the output; by default ones.
     """
-    run = _vjp("modified_gradient", fun, rules, argnums, (), unknown, gradient=True)
+    run = explained_vjp(
+        "modified_gradient", fun, rules, argnums=argnums, unknown=unknown, gradient=True
+    )
 
     def explained(*args, seed: Any = None, **kwargs):
         return run(*args, **kwargs)[1](seed)
@@ -183,119 +192,42 @@ class Cotangents:
     places: dict[str, tuple[Any, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A traced call: which leaves of its arguments are explained, and how to put them back."""
-
-    fun: Callable
-    args: tuple[Any, ...]
-    argnums: tuple[int, ...]
-    single: bool
-    has_aux: bool
-    traced: Traced
-    paths: tuple[str, ...]
-    owner: tuple[int, ...]
-
-    @classmethod
-    def of(cls, fun: Callable, args: tuple, argnums: Any, has_aux: bool, caller: str) -> "Call":
-        """Trace a call and check what it explains."""
-        chosen = explained_arguments(caller, argnums, args)
-        static = [arg is None or isinstance(arg, bool | str) for arg in args]
-        given, args = args, tuple(() if s else arg for s, arg in zip(static, args, strict=True))
-        leaves = labelled(fun, args)
-        _check_finite(caller, leaves, chosen)
-
-        def call_fun(*args):
-            merged = zip(given, args, static, strict=True)
-            return fun(*(kept if s else arg for kept, arg, s in merged))
-
-        traced = trace(call_fun if any(static) else fun, *args)
-        _check_output(traced, has_aux, caller)
-        call = cls(
-            fun=fun,
-            args=args,
-            argnums=chosen,
-            single=isinstance(argnums, int),
-            has_aux=has_aux,
-            traced=traced,
-            paths=tuple(path for _, path, _ in leaves),
-            owner=tuple(index for index, _, _ in leaves),
-        )
-        if chosen and not call.explained():
-            kinds = ", ".join(sorted({str(call.traced.args[i].dtype) for i in call.chosen()}))
-            raise TypeError(
-                f"{caller}: the explained argument holds no real numbers ({kinds or 'nothing'}); "
-                "for integer tokens mark what is looked up, jaxrel.tag(embedding, 'embed'), and "
-                "ask jaxrel.lrp for argnums=None, at='embed'"
-            )
-        return call
-
-    def chosen(self) -> list[int]:
-        """The leaves of the explained arguments."""
-        return [i for i, owner in enumerate(self.owner) if owner in self.argnums]
-
-    def explained(self) -> list[int]:
-        """Those of them that are real numbers."""
-        leaves = self.traced.args
-        return [i for i in self.chosen() if jnp.issubdtype(leaves[i].dtype, jnp.floating)]
-
-    def prepare(self, composite: Any, at: Sequence, unknown: Any) -> Prepared:
-        """Choose and make the rules' steps."""
-        explained = {*self.explained()}
-        ins = [
-            Fact(active=True, fresh=True) if i in explained else Fact(paths=frozenset({path}))
-            for i, path in enumerate(self.paths)
-        ]
-        tags = [name for name in at if isinstance(name, str)]
-        known = _closed_over(self.fun)
-        return prepare(
-            self.traced.graph,
-            composite,
-            ins,
-            tags=lambda graph: [value for _, value in find_tags(graph, tags, "lrp")],
-            names=lambda constant: known.get(id(constant)),
-            weights=any(isinstance(place, Where) for place in at),
-            unknown=unknown,
-        )
-
-    def value(self, outs: list) -> Any:
-        """What the function returned."""
-        return self.traced.unflatten(outs)
-
-    def gather(self, cotangents: Cotangents, make: Callable[..., Any]) -> Any:
-        """Results in the structure that was asked for."""
-        found = []
-        for index in self.argnums:
-            leaves = []
-            for i in (i for i, owner in enumerate(self.owner) if owner == index):
-                if i in cotangents.leaves:
-                    leaves.append(make(*cotangents.leaves[i]))
-                else:
-                    leaves.append(zeros(shaped_like(self.traced.args[i], dtype=jnp.float32)))
-            found.append(jax.tree.unflatten(jax.tree.structure(self.args[index]), leaves))
-        result = found[0] if self.single else tuple(found)
-        places = {name: make(value, c, None) for name, (value, c) in cotangents.places.items()}
-        if not places:
-            return result
-        return (result, places) if self.argnums else places
+def traced_call(
+    caller: str, fun: Callable, args: tuple, argnums: Any, has_aux: bool | None = None
+) -> Call:
+    """Trace a call, and check what it explains and that it holds no NaN."""
+    call = Call.of(caller, fun, args, argnums, has_aux)
+    _check_finite(call)
+    return call
 
 
-def pull_back(
-    call: Call,
-    prepared: Prepared,
-    at: Sequence,
-    start: Callable[[Any], Any],
-    *,
-    interceptors: Mapping[Value, Interceptor] | None = None,
-    carrier: Any = None,
-) -> tuple[list, Cotangents, Any]:
-    """Run forward and, from `start(output)`, backward through the rules.
+def prepare_call(call: Call, composite: Any, at: Sequence, unknown: Any) -> Prepared:
+    """Choose the rules for a call and make their steps."""
+    explained = {*call.explained()}
+    ins = [
+        Fact(active=True, fresh=True) if i in explained else Fact(paths=frozenset({path}))
+        for i, path in enumerate(call.paths)
+    ]
+    tags = [name for name in at if isinstance(name, str)]
+    known = _closed_over(call.fun)
+    return prepare(
+        call.traced.graph,
+        composite,
+        ins,
+        tags=lambda graph: [value for _, value in find_tags(graph, tags, "lrp")],
+        names=lambda constant: known.get(id(constant)),
+        weights=any(isinstance(place, Where) for place in at),
+        unknown=unknown,
+    )
 
-    Returns the flat outputs, the cotangents, and that of the carrier that `interceptors` thread
-    through the program.
-    """
-    outs, back = forward(call, prepared, at, interceptors=interceptors, carrier=carrier)
-    return outs, *back(start(outs[0]))
+
+def results(call: Call, cotangents: Cotangents, make: Callable[..., Any]) -> Any:
+    """What `make` makes of the cotangents, in the structure that was asked for."""
+    result = call.gather({i: make(*leaf) for i, leaf in cotangents.leaves.items()})
+    places = {name: make(value, c, None) for name, (value, c) in cotangents.places.items()}
+    if not places:
+        return result
+    return (result, places) if call.argnums else places
 
 
 def forward(
@@ -306,41 +238,33 @@ def forward(
     interceptors: Mapping[Value, Interceptor] | None = None,
     carrier: Any = None,
 ) -> tuple[list, Callable[[Any], tuple[Cotangents, Any]]]:
-    """Run forward; return the flat outputs, and what goes backward from the output's cotangent.
+    """Run forward; return the flat outputs, and what goes backward through the rules.
 
-    See `pull_back`.
+    The latter takes the output's cotangent. It returns the cotangents, and the cotangent of the
+    carrier that `interceptors` thread through the program.
     """
-    graph, args = prepared.graph, list(call.traced.args)
-    leaves = [i for i, value in enumerate(graph.ins[: len(args)]) if value in prepared.explained]
-    tagged = find_tags(graph, [name for name in at if isinstance(name, str)], "lrp")
-    taps = tap_names(tagged)
-    edits = Edits(steps=prepared.steps, taps=taps, interceptors=interceptors or {})
+    graph, args = prepared.graph, [*call.traced.args]
+    explained = [i for i, value in enumerate(graph.ins[: len(args)]) if value in prepared.explained]
+    # The graph's last inputs take the relevance that a rule gives directly.
+    probes = {i: len(args) + n for n, i in enumerate(explained)}
+    args += [jnp.zeros_like(args[i]) for i in explained]
     weights = _weights(call, [place for place in at if isinstance(place, Where)])
-    probes = {name: zeros(shape) for name, shape in tap_shapes(graph, taps).items()}
-
-    def run(xs, ws, channels, probes, carrier):
-        values = list(args)
-        for i, x in zip([*leaves, *weights], [*xs, *ws], strict=True):
-            values[i] = x
-        result = evaluate(graph, [*values, *channels], edits, probes=probes, carrier=carrier)
-        return (result.outs[0], result.carrier), (result.outs, result.taps)
-
-    xs, ws = [args[i] for i in leaves], [args[i] for i in weights]
-    channels = [jnp.zeros_like(x) for x in xs]
-    (_, carried), pullback, (outs, values) = jax.vjp(
-        run, xs, ws, channels, probes, carrier, has_aux=True
-    )
+    tagged = find_tags(graph, [name for name in at if isinstance(name, str)], "lrp")
+    edits = Edits(prepared.steps, tap_names(tagged), interceptors or {})
+    by = [*explained, *weights, *probes.values()]
+    evaluated, pull = pullback(graph, args, edits, by=by, carrier=carrier)
+    values = gather(tagged, evaluated.taps)
 
     def back(c: Any) -> tuple[Cotangents, Any]:
-        still = jax.tree.map(jnp.zeros_like, carried)
-        cx, cw, direct, ct, carrier = pullback((c, still))
-        found = {i: (x, c, r) for i, x, c, r in zip(leaves, xs, cx, direct, strict=True)}
-        at_tags, c_at_tags = gather(tagged, values), gather(tagged, ct)
-        gathered = {name: (value, c_at_tags[name]) for name, value in at_tags.items()}
-        gathered |= {call.paths[i]: (w, c) for i, w, c in zip(weights, ws, cw, strict=True)}
-        return Cotangents(found, gathered), carrier
+        pulled = pull(c)
+        cs = dict(zip(by, pulled.args, strict=True))
+        c_tags = gather(tagged, pulled.taps)
+        places = {name: (value, c_tags[name]) for name, value in values.items()}
+        places |= {call.paths[i]: (args[i], cs[i]) for i in weights}
+        leaves = {i: (args[i], cs[i], cs[probe]) for i, probe in probes.items()}
+        return Cotangents(leaves, places), pulled.carrier
 
-    return outs, back
+    return evaluated.outs, back
 
 
 def as_relevance(value: Any, c: Any, direct: Any) -> Any:
@@ -355,13 +279,6 @@ def as_cotangent(value: Any, c: Any, direct: Any) -> Any:
     return c
 
 
-def _modified(caller: str, out: Any, seed: Any) -> Any:
-    """The output's cotangent, as it is given."""
-    if seed is None:
-        return jnp.ones_like(out)
-    return _finite(as_seed(caller, out, seed, "cotangent")).astype(out.dtype)
-
-
 def cotangent(out: Any, seed: Any) -> Any:
     """relevance / value at the output: 1 for the output itself, 0 where the output is 0."""
     if seed is None:
@@ -372,18 +289,6 @@ def cotangent(out: Any, seed: Any) -> Any:
 def quotient(relevance: Any, value: Any) -> Any:
     """relevance / value, and 0 where the value is 0."""
     return jnp.where(value == 0, 0, relevance / jnp.where(value == 0, 1, value))
-
-
-def as_seed(caller: str, out: Any, seed: Any, what: str) -> Any:
-    """What goes backward from the output, an array of its shape: its relevance or cotangent."""
-    seed = jnp.asarray(seed(out) if callable(seed) else seed)
-    if seed.shape != out.shape:
-        one = "jax.nn.one_hot(target, classes)"
-        raise ValueError(
-            f"{caller}: the seed has shape {seed.shape} and the output {out.shape}; the seed is "
-            f"the output's {what}, such as {one if what == 'cotangent' else one + ' * logits'}"
-        )
-    return seed
 
 
 def _finite(seed: Any) -> Any:
@@ -420,26 +325,6 @@ class _Leaf:
     paths: tuple[str, ...]
 
 
-def labelled(fun: Callable, args: tuple) -> list[tuple[int, str, Any]]:
-    """(argument, path, leaf) of every leaf; a bare array is named after its parameter."""
-    try:
-        names = list(inspect.signature(fun).parameters)
-    except (TypeError, ValueError):
-        names = []
-    found = []
-    for index, arg in enumerate(args):
-        name = names[index] if index < len(names) else f"argument{index}"
-        for key, leaf in jax.tree_util.tree_flatten_with_path(arg)[0]:
-            found.append((index, _path(key) or name, leaf))
-    return found
-
-
-def _path(key: Any) -> str:
-    path = jax.tree_util.keystr(key, simple=True, separator="/")
-    # An NNX variable's array is a leaf of its own.
-    return path.removesuffix("/value")
-
-
 def _closed_over(fun: Callable) -> dict[int, str]:
     """Paths of the arrays that a function brings with it: as a module, or in its closure."""
     owners: list[tuple[str, Any]] = []
@@ -467,20 +352,8 @@ def _closed_over(fun: Callable) -> dict[int, str]:
             continue
         for key, leaf in leaves:
             if isinstance(leaf, jax.Array):
-                found.setdefault(id(leaf), _path(key) or name)
+                found.setdefault(id(leaf), path_of(key) or name)
     return found
-
-
-def explained_arguments(caller: str, argnums: Any, args: tuple) -> tuple[int, ...]:
-    """The places of the explained arguments; ValueError for one that is not there."""
-    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums or ())
-    for index in chosen:
-        if not -len(args) <= index < len(args):
-            raise ValueError(
-                f"{caller}: argnums={argnums}, but the function was called with {len(args)} "
-                "argument(s)"
-            )
-    return tuple(index % len(args) for index in chosen)
 
 
 def as_places(at: Any) -> tuple[Any, ...]:
@@ -496,13 +369,13 @@ def _check_argnums(argnums: Any, at: tuple) -> None:
         raise TypeError(f"lrp: argnums must be an int, several, or None, got {argnums!r}")
 
 
-def _check_finite(
-    caller: str, labelled: list[tuple[int, str, Any]], explained: Sequence[int]
-) -> None:
+def _check_finite(call: Call) -> None:
     """NaN is wrong anywhere; infinity may be a mask, but not in what is explained."""
     known = [
         (index, path, leaf)
-        for index, path, leaf in labelled
+        for index, path, leaf in zip(
+            call.owner, call.paths, jax.tree.leaves(call.args), strict=True
+        )
         if isinstance(leaf, jax.Array | np.ndarray)
         and not isinstance(leaf, jax.core.Tracer)
         and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -511,10 +384,10 @@ def _check_finite(
     with jax.ensure_compile_time_eval():
         counts = jax.device_get(_count_bad([leaf for _, _, leaf in known]))
     for (index, path, leaf), (nans, infinities) in zip(known, counts, strict=True):
-        bad = nans + (infinities if index in explained else 0)
+        bad = nans + (infinities if index in call.argnums else 0)
         if bad:
             raise ValueError(
-                f"{caller}: argument {index} ({path}) holds NaN or infinity in {bad} of "
+                f"{call.caller}: argument {index} ({path}) holds NaN or infinity in {bad} of "
                 f"{leaf.size} places"
             )
 
@@ -522,21 +395,3 @@ def _check_finite(
 @jax.jit
 def _count_bad(leaves: list) -> list:
     return [(jnp.sum(jnp.isnan(leaf)), jnp.sum(jnp.isinf(leaf))) for leaf in leaves]
-
-
-def _check_output(traced: Traced, has_aux: bool, caller: str) -> None:
-    avals = [atom.aval for atom in traced.graph.outs]
-    tree = traced.out_tree
-    if has_aux:
-        data = tree.node_data()
-        parts = tree.children() if data and data[0] is tuple else []
-        if len(parts) != 2:
-            raise TypeError(f"{caller}: with has_aux the function must return (output, aux)")
-        tree, avals = parts[0], avals[: parts[0].num_leaves]
-    if len(avals) == 1 and jnp.issubdtype(avals[0].dtype, jnp.floating):
-        return
-    got = ", ".join(aval.str_short() for aval in avals) or "nothing"
-    raise TypeError(
-        f"{caller}: the function must return one real array, such as logits, but it returned "
-        f"{got}; wrap it, as in lambda x: fun(x)[0], or say has_aux=True for (output, aux)"
-    )

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxrel.propagation.assignment import Choice
 from jaxrel.propagation.composites import as_composite
-from jaxrel.propagation.lrp import Call, as_places
+from jaxrel.propagation.lrp import as_places, prepare_call, traced_call
 from jaxrel.propagation.operations import BatchNorm, Elementwise, Linear, Operation
 from jaxrel.propagation.rules import Gradient, Rule
 
@@ -101,8 +101,7 @@ def plan(
     at = as_places(at)
 
     def planned(*args) -> Plan:
-        call = Call.of(fun, args, argnums, False, "plan")
-        prepared = call.prepare(composite, at, "show")
+        prepared = prepare_call(traced_call("plan", fun, args, argnums), composite, at, "show")
         return Plan(tuple(map(row_of, prepared.choices)))
 
     return planned

@@ -27,6 +27,8 @@ from jaxrel.propagation.bilinear import Bilinear
 
 Stabiliser = float | Callable[[Array], Array]
 Bias = Literal["fused", "separate", "ignored"]
+# The fields of a rule that hold one.
+STABILISERS = ("epsilon", "stabiliser")
 
 LINEAR = frozenset({"dense", "conv"})
 PRODUCTS = frozenset({"matmul", "product"})
@@ -111,6 +113,17 @@ class Rule:
     direct: ClassVar[bool] = False
     loses: ClassVar[frozenset[str]] = frozenset({"bias", "stabiliser"})
 
+    def __post_init__(self):
+        rule, bias = type(self).__name__, getattr(self, "bias", "fused")
+        for field in dataclasses.fields(self):
+            if field.name in STABILISERS:
+                _check_stabiliser(rule, field.name, getattr(self, field.name))
+        if bias not in get_args(Bias):
+            raise ValueError(
+                f"{rule}: bias must be 'fused' (it takes its share), 'separate' (it is an addition "
+                f"of its own) or 'ignored' (the inputs share everything), got {bias!r}"
+            )
+
     def __str__(self) -> str:
         """The rule with those parameters that are not the default."""
         fields = (field for field in dataclasses.fields(self))
@@ -161,10 +174,6 @@ class Epsilon(Rule):
     bias: Bias = "fused"
     also = SUMS
 
-    def __post_init__(self):
-        _check_stabiliser("Epsilon", "epsilon", self.epsilon)
-        _check_bias("Epsilon", self.bias)
-
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class."""
         total = z if self.bias == "fused" else z - b
@@ -178,10 +187,6 @@ class ZPlus(Rule):
 
     stabiliser: Stabiliser = 1e-6
     bias: Bias = "fused"
-
-    def __post_init__(self):
-        _check_stabiliser("ZPlus", "stabiliser", self.stabiliser)
-        _check_bias("ZPlus", self.bias)
 
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class."""
@@ -209,8 +214,7 @@ class AlphaBeta(Rule):
                 f"AlphaBeta: alpha - beta must be 1 and beta >= 0, got alpha={self.alpha}, "
                 f"beta={self.beta}; alpha=2, beta=1 and alpha=1, beta=0 are usual"
             )
-        _check_stabiliser("AlphaBeta", "stabiliser", self.stabiliser)
-        _check_bias("AlphaBeta", self.bias)
+        super().__post_init__()
 
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class."""
@@ -236,10 +240,6 @@ class ZAbsolute(Rule):
     stabiliser: Stabiliser = 1e-6
     bias: Bias = "fused"
     also = frozenset({"batch_norm"})
-
-    def __post_init__(self):
-        _check_stabiliser("ZAbsolute", "stabiliser", self.stabiliser)
-        _check_bias("ZAbsolute", self.bias)
 
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class."""
@@ -268,8 +268,7 @@ class Gamma(Rule):
                 f"Gamma: gamma must be finite and >= 0, got {self.gamma}; 0.25 is usual, and "
                 "ZPlus is the limit of large gamma"
             )
-        _check_stabiliser("Gamma", "stabiliser", self.stabiliser)
-        _check_bias("Gamma", self.bias)
+        super().__post_init__()
 
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class."""
@@ -303,9 +302,6 @@ class ExcitationBackprop(Rule):
     stabiliser: Stabiliser = 1e-6
     loses = frozenset({"stabiliser"})
 
-    def __post_init__(self):
-        _check_stabiliser("ExcitationBackprop", "stabiliser", self.stabiliser)
-
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class."""
         wp = _pos(w)
@@ -324,10 +320,6 @@ class WSquare(Rule):
     bias: Bias = "fused"
     direct = True
 
-    def __post_init__(self):
-        _check_stabiliser("WSquare", "stabiliser", self.stabiliser)
-        _check_bias("WSquare", self.bias)
-
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class. Returns relevance."""
         z, b = _with_bias(z, b, self.bias)
@@ -345,9 +337,6 @@ class Flat(Rule):
     stabiliser: Stabiliser = 1e-6
     direct = True
     loses = frozenset({"stabiliser"})
-
-    def __post_init__(self):
-        _check_stabiliser("Flat", "stabiliser", self.stabiliser)
 
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class. Returns relevance."""
@@ -378,7 +367,7 @@ class ZBox(Rule):
             raise ValueError(
                 f"ZBox: low must be <= high, both finite, got low={self.low}, high={self.high}"
             )
-        _check_stabiliser("ZBox", "stabiliser", self.stabiliser)
+        super().__post_init__()
 
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class. Returns relevance."""
@@ -410,11 +399,16 @@ class Pass(ActivationRule):
 
     loses = frozenset({"rule"})
 
-    def elementwise(self, f: Callable, x: Array, c: Array) -> Array:
-        """See the class."""
-        y, slope = jax.jvp(f, (x,), (jnp.ones_like(x),))
+    def elementwise(self, f: Callable, x: Array, c: Array, scalar: Callable | None = None) -> Array:
+        """See the class. `scalar` is f of one number, if it is the same at every position.
+
+        Then the limit at 0 is found once, and the derivative is not computed at every position.
+        """
+        at = x if scalar is None else jnp.zeros((), x.dtype)
+        value, slope = jax.jvp(scalar or f, (at,), (jnp.ones_like(at),))
+        limit = jnp.where((value == 0) & jnp.isfinite(slope), slope, 0)
+        y = value if scalar is None else f(x)
         zero = x == 0
-        limit = jnp.where((y == 0) & jnp.isfinite(slope), slope, 0)
         return c * jnp.where(zero, limit, y / jnp.where(zero, 1, x)).astype(c.dtype)
 
 
@@ -585,12 +579,4 @@ def _check_stabiliser(rule: str, name: str, value: Stabiliser) -> None:
         raise ValueError(
             f"{rule}: {name} must be finite and >= 0, or a function of z, got {value}; "
             "1e-6 is usual"
-        )
-
-
-def _check_bias(rule: str, bias: str) -> None:
-    if bias not in get_args(Bias):
-        raise ValueError(
-            f"{rule}: bias must be 'fused' (it takes its share), 'separate' (it is an addition "
-            f"of its own) or 'ignored' (the inputs share everything), got {bias!r}"
         )

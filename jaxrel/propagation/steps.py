@@ -1,5 +1,6 @@
 """From an operation and its rule to the step that computes it with the rule's backward pass."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -188,9 +189,9 @@ def _elementwise(operation: Elementwise, rule: ActivationRule) -> Step | None:
     if operation.is_relu and isinstance(rule, Pass):
         return None
     f = operation.function()
-    at_zero = operation.scalar()
-    if isinstance(rule, Pass) and at_zero is not None:
-        return Step((operation.start,), lambda x: [_passed(f, at_zero, x)])
+    shared: Callable = rule.elementwise
+    if type(rule) is Pass:
+        shared = functools.partial(rule.elementwise, scalar=operation.scalar())
 
     @jax.custom_vjp
     def apply(x, consts):
@@ -198,28 +199,10 @@ def _elementwise(operation: Elementwise, rule: ActivationRule) -> Step | None:
 
     def bwd(residuals, c):
         x, consts = residuals
-        return rule.elementwise(lambda x: f(x, consts), x, c).astype(x.dtype), None
+        return shared(lambda x: f(x, consts), x, c).astype(x.dtype), None
 
     apply.defvjp(lambda x, consts: (f(x, consts), (x, consts)), bwd)
     return Step((operation.start, *operation.consts), lambda x, *consts: [apply(x, consts)])
-
-
-def _passed(f: Callable, at_zero: Callable, x: Array) -> Array:
-    """f(x) under Pass, where its limit at 0 is that of one number."""
-
-    @jax.custom_vjp
-    def apply(x):
-        return f(x, ())
-
-    def bwd(x, c):
-        zero = jnp.zeros((), x.dtype)
-        value, slope = jax.jvp(at_zero, (zero,), (jnp.ones_like(zero),))
-        limit = jnp.where((value == 0) & jnp.isfinite(slope), slope, 0)
-        quotient = jnp.where(x == 0, limit, f(x, ()) / jnp.where(x == 0, 1, x))
-        return ((c * quotient).astype(x.dtype),)
-
-    apply.defvjp(lambda x: (f(x, ()), x), bwd)
-    return apply(x)
 
 
 def _product(operation: Product, rule: ProductRule) -> Step:

@@ -14,6 +14,7 @@ from jax import numpy as jnp
 
 from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.facts import Fact, Facts, active_ins, is_elementwise
+from jaxrel.tracing.flow import operands
 from jaxrel.tracing.graph import Graph, Node, Value, build, tag_name
 from jaxrel.tracing.primitives import AFFINE, CLIPS, MOVES, PLACES, SCATTERS, make_program
 from jaxrel.tracing.sharding import shaped_like
@@ -46,9 +47,9 @@ def add_probes(
 
     Args:
       graph: the graph; its inputs hold `explained`.
-      facts: of its values; those of the new ones are added.
+      facts: what is known of its values; the facts of new values are added.
       explained: inputs that carry relevance.
-      wanted: inputs of operations with a direct rule.
+      wanted: the inputs of operations with a direct rule.
     """
     mirror = _Mirror(facts, frozenset(wanted))
     return Probed(mirror.graph(graph, explained), mirror.found, mirror.steps)
@@ -83,7 +84,7 @@ class _Mirror:
     def _node(self, node: Node, probes: dict[Value, Value]) -> list[Node]:
         """The node, and what its probe needs; new probes are noted."""
         active = active_ins(self.facts, node)
-        if node.is_control and not node.loop:
+        if node.is_open:
             inside = any(self._wants(body) for body in node.bodies)
             return self._control(node, probes) if inside else [node]
         known = [value for value in active if value in probes]
@@ -118,56 +119,44 @@ class _Mirror:
         return any(atom in self.wanted for atom in reads if isinstance(atom, Value))
 
     def _control(self, node: Node, probes: dict[Value, Value]) -> list[Node]:
-        skip = 1 if node.is_cond else 0
-        places = [
-            (i, atom)
-            for i, atom in enumerate(node.ins)
-            if isinstance(atom, Value) and atom in probes and self.facts[atom].active
-        ]
-        if node.scan is None:
-            bodies = tuple(
-                self.graph(body, [body.ins[i - skip] for i, _ in places]) for body in node.bodies
-            )
-            ins = (*node.ins, *(probes[atom] for _, atom in places))
-            return [dataclasses.replace(node, ins=ins, bodies=bodies)]
-        return self._scan(node, places, probes)
+        """Control flow whose bodies get the probes of their inputs as further inputs.
 
-    def _scan(
-        self, node: Node, places: list[tuple[int, Value]], probes: dict[Value, Value]
-    ) -> list[Node]:
-        """Probes ride as scanned inputs: those of constants and of the first state, repeated."""
-        assert node.scan is not None
-        consts, carries = node.scan.consts, node.scan.carries
+        A scan scans over them: the probes of constants and of the first state are repeated.
+        """
+        given = operands(node, range(len(node.ins)))
         added: list[Node] = []
-        extra: list[Value] = []
-        for i, atom in places:
-            probe = probes[atom]
-            if i < consts + carries:
-                probe = self._repeated(node, probe, added)
-            extra.append(probe)
-        state = [i for i, _ in places if consts <= i < consts + carries]
-        start, stop, _ = node.segments()[0]
+        followed: dict[int, Value] = {}
+        for i, atom in enumerate(node.ins):
+            if isinstance(atom, Value) and atom in probes and self.facts[atom].active:
+                followed[i] = probes[atom]
+                if node.scan and i not in given.scanned:
+                    added.append(self._repeated(node.scan.length, probes[atom]))
+                    followed[i] = added[-1].outs[0]
         bodies = []
         for body in node.bodies:
             # Only the first iteration's state is the input; later ones compute theirs.
-            first = body is node.segments()[0][2] and stop - start == 1
-            stale = [] if first else [body.ins[i] for i in state]
-            bodies.append(self.graph(body, [body.ins[i] for i, _ in places], stale))
-        whole = dataclasses.replace(node, ins=(*node.ins, *extra), bodies=tuple(bodies))
-        return [*added, whole]
+            state = [] if _runs_first(node, body) else given.state
+            stale = [body.ins[i] for i in state if i in followed]
+            inner = [body.ins[i - len(given.test)] for i in followed]
+            bodies.append(self.graph(body, inner, stale))
+        ins = (*node.ins, *followed.values())
+        return [*added, dataclasses.replace(node, ins=ins, bodies=tuple(bodies))]
 
-    def _repeated(self, node: Node, probe: Value, added: list[Node]) -> Value:
-        """The probe, once for each iteration of a scan."""
-        assert node.scan is not None
-        length, like = node.scan.length, shaped_like(probe.aval)
+    def _repeated(self, length: int, probe: Value) -> Node:
+        """A node that repeats a probe, once for each iteration of a scan."""
+        like = shaped_like(probe.aval)
         program, _ = make_program(lambda x: jnp.broadcast_to(x, (length, *x.shape)), like)
-        repeat = build(program)
-        (value,) = repeat.outs
-        (one,) = repeat.nodes
-        assert isinstance(value, Value)
-        self.facts[value] = Fact(root=value)
-        added.append(dataclasses.replace(one, ins=(probe,)))
-        return value
+        (node,) = build(program).nodes
+        self.facts[node.outs[0]] = Fact(root=node.outs[0])
+        return dataclasses.replace(node, ins=(probe,))
+
+
+def _runs_first(node: Node, body: Graph) -> bool:
+    """Whether a body runs in a scan's first iteration and in no other."""
+    if not node.scan:
+        return False
+    start, stop, first = node.segments()[0]
+    return body is first and stop - start == 1
 
 
 def _tangent(node: Node, places: tuple[int, ...]) -> Callable:

@@ -4,12 +4,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from jax import numpy as jnp
 
-from jaxrel.tracing.evaluate import Edits, Step, evaluate, tap_shapes
+from jaxrel.tracing.evaluate import Edits, Step, evaluate
 from jaxrel.tracing.graph import Graph, Node, Traced, Value, tag_name, trace
-from jaxrel.tracing.sharding import zeros
+from jaxrel.tracing.pullback import check_output, pullback
 
 
 def capture(fun: Callable, names: str | Sequence[str] | None = None) -> Callable:
@@ -91,30 +90,10 @@ def taps_with_grad(
 
     With `steps`, the nodes that they name are computed, and differentiated, as they say.
     """
-    check_scalar_outputs(traced, caller)
-    shapes = tap_shapes(traced.graph, taps)
-
-    def run(probes):
-        edits = Edits(steps=steps or {}, taps=taps)
-        result = evaluate(traced.graph, traced.args, edits, probes=probes)
-        return result.outs[0], result.taps
-
-    probes = {name: zeros(shape) for name, shape in shapes.items()}
-    out, pullback, values = jax.vjp(run, probes, has_aux=True)
-    (grads,) = pullback(jnp.ones_like(out))
-    return traced.unflatten([out]), values, grads
-
-
-def check_scalar_outputs(traced: Traced, caller: str) -> None:
-    """Raise TypeError unless the traced function returned one real array."""
-    avals = [atom.aval for atom in traced.graph.outs]
-    if len(avals) == 1 and jnp.issubdtype(avals[0].dtype, jnp.floating):
-        return
-    got = ", ".join(aval.str_short() for aval in avals) or "nothing"
-    raise TypeError(
-        f"{caller}: the function must return one real array, the scalar to explain or one per "
-        f"example, but it returned {got}; wrap it, as in lambda x: fun(x)[0]"
-    )
+    check_output(caller, traced)
+    result, back = pullback(traced.graph, traced.args, Edits(steps=steps or {}, taps=taps))
+    (out,) = result.outs
+    return traced.unflatten([out]), result.taps, back(jnp.ones_like(out)).taps
 
 
 def find_tags(

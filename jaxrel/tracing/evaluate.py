@@ -22,6 +22,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxrel.tracing.flow import operands
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
 from jaxrel.tracing.opaque import cure, custom_derivative
 from jaxrel.tracing.sharding import shaped_like, zeros
@@ -184,15 +185,15 @@ def _enter(node: Node) -> Callable[..., Evaluated]:
     )
 
 
-def _probes_of(node: Node, edits: Edits, probes: Mapping[str, Any]) -> dict[str, Any]:
-    names = {name for body in node.bodies for name in tap_shapes(body, edits.taps)}
+def _within(bodies: Sequence[Graph], edits: Edits, probes: Mapping[str, Any]) -> dict[str, Any]:
+    """The probes of the taps inside these bodies."""
+    names = {name for body in bodies for name in tap_shapes(body, edits.taps)}
     return {name: probe for name, probe in probes.items() if name in names}
 
 
 def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
     assert node.scan is not None
-    consts, carries = node.scan.consts, node.scan.carries
-    fixed, state, xs = args[:consts], args[consts : consts + carries], args[consts + carries :]
+    _, fixed, state, xs = operands(node, args)
     whole = len(node.bodies) == 1
     taps: dict[str, Any] = {}
     found = []
@@ -217,8 +218,7 @@ def _segment(
     # A scan's state has one type throughout, so Python numbers take the body's.
     types = body.ins[len(fixed) : len(fixed) + carries]
     state = [_strong(x, v) for x, v in zip(state, types, strict=True)]
-    names = tap_shapes(body, edits.taps)
-    probes = {name: probe for name, probe in probes.items() if name in names}
+    probes = _within([body], edits, probes)
 
     def step(loop, x):
         (state, carrier), (xs, probes) = loop, x
@@ -251,23 +251,23 @@ def _remat(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) 
         return tuple(evaluate(body, args, edits, probes=probes, carrier=carrier))
 
     run = jax.checkpoint(run, policy=node.remat.policy, prevent_cse=node.remat.prevent_cse)
-    return Evaluated(*run(args, _probes_of(node, edits, probes), carrier))
+    return Evaluated(*run(args, _within(node.bodies, edits, probes), carrier))
 
 
 def _cond(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
-    index, *operands = args
+    (index,), inputs, *_ = operands(node, args)
     # Every branch hands out the same structure: a tap of a branch not taken is zero.
     blank: dict[str, jax.ShapeDtypeStruct] = {}
     for body in node.bodies:
         blank |= tap_shapes(body, edits.taps)
 
     def branch(body):
-        def run(operands, probes, carrier):
-            inner = evaluate(body, operands, edits, probes=probes, carrier=carrier)
+        def run(inputs, probes, carrier):
+            inner = evaluate(body, inputs, edits, probes=probes, carrier=carrier)
             empty = {name: zeros(shape) for name, shape in blank.items()}
             return inner.outs, empty | inner.taps, inner.carrier
 
         return run
 
-    probes = _probes_of(node, edits, probes)
-    return Evaluated(*lax.switch(index, [*map(branch, node.bodies)], operands, probes, carrier))
+    probes = _within(node.bodies, edits, probes)
+    return Evaluated(*lax.switch(index, [*map(branch, node.bodies)], inputs, probes, carrier))

@@ -1,7 +1,4 @@
-"""Facts about every value of a graph, in all bodies, found before anything is run.
-
-A fact flows forward along the data, through loops to a fixpoint. `Fact` lists what is known.
-"""
+"""What LRP must know of every value of a graph before anything is run; `Fact` lists it."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +8,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxrel.tracing import primitives
+from jaxrel.tracing.flow import Forward
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value, tag_name
 from jaxrel.tracing.primitives import (
     AFFINE,
@@ -136,26 +134,26 @@ def _spans(atom: Atom, shape: tuple[int, ...]) -> bool:
     return atom.shape in ((), shape)
 
 
-class _Analysis:
+class _Analysis(Forward[Fact]):
     def __init__(self, sources, barriers, names):
-        self.facts: Facts = {}
+        super().__init__()
         self._sources, self._barriers, self._names = sources, barriers, names
 
-    def run(self, graph: Graph, ins: Sequence[Fact]) -> list[Fact]:
-        for value, fact in zip(graph.ins, ins, strict=True):
-            self._write(value, dataclasses.replace(fact, root=value, nonlinear=False))
-        for value, constant in graph.constants.items():
-            path = self._names(constant)
-            self._write(value, Fact(paths=frozenset({path} if path else ())))
-        for node in graph.nodes:
-            ins = [fact_of(self.facts, atom) for atom in node.ins]
-            outs = self._control(node, ins) if node.is_control else self._outs(node, ins)
-            for value, fact in zip(node.outs, outs, strict=True):
-                self._write(value, fact, barrier=node in self._barriers)
-        return [fact_of(self.facts, atom) for atom in graph.outs]
+    def constant(self, array: Any) -> Fact:
+        path = self._names(array)
+        return Fact(paths=frozenset({path} if path else ()))
 
-    def _write(self, value: Value, fact: Fact, barrier: bool = False) -> None:
-        active = fact.active and inexact(value) and not barrier
+    def literal(self, atom: Constant) -> Fact:
+        return fact_of(self.facts, atom)
+
+    def join(self, *facts: Fact) -> Fact:
+        return join(*facts)
+
+    def write(self, value: Value, fact: Fact, node: Node | None = None) -> None:
+        if node is None:
+            # What it is a function of is not seen inside.
+            fact = dataclasses.replace(fact, root=value, nonlinear=False)
+        active = fact.active and inexact(value) and node not in self._barriers
         fact = dataclasses.replace(fact, active=active, root=fact.root or value)
         if not active and fact.fresh:
             fact = dataclasses.replace(fact, fresh=False)
@@ -163,9 +161,9 @@ class _Analysis:
             fact = Fact(active=True, fresh=True, nonneg=fact.nonneg, root=value)
         self.facts[value] = fact
 
-    def _outs(self, node: Node, ins: list[Fact]) -> list[Fact]:
+    def outs(self, node: Node, ins: list[Fact]) -> list[Fact]:
         if node.name in SIDE_BY_SIDE and len(ins) == len(node.outs) > 1:
-            return [_outside(fact) for fact in ins]
+            return [join(fact) for fact in ins]
         active = [fact for fact in ins if fact.active]
         nonneg = _nonneg(node, ins)
         if not active or node.name in STOP_GRADIENT:
@@ -205,11 +203,11 @@ class _Analysis:
             return None
         facts = [self.facts[value] for value in active]
         roots = {fact.root for fact in facts}
-        if len(roots) != 1 or self._begins_anew(node, ins, facts):
+        if len(roots) != 1 or self._starts_another(node, ins, facts):
             return None
         return roots.pop()
 
-    def _begins_anew(self, node: Node, ins: list[Fact], active: list[Fact]) -> bool:
+    def _starts_another(self, node: Node, ins: list[Fact], active: list[Fact]) -> bool:
         """Whether what follows is no part of the activation that led here.
 
         A bias or a scale with a value for each feature, or learned, after an activation is an
@@ -220,51 +218,9 @@ class _Analysis:
         others = [(a, f) for a, f in zip(node.ins, ins, strict=True) if not f.active]
         return any((a.shape != () or f.paths) and not f.nonlinear for a, f in others)
 
-    def _control(self, node: Node, ins: list[Fact]) -> list[Fact]:
-        if node.scan:
-            return self._scan(node, ins)
-        if node.loop:
-            return self._while(node, ins)
-        operands = ins[1:] if node.is_cond else ins
-        branches = [self.run(body, operands) for body in node.bodies]
-        return [_outside(join(*facts)) for facts in zip(*branches, strict=True)]
-
-    def _scan(self, node: Node, ins: list[Fact]) -> list[Fact]:
-        assert node.scan is not None
-        consts, carries = node.scan.consts, node.scan.carries
-        fixed, state, xs = ins[:consts], ins[consts : consts + carries], ins[consts + carries :]
-        stacked: list[list[Fact]] = []
-        for start, stop, body in node.segments():
-            while True:
-                outs = self.run(body, [*fixed, *state, *xs])
-                new = [_outside(fact) for fact in outs[:carries]]
-                if stop - start == 1:
-                    state = new
-                    break
-                joined = [_outside(join(a, b)) for a, b in zip(state, new, strict=True)]
-                if joined == state:
-                    break
-                state = joined
-            stacked.append([_outside(fact) for fact in outs[carries:]])
-        return [*state, *(join(*facts) for facts in zip(*stacked, strict=True))]
-
-    def _while(self, node: Node, ins: list[Fact]) -> list[Fact]:
-        assert node.loop is not None
-        test, body = node.bodies
-        tested, consts = node.loop
-        fixed, state = ins[tested : tested + consts], ins[tested + consts :]
-        while True:
-            outs = [_outside(fact) for fact in self.run(body, [*fixed, *state])]
-            joined = [_outside(join(a, b)) for a, b in zip(state, outs, strict=True)]
-            if joined == state:
-                break
-            state = joined
-        self.run(test, [*ins[:tested], *state])
-        return state
-
 
 def join(*facts: Fact) -> Fact:
-    """What is known of a value that may be any of several."""
+    """What is known of a value that may be any of several, outside of the body they are in."""
     active = [fact for fact in facts if fact.active]
     gates = {fact.gate for fact in active}
     return Fact(
@@ -276,11 +232,6 @@ def join(*facts: Fact) -> Fact:
         stat=bool(active) and all(fact.stat for fact in active),
         gate=gates.pop() if len(gates) == 1 else "",
     )
-
-
-def _outside(fact: Fact) -> Fact:
-    """A fact that leaves its body, where it is a function of values not seen outside."""
-    return dataclasses.replace(fact, root=None, nonlinear=False)
 
 
 def _nonneg(node: Node, ins: list[Fact]) -> bool:

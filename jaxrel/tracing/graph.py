@@ -63,7 +63,7 @@ Atom = Value | Constant
 class Node:
     """One operation: `outs = primitive(*ins, **params)`, with its bodies if it has any.
 
-    A scan cut into segments (see `rewrite.cut_scan`) has one body per segment, and `cuts` are
+    A scan cut into segments (see `rewrite.cut_scans`) has one body per segment, and `cuts` are
     the segments' bounds along the scanned axis: (0, 1, length), say. `callers` are the equations
     of the calls and bodies that held the operation, innermost first.
     """
@@ -102,8 +102,13 @@ class Node:
 
     @property
     def is_control(self) -> bool:
-        """Whether the evaluator can change what is inside the bodies."""
+        """Whether it is control flow: a scan, a cond, a while loop or a remat."""
         return self.name in primitives.CONTROL
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is control flow with a derivative, whose bodies can be changed."""
+        return self.is_control and not self.loop
 
     def segments(self) -> list[tuple[int, int, "Graph"]]:
         """The (start, stop, body) of a scan, in order of execution; usually one."""

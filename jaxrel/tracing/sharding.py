@@ -28,8 +28,8 @@ def shaped_like(
       like: an array, or its type: `jax.typeof`, a graph value's `aval`, a `ShapeDtypeStruct`.
       axes: for each axis of the shape, the axis of `like` that it is sharded as; None for one
         that is whole on every device. By default the axes of `like`.
-      shape: by default that of `like`.
-      dtype: by default that of `like`.
+      shape: the shape, by default `like`'s.
+      dtype: the dtype, by default `like`'s.
 
     Returns:
       The three as a `jax.ShapeDtypeStruct`, without a sharding where no axis has one in its type
@@ -84,7 +84,7 @@ def shard_rows(tree: Any) -> Any:
 
 
 def compiler_sharded(fun: Callable, rows: Any, out_axes: Any = 0) -> Callable:
-    """A function inside of which an explicit mesh is an automatic one.
+    """A function that sees an explicit mesh as an automatic one.
 
     So models run whose operations do not say how their results are sharded. To be called while
     tracing: `jax.sharding.auto_axes` for what is not known to be in an explicit mesh.

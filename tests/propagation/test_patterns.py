@@ -20,7 +20,7 @@ from jaxrel.propagation.rules import (
     WSquare,
     ZPlus,
 )
-from tests.propagation.test_lrp import normal, stack_params
+from tests.propagation.networks import normal, stack_params
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,293 @@
+"""Which operations a graph has, found by what its nodes compute, not by names."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from jaxrel.propagation.linear_maps import LinearMaps
+from jaxrel.propagation.operations import Block, Elementwise, Operation, Product
+from jaxrel.tracing.facts import Facts, active_ins, fact_of, is_elementwise
+from jaxrel.tracing.flow import Backward, operands
+from jaxrel.tracing.graph import Graph, Node, Value, tag_name
+from jaxrel.tracing.patterns import softmaxes
+from jaxrel.tracing.primitives import (
+    DIV,
+    ELEMENTWISE,
+    EXACT,
+    LINEAR,
+    LINEAR_IN,
+    MAXIMA,
+    MEANS,
+    MOVES,
+    REDUCE_PROD,
+    REDUCTIONS,
+    ROOTS,
+    SCALES,
+    SUMS,
+)
+
+_IN_SOFTMAX = ELEMENTWISE | MOVES | REDUCTIONS
+
+
+def carriers(
+    graph: Graph, facts: Facts, cut: Mapping[Node, frozenset[Value]] | None = None
+) -> set[Value]:
+    """The values, in all bodies, whose relevance reaches what is explained and the output.
+
+    `cut` names the inputs of nodes to which nothing passes: the gates of products, say.
+    """
+    walk = _Carriers(facts, cut or {})
+    # Relevance starts at the first output; others are auxiliary.
+    walk.run(graph, [True] + [False] * (len(graph.outs) - 1))
+    return walk.found
+
+
+class _Carriers(Backward):
+    def __init__(self, facts: Facts, cut: Mapping[Node, frozenset[Value]]):
+        super().__init__()
+        self.facts, self.cut = facts, cut
+
+    def carries(self, value: Value) -> bool:
+        return self.facts[value].active
+
+    def passed(self, node: Node) -> Iterable[Value]:
+        cut = self.cut.get(node, frozenset())
+        return [value for value in active_ins(self.facts, node) if value not in cut]
+
+
+def softmax_nodes(graph: Graph, facts: Facts) -> dict[Node, tuple[Value, set[Node]]]:
+    """Each softmax's last node, with the scores it begins with and all of its nodes."""
+    producers = graph.producers()
+    found: dict[Node, tuple[Value, set[Node]]] = {}
+    for last, scores in softmaxes(graph):
+        inside: set[Node] = set()
+        todo = [last]
+        while todo:
+            node = todo.pop()
+            if node in inside:
+                continue
+            inside.add(node)
+            made = (producers.get(v) for v in active_ins(facts, node) if v is not scores)
+            todo += [one for one in made if one is not None and one.name in _IN_SOFTMAX]
+        found[last] = scores, inside
+    return found
+
+
+def norm_nodes(graph: Graph, facts: Facts) -> list[Node]:
+    """Roots of statistics that then divide or multiply a value: standard deviations, norms.
+
+    A model whose output itself is a norm has none: its root scales nothing.
+    """
+    users = graph.users()
+    roots = [
+        node
+        for node in graph.nodes
+        if node.name in ROOTS and facts[node.outs[0]].active and facts[node.outs[0]].stat
+    ]
+    # The roots, and what is made of roots alone, such as the product of two norms.
+    sizes = {node.outs[0] for node in roots}
+    for node in graph.nodes:
+        ins = active_ins(facts, node)
+        if ins and sizes.issuperset(ins) and (is_elementwise(node) or node.name in MOVES):
+            sizes.update(node.outs)
+    return [node for node in roots if _scales(node.outs[0], users, facts, sizes)]
+
+
+def _scales(value: Value, users: dict[Value, list[Node]], facts: Facts, sizes: set[Value]) -> bool:
+    """Whether a size multiplies or divides something that is none."""
+    for node in users.get(value, ()):
+        if node.name in SCALES and any(v not in sizes for v in active_ins(facts, node)):
+            return True
+        if node.outs[0] in sizes and _scales(node.outs[0], users, facts, sizes):
+            return True
+    return False
+
+
+def operations(
+    graph: Graph, facts: Facts, carrying: set[Value], apart: Callable[[Operation], bool]
+) -> Iterator[Operation]:
+    """Every operation that carries relevance, bodies included, in order of execution.
+
+    `apart` says of a batch normalisation whether it is an operation of its own.
+    """
+    yield from _Finder(graph, facts, carrying, None, apart=apart).find()
+
+
+def stacked(node: Node, facts: Facts) -> bool:
+    """Whether a scan runs over layers: some of what it scans over are parameters."""
+    if node.scan is None:
+        return False
+    known = (fact_of(facts, x) for x in operands(node, node.ins).scanned)
+    return any(fact.paths and not fact.active for fact in known)
+
+
+class _Finder(LinearMaps):
+    """A graph whose operations are found."""
+
+    def __init__(self, *body: Any, apart: Callable[[Operation], bool]):
+        super().__init__(*body, apart=apart)
+        self.softmaxes = softmax_nodes(self.graph, self.facts)
+        self.norms = norm_nodes(self.graph, self.facts)
+        softmaxes = (inside for _, inside in self.softmaxes.values())
+        self.inside = set().union(*softmaxes, *map(self._statistic, self.norms))
+
+    def find(self) -> Iterator[Operation]:
+        for node in self.graph.nodes:
+            if node.is_open:
+                yield from self._control(node)
+            elif any(out in self.carrying for out in node.outs):
+                yield from self._of(node)
+
+    def _control(self, node: Node) -> Iterator[Operation]:
+        layers = node.scan if stacked(node, self.facts) else None
+        parts = node.segments() if node.scan else [(0, 1, body) for body in node.bodies]
+        for start, stop, body in parts:
+            stack = (start, stop, layers.length) if layers else self.stack
+            inner = _Finder(body, self.facts, self.carrying, stack, apart=self.apart)
+            yield from inner.find()
+
+    def _of(self, node: Node) -> Iterator[Operation]:
+        active = self.active(node)
+        out = self.facts[node.outs[0]]
+        if not active or tag_name(node):
+            return
+        if any(v.aval.dtype.kind == "c" for v in [*active, *node.outs]):
+            yield self.make(Operation, node, kind=node.name)
+        elif node in self.softmaxes:
+            scores, inside = self.softmaxes[node]
+            yield self.block(Block, "softmax", node, scores, inside)
+        elif node in self.norms:
+            yield self.make(Operation, node, kind="norm")
+        elif node in self.inside or self._is_move(node, active):
+            return
+        elif node.name in LINEAR and len(active) == 1:
+            yield from self.linear_map(node)
+        elif node.name in LINEAR or (
+            node.name in SCALES and len(active) == 2 and self._apart(node)
+        ):
+            gates = tuple(self.facts[v].gate for v in active)
+            kind = "matmul" if node.name in LINEAR else "product"
+            yield self.make(Product, node, kind=kind, gates=gates)
+        elif node.name in REDUCE_PROD:
+            yield self.make(Product, node, kind="product", gates=())
+        elif out.root is not node.outs[0] and is_elementwise(node):
+            if out.nonlinear and self._leaves(node):
+                yield from self._activation(node)
+            elif self._is_mean(node):
+                yield self.make(Operation, node, kind="mean")
+        elif node.name in SUMS and len(active) == 2:
+            yield self.make(Operation, self.sums.get(node, node), kind="add")
+        elif node.name in MEANS and not self._divided(node):
+            yield self.make(Operation, node, kind="mean")
+        elif node.name in MAXIMA:
+            yield self.make(Operation, node, kind="max_pool")
+        elif node.name not in EXACT and not self._is_scaling(node, active):
+            yield self.make(Operation, node, kind=node.name)
+
+    def _is_move(self, node: Node, active: list[Value]) -> bool:
+        """Whether a linear map's weights are written into the program, as a resize's are."""
+        if node.name in LINEAR_IN:
+            return active == [node.ins[LINEAR_IN[node.name]]]
+        others = [fact_of(self.facts, atom) for atom in node.ins if atom not in active]
+        return node.name in LINEAR and len(active) == 1 and all(f.literal for f in others)
+
+    def _statistic(self, norm: Node) -> set[Node]:
+        """What computes a statistic: its derivative is one thing, not a rule for each node."""
+        inside: set[Node] = set()
+        todo = [norm]
+        while todo:
+            node = todo.pop()
+            inside.add(node)
+            made = (self.producers.get(v) for v in self.active(node))
+            for producer in made:
+                if producer is None or producer in inside or len(producer.outs) != 1:
+                    continue
+                fact = self.facts[producer.outs[0]]
+                users = self.users[producer.outs[0]]
+                own = fact.nonlinear and all(user in inside for user in users)
+                if fact.stat or (node.name in REDUCTIONS and own):
+                    todo.append(producer)
+        return inside
+
+    def _apart(self, node: Node) -> bool:
+        """Whether a product's factors are not elementwise functions of one value."""
+        return self.facts[node.outs[0]].root is node.outs[0]
+
+    def _is_scaling(self, node: Node, active: list[Value]) -> bool:
+        """Whether the node scales a value, by a broadcast, with a constant."""
+        if node.name in DIV and node.ins[0] not in active:
+            return False
+        return node.name in SCALES and len(active) == 1
+
+    def _is_mean(self, node: Node) -> bool:
+        """Whether the node divides a sum by a constant."""
+        if node.name not in SCALES:
+            return False
+        producer = self.producers.get(self.active(node)[0])
+        return producer is not None and producer.name in MEANS and self._divided(producer)
+
+    def _divided(self, node: Node) -> bool:
+        user = self.only_user(node.outs[0])
+        return (
+            user is not None
+            and user.name in SCALES
+            and len(self.active(user)) == 1
+            and user.ins[0] is node.outs[0]
+            and user.outs[0] in self.carrying
+        )
+
+    # Elementwise functions.
+
+    def _activation(self, node: Node) -> Iterator[Operation]:
+        """The function that ends here; of x + f(x) it is f, and the sum is one of its own."""
+        bent = [v for v in self.active(node) if self.facts[v].nonlinear]
+        if node.name in SUMS and len(self.active(node)) == 2 and len(bent) == 1:
+            yield from self._activation(self.producers[bent[0]])
+            yield self.make(Operation, node, kind="add")
+        elif node not in self.taken:
+            self.taken.add(node)
+            yield self._elementwise(node)
+
+    def _leaves(self, node: Node) -> bool:
+        """Whether the value is used outside of the elementwise function it is part of."""
+        out = node.outs[0]
+        root = self.facts[out].root
+        for user in self.users.get(out, ()):
+            if user is None:
+                return True
+            carries = [value for value in user.outs if value in self.carrying]
+            if carries and any(self.facts[value].root is not root for value in carries):
+                return True
+        return False
+
+    def _elementwise(self, node: Node) -> Elementwise:
+        root = self.facts[node.outs[0]].root
+        assert root is not None
+        inside: set[Node] = set()
+        todo = [node]
+        while todo:
+            one = todo.pop()
+            inside.add(one)
+            values = [v for v in self.active(one) if v is not root]
+            todo += [self.producers[v] for v in values if self.producers[v] not in inside]
+        nodes = [one for one in self.graph.nodes if one in inside]
+        start, nodes = self._past_affine(root, nodes)
+        return self.block(Elementwise, "activation", node, start, nodes)
+
+    def _past_affine(self, root: Value, nodes: list[Node]) -> tuple[Value, list[Node]]:
+        """Split off what is affine: a bias added before an activation is not part of it.
+
+        The split is at the last value that is affine in the root and through which every path
+        to the output leads.
+        """
+        values = [root, *(node.outs[0] for node in nodes)]
+        place = {value: i for i, value in enumerate(values)}
+        reach = [0] * len(values)
+        for i, node in enumerate(nodes, start=1):
+            for value in self.active(node):
+                reach[place[value]] = max(reach[place[value]], i)
+        split, furthest = 0, 0
+        for i, value in enumerate(values[:-1]):
+            if furthest <= i and (i == 0 or not self.facts[value].nonlinear):
+                split = i
+            furthest = max(furthest, reach[i])
+        return values[split], nodes[split:]
