@@ -18,8 +18,7 @@ from jaxrel.train.recipes import captioner_real
 from jaxrel.train.recipes.captioner import new_config
 from jaxrel.train.recipes.registry import RECIPES
 from jaxrel.train.recipes.settings import AoACoco, AoAFlickr30k, GridTDCoco, GridTDFlickr30k
-from tests.train.data.test_readers import coco_folder, flickr_folder  # noqa: F401
-from tests.train.recipes.test_mapper_real import Repeated
+from tests.train.folders import Repeated
 
 SMALL = {
     "steps": 4,
@@ -58,13 +57,6 @@ def weights(tmp_path):
         tensors[f"{name}.bias"] = np.full(shape[0], 0.125, np.float32)
     save_file(tensors, tmp_path / "vgg.safetensors")
     return tmp_path / "vgg.safetensors"
-
-
-@pytest.fixture
-def folders(coco_folder, flickr_folder):  # noqa: F811
-    # Both fixtures write into the same temporary folder.
-    assert coco_folder == flickr_folder
-    return str(coco_folder)
 
 
 @pytest.fixture

@@ -27,19 +27,14 @@ from jaxrel.train.recipes.mapper_shapes import CAPTIONS
 from jaxrel.train.recipes.registry import RECIPES
 from jaxrel.train.recipes.settings import (
     SETTINGS,
-    AoAShapes,
     FinetuneCoco,
     FinetuneFlickr30k,
     FinetuneShapes,
-    GridTDShapes,
 )
 from tests.models.test_captioner import REGIONS
 from tests.models.test_captioner import captioner as random_captioner
 from tests.paths import ROOT
-from tests.train.data.test_readers import coco_folder, flickr_folder  # noqa: F401
-from tests.train.recipes.test_captioner_real import folders  # noqa: F401
 
-SIZES = {"scenes": 16, "encoder": "4,4,4,4", "embed": 6, "hidden": 8, "batch": 8}
 SMALL = {
     "scenes": 16,
     "steps": 4,
@@ -57,18 +52,6 @@ METRICS = {
     "scst": {"cider", "cider_greedy"},
     "lrp-scst": {"cider", "cider_greedy"},
 }
-
-
-@pytest.fixture(scope="module")
-def begun(quick_compile, tmp_path_factory):
-    """By kind, the folder of a captioner to begin as, with values that need no compilation."""
-    root = tmp_path_factory.mktemp("begun")
-    rng = np.random.default_rng(0)
-    for recipe in (GridTDShapes(**SIZES), AoAShapes(**SIZES, heads=2)):
-        model = nnx.eval_shape(lambda recipe=recipe: captioner_shapes.new_model(recipe))
-        filled = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), model)
-        filled.save_pretrained(root / recipe.kind)
-    return root
 
 
 def settings(begun, mode, kind="aoa", **changes):
@@ -218,7 +201,7 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(mode, begun, tmp_path, m
 @pytest.mark.parametrize(
     ("name", "kind"), [("coco", FinetuneCoco), ("flickr30k", FinetuneFlickr30k)]
 )
-def test_real_data(name, kind, folders, tmp_path, monkeypatch):  # noqa: F811
+def test_real_data(name, kind, folders, tmp_path, monkeypatch):
     """Up to the training, which is the same for all."""
     begun = nnx.clone(random_captioner("gridtd"))
     words = word_tokenizer(("a", "dog", "no", "0", "it", "runs", "2"), 9)

@@ -21,7 +21,7 @@ from jaxrel.models import (
 from jaxrel.train.data import coco, vqa_v2
 from jaxrel.train.recipes import mapper_real
 from jaxrel.train.recipes.settings import CaptionCoco, VqaV2
-from tests.train.data.test_readers import coco_folder, vqa_folder  # noqa: F401
+from tests.train.folders import Repeated
 
 WORDS = ("a", "dog", "is", "it", "no", "red", "runs", "what")
 SMALL = {
@@ -54,19 +54,6 @@ def stage1(tmp_path_factory):
     return str(folder)
 
 
-class Repeated:
-    """A source as often as a batch needs it."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        return self.source[index % len(self.source)]
-
-
 @pytest.fixture
 def enough(monkeypatch):
     """Eight devices want eight examples, and the tiny files have three."""
@@ -81,7 +68,7 @@ def enough(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:this model does not know:UserWarning")
-def test_vqa_v2(vqa_folder, stage1, enough, tmp_path, capsys):  # noqa: F811
+def test_vqa_v2(vqa_folder, stage1, enough, tmp_path, capsys):
     recipe = VqaV2(
         data=str(vqa_folder), stage1=stage1, split="val", counted="val", at_least=1, **SMALL
     )
@@ -100,7 +87,7 @@ def test_vqa_v2(vqa_folder, stage1, enough, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore:this model does not know:UserWarning")
-def test_vqa_v2_examples(vqa_folder, stage1):  # noqa: F811
+def test_vqa_v2_examples(vqa_folder, stage1):
     source = vqa_v2.questions(vqa_folder, "val")
     vocabulary = vqa_v2.build_vocabulary(vqa_folder, ("val",), at_least=1)
     processor = CLIP.from_pretrained(stage1).processor
@@ -112,7 +99,7 @@ def test_vqa_v2_examples(vqa_folder, stage1):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore:this model does not know:UserWarning")
-def test_caption_coco(coco_folder, stage1, enough, tmp_path):  # noqa: F811
+def test_caption_coco(coco_folder, stage1, enough, tmp_path):
     recipe = CaptionCoco(data=str(coco_folder), stage1=stage1, **SMALL)
     model = mapper_real.train_caption(recipe, tmp_path / "model")
     assert isinstance(model, CLIPMapperCaption)
@@ -121,7 +108,7 @@ def test_caption_coco(coco_folder, stage1, enough, tmp_path):  # noqa: F811
     assert np.isfinite(found["CIDEr-D"]["mean"])
 
 
-def test_captions_that_are_too_long_are_left_out_with_a_warning(coco_folder, stage1):  # noqa: F811
+def test_captions_that_are_too_long_are_left_out_with_a_warning(coco_folder, stage1):
     source = coco.karpathy_captions(coco_folder, "train+restval")
     processor = CLIP.from_pretrained(stage1).processor
     # "A dog, no 0." has seven tokens with its punctuation, start and end; "It runs." has five.
