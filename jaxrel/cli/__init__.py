@@ -6,13 +6,14 @@ What is wrong with the user's input is said in one line on standard error, with 
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import platform
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0, or 2 for input that cannot be used.
     """
-    options = _parser().parse_args(arguments)
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     with warnings.catch_warnings():
         # One line per warning, and only those meant for users.
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"jaxrel\b")
         warnings.showwarning = _show_warning
         try:
+            options = _parser().parse_args(arguments)
             options.run(options)
         except (ValueError, OSError, ArithmeticError) as error:
-            if options.debug:
+            if debug:
                 raise
             print(f"jaxrel: error: {error}", file=sys.stderr)
             return 2
@@ -129,28 +131,48 @@ def _add_explain(commands: Any) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    from jaxrel.train.recipes.settings import SETTINGS
+    from jaxrel.train.recipes.registry import RECIPES
 
     train = commands.add_parser("train", help="train a model with a recipe")
-    recipes = train.add_subparsers(required=True, metavar="recipe")
-    for name, settings in SETTINGS.items():
+    recipes = train.add_subparsers(required=True, metavar="recipe", parser_class=_LateParser)
+    for name in RECIPES:
         recipe = recipes.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         recipe.add_argument("--out", required=True, type=Path, help="the model's folder")
-        for field in dataclasses.fields(settings):
-            flag = f"--{field.name.replace('_', '-')}"
-            kind, meaning = type(field.default), field.metadata["help"]
-            recipe.add_argument(flag, type=kind, default=field.default, help=meaning)
         recipe.set_defaults(run=_train, recipe=name)
+        recipe.add_late = functools.partial(_add_settings, recipe, name)
+
+
+class _LateParser(argparse.ArgumentParser):
+    """A parser that gets options only when it is used: to know a recipe's, its module is imported.
+
+    Attributes:
+      add_late: adds those options.
+    """
+
+    add_late: Callable[[], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Add the options, and parse."""
+        if self.add_late is not None:
+            self.add_late()
+        return super().parse_known_args(args, namespace)
+
+
+def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
+    for field in dataclasses.fields(_recipe(name).settings):
+        flag = f"--{field.name.replace('_', '-')}"
+        kind, meaning = type(field.default), field.metadata["help"]
+        parser.add_argument(flag, type=kind, default=field.default, help=meaning)
 
 
 def _add_evaluate(commands: Any) -> None:
-    from jaxrel.train.recipes.settings import SETTINGS
+    from jaxrel.train.recipes.registry import RECIPES, is_real
 
     evaluate = commands.add_parser("evaluate", help="judge a model or methods on held-out data")
     judged = evaluate.add_subparsers(required=True, metavar="what")
-    for name, settings in SETTINGS.items():
+    for name in RECIPES:
         recipe = judged.add_parser(name, help=f"a model made by `jaxrel train {name}`")
-        real = "data" in {field.name for field in dataclasses.fields(settings)}
+        real = is_real(name)
         recipe.add_argument("--model", default=None if real else name, required=real)
         if real:
             recipe.add_argument("--data", required=True, help="folder of the data set")
@@ -382,17 +404,15 @@ def _recipe(name: str) -> Any:
     missing = [name for name in ("grain", "optax", "orbax") if not importlib.util.find_spec(name)]
     if missing:
         raise ValueError(f"recipes need {', '.join(missing)}: pip install 'jaxrel[train]'")
-    from jaxrel.train.recipes.registry import RECIPES
+    from jaxrel.train.recipes.registry import find_recipe
 
-    return RECIPES[name]
+    return find_recipe(name)
 
 
 def _train(options: argparse.Namespace) -> None:
-    from jaxrel.train.recipes.settings import SETTINGS
-
-    kind = SETTINGS[options.recipe]
-    settings = kind(**{f.name: getattr(options, f.name) for f in dataclasses.fields(kind)})
-    _recipe(options.recipe).train(settings, options.out)
+    recipe = _recipe(options.recipe)
+    names = [field.name for field in dataclasses.fields(recipe.settings)]
+    recipe.train(recipe.settings(**{name: getattr(options, name) for name in names}), options.out)
     print(f"wrote {options.out}")
 
 

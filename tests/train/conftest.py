@@ -7,7 +7,7 @@ from flax import nnx
 from jax import numpy as jnp
 
 from jaxrel.train.recipes import captioner_shapes
-from jaxrel.train.recipes.settings import AoAShapes, GridTDShapes
+from jaxrel.train.recipes.captioner_shapes import AoAShapes, GridTDShapes
 from tests.train.folders import (
     ANNOTATIONS,
     ANNOTATIONS_FILE,

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from jaxrel.train.loop.parameters import named
+from jaxrel.train.loop.optimiser import named
 
 KEPT = 2
 

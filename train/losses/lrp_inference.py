@@ -22,7 +22,7 @@ from jaxrel.models.captions import end_of_caption, special_ids
 from jaxrel.propagation import composites
 from jaxrel.propagation.composites import Composite
 from jaxrel.propagation.lrp import lrp_vjp
-from jaxrel.train.recipes.mapper import word_loss
+from jaxrel.train.losses.captions import word_loss
 
 # English words that stand for nothing in an image: the closed classes of a grammar (determiners,
 # pronouns, prepositions, conjunctions, auxiliaries, a few adverbs, and what is left of contracted

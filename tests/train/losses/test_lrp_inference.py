@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from jaxrel.models import decoding
 from jaxrel.models.captioner import Captioner, reference_order
 from jaxrel.models.captioner.cells import SentinelLSTM
+from jaxrel.train.losses.captions import caption_loss
 from jaxrel.train.losses.lrp_inference import (
     STOP_WORDS,
     LRPInference,
@@ -18,7 +19,6 @@ from jaxrel.train.losses.lrp_inference import (
     lrp_inference_loss,
     relevance_weights,
 )
-from jaxrel.train.recipes.captioner import caption_loss
 from tests.models.test_captioner import (
     TEXTS,
     captioner,

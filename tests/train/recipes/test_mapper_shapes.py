@@ -13,8 +13,10 @@ from jaxrel.models import CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.evaluate import captions, perturbation, sanity
 from jaxrel.train.evaluate import vqa as answering
-from jaxrel.train.recipes import clip_shapes, mapper_shapes
-from jaxrel.train.recipes.settings import CaptionShapes, ClipShapes, VqaShapes
+from jaxrel.train.recipes import caption_shapes, clip_shapes, vqa_shapes
+from jaxrel.train.recipes.caption_shapes import CaptionShapes
+from jaxrel.train.recipes.clip_shapes import ClipShapes
+from jaxrel.train.recipes.vqa_shapes import VqaShapes
 
 SMALL = {
     "scenes": 32,
@@ -43,13 +45,13 @@ def stage1(quick_compile, tmp_path_factory):
 @pytest.fixture(scope="module")
 def vqa(stage1, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "vqa"
-    return mapper_shapes.train_vqa(VqaShapes(stage1=stage1, **SMALL), folder), folder
+    return vqa_shapes.train(VqaShapes(stage1=stage1, **SMALL), folder), folder
 
 
 @pytest.fixture(scope="module")
 def captioner(stage1, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "caption"
-    return mapper_shapes.train_caption(CaptionShapes(stage1=stage1, **SMALL), folder), folder
+    return caption_shapes.train(CaptionShapes(stage1=stage1, **SMALL), folder), folder
 
 
 @pytest.mark.parametrize(
@@ -240,14 +242,14 @@ def test_bad_settings(stage1, vqa, tmp_path):
         CaptionShapes(full=2.0)
     recipe = VqaShapes(stage1=stage1, **SMALL)
     with pytest.raises(ValueError, match="context 99 is more than the 34 tokens"):
-        mapper_shapes.train_vqa(dataclasses.replace(recipe, context=99), tmp_path / "new")
+        vqa_shapes.train(dataclasses.replace(recipe, context=99), tmp_path / "new")
     captions = CaptionShapes(stage1=str(vqa[1]), **SMALL)
     with pytest.raises(ValueError, match="context 34 is more than the 20 tokens"):
-        mapper_shapes.train_caption(captions, tmp_path / "new")
+        caption_shapes.train(captions, tmp_path / "new")
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError):
-        mapper_shapes.train_vqa(recipe, tmp_path / "file")
+        vqa_shapes.train(recipe, tmp_path / "file")
 
 
 def test_the_command_line_refuses_other_models(tmp_path, capsys):
