@@ -11,6 +11,7 @@ from jaxrel import cli
 from jaxrel.metrics.caption_scores import CiderD, tokenise
 from jaxrel.models import CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train.data.shapes import Shapes
+from jaxrel.train.data.shapes.patches import NAMES, shown_by_patch
 from jaxrel.train.evaluate import captions, perturbation, sanity
 from jaxrel.train.evaluate import vqa as answering
 from jaxrel.train.recipes import caption_shapes, clip_shapes, vqa_shapes
@@ -71,16 +72,16 @@ def test_training_writes_a_model_its_settings_and_a_log(made, kind, settings, re
 
 def test_patches_show_the_object_that_covers_them(stage1):
     scene = next(s for i in range(99) if len((s := Shapes().scene("train", i)).objects) == 1)
-    shown = mapper_shapes.shown_by_patch(scene, (8, 8)).reshape(8, 8, 3)
+    shown = shown_by_patch(scene, (8, 8)).reshape(8, 8, 3)
     cover = scene.masks[0].reshape(8, 8, 8, 8).mean(axis=(1, 3))
     np.testing.assert_array_equal(shown[..., 0] >= 0, cover >= 0.15)
-    colours = {mapper_shapes._VALUES[0][i] for i in shown[..., 0].ravel() if i >= 0}
+    colours = {NAMES[0][i] for i in shown[..., 0].ravel() if i >= 0}
     assert colours == {scene.objects[0].colour}
 
 
 def test_questions_that_a_scene_lacks_have_no_answer(vqa):
     model, _ = vqa
-    examples = mapper_shapes.vqa_examples(VqaShapes(**SMALL), model, "train", 16)
+    examples = vqa_shapes.examples(VqaShapes(**SMALL), model)
     for i in range(16):
         questions = Shapes().scene("train", i).questions
         answers = examples[i]["answer"]
@@ -96,7 +97,7 @@ def test_vqa_evaluation_and_card(vqa):
     accuracy = result["accuracy"]["all"]["mean"]
     assert result["questions"] == sum(len(Shapes().scene("test", i).questions) for i in range(12))
     assert 0 <= accuracy <= 1
-    card = answering.card(folder, result)
+    card = vqa_shapes.card(folder, result)
     assert f"| all | {accuracy:.3f}" in card
     assert "--scenes 32" in card
 
@@ -115,7 +116,7 @@ def test_caption_evaluation_and_card(captioner):
     result = captions.evaluate(model, scenes=10, batch=8)
     json.dumps(result)
     assert len(result["examples"]) == 5
-    assert "CIDEr-D" in captions.card(folder, result)
+    assert "CIDEr-D" in caption_shapes.card(folder, result)
 
 
 def test_true_captions_are_found_true(captioner, monkeypatch):
