@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from jaxrel.metrics.caption_scores import Tokens
+from jaxrel.metrics.words import STOP_WORDS
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.train.data.shapes import vocabulary
@@ -24,7 +25,6 @@ from jaxrel.train.loop.batches import Example, Source
 from jaxrel.train.loop.train import Loss, read_settings
 from jaxrel.train.losses.captions import caption_loss
 from jaxrel.train.losses.lrp_inference import (
-    STOP_WORDS,
     WEIGHED,
     LRPInference,
     content_words,

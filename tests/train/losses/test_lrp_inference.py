@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
+from jaxrel.metrics.words import STOP_WORDS
 from jaxrel.models import decoding
 from jaxrel.models.captioner import Captioner, reference_order
 from jaxrel.models.captioner.cells import SentinelLSTM
 from jaxrel.train.losses.captions import caption_loss
 from jaxrel.train.losses.lrp_inference import (
-    STOP_WORDS,
     LRPInference,
     content_words,
     lrp_inference_loss,
