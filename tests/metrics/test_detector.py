@@ -23,9 +23,10 @@ from jaxrel.train.evaluate import caption_explanations
 from jaxrel.train.evaluate.caption_explanations import METHODS
 from jaxrel.train.evaluate.detector import detector
 from jaxrel.train.evaluate.examples import ShapesImages
-from tests.models.test_captioner import TEXTS, captioner, random_images
 from tests.train.evaluate.test_caption_explanations import QUICK, Lights, judge_lights
 from tests.train.evaluate.test_caption_explanations import captioner as captioner_of_lights
+from tests.zoo.captioners import TEXTS, captioner
+from tests.zoo.images import random_images
 
 WHOLE = Interval(0.8, 0.7, 0.9)
 

@@ -26,9 +26,9 @@ from jaxrel.train.loop.optimiser import warmup_cosine
 from jaxrel.train.recipes import finetune
 from jaxrel.train.recipes.finetune import FinetuneCoco, FinetuneFlickr30k, FinetuneShapes
 from jaxrel.train.recipes.registry import RECIPES, find_recipe
-from tests.models.test_captioner import REGIONS
-from tests.models.test_captioner import captioner as random_captioner
 from tests.paths import ROOT
+from tests.zoo.captioners import REGIONS
+from tests.zoo.captioners import captioner as random_captioner
 
 SMALL = {
     "scenes": 16,
