@@ -28,10 +28,10 @@ from jaxrel.train.data.shapes.examples import CAPTIONS, FULL, SIDE, draw_scenes,
 from jaxrel.train.data.shapes.language import with_article
 from jaxrel.train.evaluate.vqa import localisation_table
 from jaxrel.train.loop.optimiser import warmup_cosine
-from jaxrel.train.loop.train import read_settings, write_settings
+from jaxrel.train.loop.train import write_settings
 from jaxrel.train.losses.contrastive import contrastive_loss
 from jaxrel.train.recipes.registry import Recipe
-from jaxrel.train.recipes.settings import OnShapes, Settings, changed_flags, setting
+from jaxrel.train.recipes.settings import OnShapes, Settings, setting, write_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,21 +263,13 @@ def _plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float]]:
 
 
 def card(folder: Path, result: dict[str, Any]) -> str:
-    """The model card: what the model is, how it was made, and what `evaluate` found.
-
-    Args:
-      folder: as `train` wrote it.
-      result: of `evaluate`.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = read_settings(folder)
+    """The model card; `result` is what `evaluate` found."""
     retrieval, local = result["retrieval"], result["localisation"]
-    return CARD.format(
-        flags=changed_flags(ClipShapes(), settings),
+    return write_card(
+        CARD,
+        folder,
+        ClipShapes(),
         split=result["split"],
-        **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch")},
         caption=_shown(retrieval["caption"]),
         image=_shown(retrieval["image"]),
         tested=retrieval["scenes"],
