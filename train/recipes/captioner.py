@@ -7,14 +7,10 @@ is theirs.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
-from jaxrel.models.captioner import Captioner, CaptionerConfig
+from jaxrel.models.captioner import CaptionerConfig
 from jaxrel.models.vision import PRESETS, EncoderConfig, VGGConfig
-from jaxrel.train.loop.batches import Source
-from jaxrel.train.loop.train import Loss, train_model
 from jaxrel.train.recipes.settings import Training, setting
 
 _DECAY = "from 0 to below 1"
@@ -44,6 +40,13 @@ class Adam(Training):
         "bound on each component of the gradient (the paper's: 0.1)",
         "positive (inf: no bound)",
     )
+
+    def optimiser(self) -> dict[str, Any]:
+        """Adam with bounded gradients, slower in the encoder if the recipe says so."""
+        rate = getattr(self, "encoder_rate", None)
+        factors = {} if rate is None else {"model/encoder": rate}
+        options = {"clip": None, "clamp": self.clamp, "b1": self.b1, "b2": self.b2}
+        return options | {"factors": factors}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,31 +133,3 @@ def new_config(recipe: Any, **sizes: Any) -> CaptionerConfig:
     """
     chosen = {name: getattr(recipe, name) for name in _SIZES if hasattr(recipe, name)}
     return CaptionerConfig(**(chosen | sizes), encoder=read_encoder(recipe.encoder))
-
-
-def train_captioner(
-    recipe: Any,
-    folder: Path,
-    parts: dict[str, Any],
-    loss: Loss,
-    source: Source,
-    *,
-    name: str,
-    factors: Mapping[str, float] | None = None,
-    workers: int = 0,
-) -> Captioner:
-    """`train_model` with Adam and bounded gradients; `factors` are those of `adamw`."""
-    return train_model(
-        recipe,
-        folder,
-        parts,
-        loss,
-        source,
-        name=name,
-        workers=workers,
-        clip=None,
-        clamp=recipe.clamp,
-        b1=recipe.b1,
-        b2=recipe.b2,
-        factors=factors,
-    )
