@@ -12,7 +12,7 @@ from PIL import Image
 
 import jaxrel
 from jaxrel import cli
-from jaxrel.explanations.flags import Flag
+from jaxrel.flags import Flag
 from jaxrel.metrics import Detector, Interval
 from jaxrel.metrics.detector import FILE, Criterion, WordGroup, fingerprint
 from jaxrel.metrics.word_statistics import map_statistic, map_statistics
@@ -70,6 +70,8 @@ def test_nothing_is_said_of_other_words_and_by_other_methods():
     maps = np.zeros((1, 2, 2), np.float32)
     assert made().flags("lrp", ["a"], maps) == ()
     assert made().flags("attention", ["circle"], maps) == ()
+    with pytest.warns(DeprecationWarning, match=r"Detector\.verdicts is now Detector\.flags"):
+        assert made().verdicts("lrp", ["a"], maps) == ()
 
 
 def test_groups_are_judged_each_by_its_own():
@@ -95,7 +97,7 @@ def test_unknown_statistics(name):
         criterion(name)
 
 
-def test_a_verdict_needs_numbers():
+def test_a_flag_needs_numbers():
     with pytest.raises(ValueError, match=r"numbers must be finite, got \(0\.0, nan, 0\.5\)"):
         Flag("a", "mean", 0.0, float("nan"), 0.5, "")
 
@@ -152,7 +154,7 @@ def lrp_of(content):
         (edited(lambda x: x.update(protocol="captioner/1")), "got 'captioner/1'"),
         (edited(lambda x: x.pop("data")), "missing or unknown: data"),
         (edited(lambda x: x.update(more=1)), "missing or unknown: more"),
-        (edited(lambda x: x.update(pixels="9")), "images must be of type int, got '9'"),
+        (edited(lambda x: x.update(images="9")), "images must be of type int, got '9'"),
         (edited(lambda x: x.update(groups=[])), r"groups must be an object, got \[\]"),
         (edited(lambda x: x["groups"]["shape"].update(words="ab")), "a list of words, got 'ab'"),
         (edited(lambda x: lrp_of(x).update(threshold=None)), "threshold must be a finite number"),
@@ -184,7 +186,7 @@ def lights(quick_compile):
 
 def test_what_an_evaluation_chose_is_kept(lights):
     one = detector(lights)
-    assert (one.data, one.split, one.pixels) == ("Lights", "", 20)
+    assert (one.data, one.split, one.images) == ("Lights", "", 20)
     group = one.groups["thing"]
     # The light itself tells; the same map everywhere and chance do not.
     assert "lrp" in group.methods
@@ -334,7 +336,9 @@ def test_evaluate_and_explain(lights, folder, tmp_path, monkeypatch, capsys):
     assert all(one is None or one["flagged"] == (one["value"] < one["threshold"]) for one in flags)
     assert text.count("likely hallucinated: ") == sum(one["flagged"] for one in flags if one)
     assert text.count("not flagged: ") == sum(not one["flagged"] for one in flags if one)
-    assert "flag" not in found[1]["examples"][0]
+    old = [example["verdict"] for example in found[0]["examples"]]
+    assert [one and one["doubted"] for one in old] == [one and one["flagged"] for one in flags]
+    assert not {"flag", "verdict"} & set(found[1]["examples"][0])
     page = (tmp_path / "out/explanation.html").read_text()
     assert page.count("likely hallucinated: ") == text.count("likely hallucinated: ")
 

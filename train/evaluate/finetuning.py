@@ -380,7 +380,7 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
       ValueError: a result of another protocol.
       OSError: a file cannot be written there.
     """
-    from jaxrel.report import bars
+    from jaxrel.report import plots
 
     _check_protocol(result)
     tables = "\n".join(markdown(result, split) for split in result["splits"])
@@ -394,7 +394,7 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
             f"{PROTOCOL}, Shapes {split}, {result['scenes']} scenes, "
             f"{len(result['beginnings'])} beginnings; 95% intervals over both"
         )
-        bars.bars(_panels(found), files[-1], note=note)
+        plots.bars(_panels(found), files[-1], note=note)
     return files
 
 

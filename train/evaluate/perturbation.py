@@ -8,6 +8,7 @@ and steps, for each of these.
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from jaxrel.files import write_atomically
 from jaxrel.metrics import perturbation
 from jaxrel.metrics.caption_scores import CiderD, References, tokenise
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQA
+from jaxrel.report import plots
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.evaluate.vqa import answer_indices, check_answers, model_inputs
 
@@ -414,8 +416,6 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
     Raises:
       ImportError: matplotlib is not installed (extra `report`); JSON and tables are written.
     """
-    from jaxrel.report.curves import curves
-
     files = []
     for one, summary in result.items():
         name = f"perturbation-{summary['task']}-{one}"
@@ -428,3 +428,40 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
         files.append(folder / f"perturbation-{summary['task']}-{one}.png")
         curves(summary, files[-1])
     return files
+
+
+def curves(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw the negative and the positive test side by side, a line with its band per method.
+
+    Bands are the bootstrap 95% intervals of each point. The file appears complete or not at
+    all; a missing folder is made.
+
+    Args:
+      summary: one value of a result of `evaluate`, or read back from JSON.
+      path: where to; must end in .png.
+
+    Raises:
+      ImportError: matplotlib is not installed (extra `report`).
+      ValueError: another suffix, or a summary of another protocol.
+      OSError: the file cannot be written there.
+    """
+    perturbation.check_protocol("curves", summary)
+    titles = {
+        "negative": "Least relevant first: higher is better",
+        "positive": "Most relevant first: lower is better",
+    }
+    panels = {
+        title: {name: one[sign]["curve"] for name, one in summary["methods"].items()}
+        for sign, title in titles.items()
+    }
+    examples = f"{summary['protocol']}, {summary['examples']} examples"
+    plots.lines(
+        panels,
+        summary["steps"],
+        path,
+        x="share of tokens removed",
+        y=summary["measure"],
+        percent=True,
+        size=(11, 4.4),
+        note=f"{examples}; bands: bootstrap 95% intervals",
+    )

@@ -17,7 +17,7 @@ from jaxrel.metrics.words import COCO_FREQUENT
 from jaxrel.models import Processor, image_processing, word_tokenizer
 from jaxrel.models.captioner import Captioner, CaptionerConfig
 from jaxrel.models.vision import VGGConfig
-from jaxrel.report import bars
+from jaxrel.report import plots
 from jaxrel.train.data.shapes import Shapes, vocabulary
 from jaxrel.train.evaluate import caption_explanations
 from jaxrel.train.evaluate.caption_explanation_tables import markdown, save
@@ -576,8 +576,8 @@ def test_results_and_plots_of_something_else(tmp_path):
         with pytest.raises(ValueError, match=r"'captioner/1', .* got protocol 'perturbation/1'"):
             use({"protocol": "perturbation/1"})
     with pytest.raises(ValueError, match=r"cannot save bars as 'a.pdf': .* ends in \.png"):
-        bars.bars({"a": {}}, "a.pdf")
+        plots.bars({"a": {}}, "a.pdf")
     with pytest.raises(ValueError, match="bars: there is nothing to draw"):
-        bars.bars({}, "a.png")
+        plots.bars({}, "a.png")
     with pytest.raises(ValueError, match="lines: there is nothing to draw"):
-        bars.lines({}, [0.0], "a.png", title="", x="", y="")
+        plots.lines({}, [0.0], "a.png", x="", y="")

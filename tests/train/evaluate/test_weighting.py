@@ -51,14 +51,14 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-# ---- the seam: layers as `two_streams` takes them
+# ---- the seam: layers as `bimodal_accumulation` takes them
 
 
 def test_layers_make_the_weighted_method(vqa, questions, layers):
     blocks = [
         [{p: layers[tag] for p, tag in stage} for stage in block] for block in vqa.layout.schedule
     ]
-    maps = attention.two_streams(blocks, importance="grad_value", residual=False)
+    maps = attention.bimodal_accumulation(blocks, importance="grad_value", residual=False)
     target_token = vqa.target_tokens(questions)["text"]
     expected = token_relevance(vqa, questions, method=("weighted",))["weighted"]
     assert_close(attention.row(maps.ss, target_token), expected["text"])
@@ -223,7 +223,7 @@ def test_a_rows_weight_is_lost_when_rows_are_normalised():
         rng = np.random.default_rng(0)
         blocks = [[{"qq": layers(4, 4, beta)}], [{"sq": layers(3, 4, np.ones(3))}]]
         first = lambda value, grad: value[..., 0]
-        return attention.two_streams(blocks, importance=first, normalise=normalise).sq
+        return attention.bimodal_accumulation(blocks, importance=first, normalise=normalise).sq
 
     beta = rng.uniform(0.1, 1.9, 4)
     assert_close(image(beta), image(np.ones(4)))
@@ -294,7 +294,7 @@ def test_where_little_is_moved_a_layer_alone_is_nearly_all(vqa, questions, layer
     blocks = [
         [{p: small[tag] for p, tag in stage} for stage in block] for block in vqa.layout.schedule
     ]
-    maps = attention.two_streams(blocks, importance="grad_value", residual=False)
+    maps = attention.bimodal_accumulation(blocks, importance="grad_value", residual=False)
     for b, token in enumerate(np.asarray(vqa.target_tokens(questions)["text"])):
         expected = sum(
             np.nan_to_num(explained[1]["target_token"][tag]["direct"][i, b])

@@ -1,0 +1,73 @@
+"""The relevance of attention maps themselves: LRP from the output, read at the maps."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax import numpy as jnp
+
+from jaxrel.propagation.assignment import prepare
+from jaxrel.propagation.composites import as_composite
+from jaxrel.tracing.analysis import dependents
+from jaxrel.tracing.capture import taps_with_grad
+from jaxrel.tracing.facts import Fact
+from jaxrel.tracing.graph import Graph, Traced, Value
+from jaxrel.tracing.primitives import LOOKUPS
+from jaxrel.tracing.sharding import shaped_like, zeros
+
+
+def lrp_of_maps(
+    traced: Traced,
+    taps: Mapping[Value, str],
+    *,
+    rules: Any,
+    data: Sequence[Value],
+    paths: Sequence[str],
+) -> dict[str, Any]:
+    """R(A) = A * c at each tapped map, where c is the cotangent that the rules of LRP give.
+
+    Args:
+      traced: the call.
+      taps: names by attention map.
+      rules: a composite, or what makes one.
+      data: the inputs that are explained; of integer inputs (tokens), the embeddings they select.
+      paths: the name of each input, for the rules.
+
+    Returns:
+      By name, the relevance of the map, stacked over scans.
+
+    Raises:
+      NotImplementedError: an operation without a rule, or rules that differ between the layers
+        of a scan (those give every layer maps of its own).
+    """
+    graph = traced.graph
+    explained = {value for value in data if jnp.issubdtype(value.aval.dtype, jnp.floating)}
+    ins = [
+        Fact(active=True, fresh=True) if value in explained else Fact(paths=frozenset({path}))
+        for value, path in zip(graph.ins, paths, strict=True)
+    ]
+    known = dependents(graph, [value for value in data if value not in explained])
+    prepared = prepare(graph, as_composite(rules), ins, tags=lambda graph: _looked_up(graph, known))
+    there = {out for node in prepared.graph.walk() for out in node.outs}
+    if not set(taps) <= there:
+        raise NotImplementedError(
+            "attention.relevance: the rules cut the scan over layers (first() or layer() in the "
+            "composite), and the maps' relevance is read from the whole scan; use rules that are "
+            "the same for all layers"
+        )
+    channels = tuple(zeros(shaped_like(value.aval)) for value in prepared.explained)
+    ruled = dataclasses.replace(traced, graph=prepared.graph, args=(*traced.args, *channels))
+    _, values, c = taps_with_grad(ruled, taps, "attention.relevance", prepared.steps)
+    return {name: values[name] * c[name] for name in taps.values()}
+
+
+def _looked_up(graph: Graph, tokens: frozenset[Value]) -> list[Value]:
+    """The rows that integer data select from tables that are not data."""
+    return [
+        node.outs[0]
+        for node in graph.walk()
+        if node.name in LOOKUPS
+        and node.ins[0] not in tokens
+        and any(atom in tokens for atom in node.ins[1:])
+        and jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating)
+    ]

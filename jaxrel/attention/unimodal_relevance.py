@@ -1,0 +1,388 @@
+"""Attention relevance of a function as it stands, over the self-attention of each stream."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxrel.attention.discovery import (
+    Site,
+    Stack,
+    data_values,
+    find_stacks,
+    tagged_stack,
+    trace_attention,
+)
+from jaxrel.attention.importance import measure
+from jaxrel.attention.lrp_of_maps import lrp_of_maps
+from jaxrel.attention.maps import relevance_dtype, row, token_index
+from jaxrel.attention.methods import METHODS, TABLE, check_methods
+from jaxrel.attention.streaming import accumulate, seed, weigh_sum
+from jaxrel.propagation.composites import as_composite, attn_lrp
+from jaxrel.propagation.lrp import labelled
+from jaxrel.renamed import renamed_keywords
+from jaxrel.tracing.capture import check_scalar_outputs, taps_with_grad
+from jaxrel.tracing.evaluate import Edits, Interceptor, evaluate
+from jaxrel.tracing.graph import Traced
+from jaxrel.tracing.sharding import shaped_like
+
+STREAMING = tuple(name for name in METHODS if TABLE[name].streaming)
+
+
+@renamed_keywords(readout="target_token")
+def relevance(
+    fun: Callable,
+    *,
+    method: str | Sequence[str] = "weighted",
+    target_token: Any = 0,
+    attention: str | Sequence[str] | None = None,
+    layers: slice | Sequence[int] | None = None,
+    heads: slice | Sequence[int] | None = None,
+    importance: str | Callable = "grad_value",
+    form: Literal["auto", "streaming", "stacked"] = "auto",
+    rules: Any = None,
+    argnums: int | Sequence[int] | None = None,
+) -> Callable:
+    """Make a function return the relevance of its tokens instead of its output.
+
+    The model is not changed: its attention maps are found by structure (see `sites`), or by
+    the names it tags them with. Equal (Chefer et al. 2021, eq. 5 and 6) and weighted
+    accumulation (Huang et al. 2023) for one target token are streamed: relevance rides in the
+    backward pass, and no map or gradient is kept beyond its layer. Other methods, whole
+    matrices and a choice of layers or heads stack the maps; all methods together share one
+    forward and one backward pass. `methods.TABLE` says what each method needs and its source.
+
+    Args:
+      fun: a JAX function that returns the scalar to explain, or one per example `[batch]`;
+        examples must be independent of each other, dropout off.
+      method: one of `METHODS`, or several.
+      target_token: the token whose row of the relevance matrix is returned: an int, an int array
+        `[batch]`, a mapping from stack names to these, or None for the whole matrix.
+      attention: the names of the attention stacks: tags of the maps, or the names that `sites`
+        lists. By default the function's only self-attention stack.
+      layers: the layers accumulated; all, by default. `slice(-1, None)` is the last alone.
+      heads: the attention heads averaged; all, by default.
+      importance: the measure of the weighted method: 'grad_value', 'norm', 'abs_grad_value',
+        or a function `(value, grad) -> [batch, tokens]`.
+      form: 'streaming', 'stacked', or 'auto', which streams where it can.
+      rules: for the methods that read the maps' relevance by LRP, 'equal_lrp' (on one stream
+        the same as transformer attribution, Chefer et al. 2021 CVPR) and 'partial_lrp' (Voita
+        et al. 2019, signed): see `jaxrel.lrp`; AttnLRP by default.
+      argnums: which arguments hold the data (what tells an attention map from a weight): by
+        default every argument that is not an NNX module.
+
+    Returns:
+      A function `(*args) -> relevance`, float32 (float64 for float64 maps), to be wrapped in
+      `jit` by the caller: `[batch, tokens]`, or `[batch, tokens, tokens]` for `target_token=None`.
+      Several methods give a dict by method, several stacks a dict by stack of these.
+
+    Raises:
+      ValueError: (when called) unknown method, measure, stack, layer or target token; no or several
+        attention stacks where one is needed; no residual stream found for 'weighted'.
+      TypeError: (when called) `fun` returns something other than one real array.
+      NotImplementedError: (when called) attention inside a kernel or a hand-written derivative.
+    """
+    explain = value_and_relevance(
+        fun,
+        method=method,
+        target_token=target_token,
+        attention=attention,
+        layers=layers,
+        heads=heads,
+        importance=importance,
+        form=form,
+        rules=rules,
+        argnums=argnums,
+    )
+
+    def explained(*args):
+        return explain(*args)[1]
+
+    return explained
+
+
+@renamed_keywords(readout="target_token")
+def value_and_relevance(
+    fun: Callable,
+    *,
+    method: str | Sequence[str] = "weighted",
+    target_token: Any = 0,
+    attention: str | Sequence[str] | None = None,
+    layers: slice | Sequence[int] | None = None,
+    heads: slice | Sequence[int] | None = None,
+    importance: str | Callable = "grad_value",
+    form: Literal["auto", "streaming", "stacked"] = "auto",
+    rules: Any = None,
+    argnums: int | Sequence[int] | None = None,
+) -> Callable:
+    """Like `relevance`, but the function returns `(fun(*args), relevance)`."""
+    methods = check_methods(method)
+    measure(importance)
+    composite = attn_lrp() if rules is None else as_composite(rules)
+    some = {"layers": layers, "heads": heads}
+    streaming = _choose_form(form, methods, target_token, some)
+
+    def explained(*args):
+        traced = trace_attention(fun, *args)
+        _check_scalars(traced)
+        stacks = _choose(traced, args, attention, argnums, "weighted" in methods)
+        target_tokens = {s.name: _target_token(target_token, s) for s in stacks}
+        if streaming:
+            out, result = _stream(traced, stacks, methods[0], target_tokens, importance)
+            result = {methods[0]: result}
+        else:
+            _check_branches(stacks, methods, layers)
+            by_lrp = None
+            if any(TABLE[name].by_lrp for name in methods):
+                data = data_values(traced, args, argnums)
+                paths = [path for _, path, _ in labelled(fun, args)]
+                by_lrp = functools.partial(
+                    lrp_of_maps, traced, rules=composite, data=data, paths=paths
+                )
+            out, result = _stacked(traced, stacks, methods, target_tokens, some, importance, by_lrp)
+        if attention is None or isinstance(attention, str):
+            result = {name: found[stacks[0].name] for name, found in result.items()}
+        return out, result[method] if isinstance(method, str) else result
+
+    return explained
+
+
+def _check_scalars(traced: Traced) -> None:
+    check_scalar_outputs(traced, "attention.relevance")
+    shape = traced.graph.outs[0].shape
+    if len(shape) > 1:
+        raise TypeError(
+            f"attention.relevance: the function returned shape {shape}; return the scalar to "
+            "explain, or one per example, as in lambda x: fun(x)[:, target]"
+        )
+
+
+def _check_branches(stacks: list[Stack], methods: tuple[str, ...], layers: Any) -> None:
+    """Refuse methods that count layers where a layer may not run, and so has a map of zeros."""
+    counted = [name for name in methods if not TABLE[name].skips]
+    for stack in stacks:
+        if any(site.in_cond for site in stack.sites) and (counted or layers is not None):
+            what = f"method {counted[0]!r}" if counted else "a choice of layers"
+            raise NotImplementedError(
+                f"attention.relevance: {what} counts the layers of {stack.name!r}, some of which "
+                f"lie in a cond and may not run ({stack.sites[0].where}); use 'equal', "
+                "'weighted' or 'rollout' over all layers"
+            )
+
+
+def _choose_form(form: str, methods: tuple, target_token: Any, some: Mapping[str, Any]) -> bool:
+    everything = all(choice is None for choice in some.values())
+    rows = target_token.values() if isinstance(target_token, Mapping) else (target_token,)
+    row = all(index is not None for index in rows)
+    can = len(methods) == 1 and methods[0] in STREAMING and row and everything
+    if form == "streaming" and not can:
+        raise ValueError(
+            "form='streaming' computes one target token row of one of the methods "
+            f"{' and '.join(STREAMING)} over all layers and heads; got method={methods}, "
+            f"target_token={target_token}, {some}. Use form='auto'"
+        )
+    if form not in ("auto", "streaming", "stacked"):
+        raise ValueError(f"form must be 'auto', 'streaming' or 'stacked', got {form!r}")
+    return can and form != "stacked"
+
+
+def _choose(
+    traced: Traced, args: tuple, attention: Any, argnums: Any, weighted: bool
+) -> list[Stack]:
+    found = {stack.name: stack for stack in find_stacks(traced, args, argnums)}
+    if attention is None:
+        names = [name for name, stack in found.items() if stack.is_self]
+        if len(names) != 1:
+            problem = "no self-attention was found" if not names else "several were found"
+            raise ValueError(
+                f"attention.relevance: {problem}; name what is meant with attention=..., a tag of "
+                f"the maps or one of these: {_listing(found)}"
+            )
+    else:
+        names = [attention] if isinstance(attention, str) else list(attention)
+    stacks = []
+    for name in names:
+        # Tags of a whole residual sum say more than structure; a tag of the map alone, less.
+        tagged = None if attention is None else tagged_stack(traced, name)
+        whole = tagged is not None and tagged.has_residual
+        stack = tagged if whole else found.get(name) or tagged
+        if stack is None:
+            raise ValueError(
+                f"attention.relevance: no attention is named {name!r}; there is {_listing(found)}"
+            )
+        if stack.sites[0].shape[-1] != stack.sites[0].shape[-2]:
+            raise ValueError(
+                f"attention.relevance: {name!r} maps {stack.sites[0].shape[-2]} queries to "
+                f"{stack.sites[0].shape[-1]} keys; relevance accumulates over self-attention. "
+                "For two streams use attention.value_and_bimodal_relevance"
+            )
+        if weighted and not stack.has_residual:
+            raise ValueError(
+                f"attention.relevance: method 'weighted' needs the residual stream around "
+                f"{name!r}, and none was found near {stack.sites[0].where}; tag the stream "
+                f"before the attention {name + '/before'!r} and the attention's output "
+                f"{name + '/after'!r} where they are added (all in one scan or remat body: put the "
+                "sum inside the jax.checkpoint), say with argnums which arguments are data, or use "
+                "method 'equal'"
+            )
+        stacks.append(stack)
+    if weighted:
+        _check_sums(stacks)
+    return stacks
+
+
+def _check_sums(stacks: list[Stack]) -> None:
+    """Alpha and beta weigh two branches; a sum of three has no such weights."""
+    sums: dict[Any, Site] = {}
+    for site in (site for stack in stacks for site in stack.sites):
+        total = site.residual and site.residual.total
+        if total in sums:
+            raise ValueError(
+                "attention.relevance: method 'weighted' weighs one attention against the stream, "
+                f"and those at {sums[total].where} and {site.where} meet in one sum; add them to "
+                "the stream one after the other, or use method 'equal'"
+            )
+        sums[total] = site
+
+
+def _listing(found: Mapping[str, Stack]) -> str:
+    return "; ".join(map(str, found.values())) or "none (see jaxrel.attention.sites)"
+
+
+def _target_token(target_token: Any, stack: Stack) -> Any:
+    if isinstance(target_token, Mapping):
+        if stack.name not in target_token:
+            raise ValueError(
+                f"target_token names {sorted(target_token)} but not the stack {stack.name!r}"
+            )
+        target_token = target_token[stack.name]
+    if target_token is None:
+        return None
+    batch, _, tokens, _ = stack.sites[0].shape
+    if isinstance(target_token, str):
+        raise ValueError(
+            f"target_token must be a token's index, or one per example, got {target_token!r}"
+        )
+    if isinstance(target_token, list | tuple):
+        target_token = np.asarray(target_token)
+    return token_index(target_token, batch=batch, tokens=tokens)
+
+
+def _stream(
+    traced: Traced, stacks: list[Stack], method: str, target_tokens: Mapping, importance: Any
+) -> tuple[Any, dict]:
+    """Walk back through the layers with one row of relevance per example."""
+    interceptors: dict = {}
+    for stack in stacks:
+        for site in stack.sites:
+            interceptors[site.value] = Interceptor(_accumulate_at(stack.name, site))
+            if method == "weighted" and site.residual is not None:
+                before, after, total = site.residual
+                interceptor = _weigh_at(stack.name, site, measure(importance))
+                interceptors[total] = Interceptor(interceptor, (before, after))
+
+    def run(carriers):
+        result = evaluate(
+            traced.graph, traced.args, Edits(interceptors=interceptors), carrier=carriers
+        )
+        return result.outs[0], result.carrier
+
+    seeds = {}
+    for stack in stacks:
+        site = stack.sites[0]
+        batch, _, tokens, _ = site.shape
+        seeds[stack.name] = seed(
+            target_tokens[stack.name],
+            batch=batch,
+            tokens=tokens,
+            dtype=relevance_dtype(site.value.aval),
+            like=shaped_like(site.value.aval, (site.batch,), shape=(batch,)),
+        )
+    (out, _), pullback = jax.vjp(run, jax.tree.map(jnp.zeros_like, seeds))
+    (rows,) = pullback((jnp.ones_like(out), seeds))
+    return traced.unflatten([out]), {stack.name: rows[stack.name].keep for stack in stacks}
+
+
+def _accumulate_at(name: str, site: Site) -> Callable:
+    def interceptor(carriers, value):
+        carrier, attn = accumulate(carriers[name], site.standard(value))
+        return {**carriers, name: carrier}, site.restore(attn)
+
+    return interceptor
+
+
+def _weigh_at(name: str, site: Site, importance: Callable) -> Callable:
+    batch, _, tokens, _ = site.shape
+
+    def interceptor(carriers, total, before, after):
+        rows = [x.reshape(batch, tokens, -1) for x in (total, before, after)]
+        carrier, weighed = weigh_sum(carriers[name], rows[0], rows[1], rows[2], importance)
+        return {**carriers, name: carrier}, weighed.reshape(total.shape)
+
+    return interceptor
+
+
+def _stacked(
+    traced: Traced,
+    stacks: list[Stack],
+    methods: tuple[str, ...],
+    target_tokens: Mapping,
+    some: Mapping[str, Any],
+    importance: Any,
+    by_lrp: Callable | None,
+) -> tuple[Any, dict]:
+    """All maps and gradients of all layers, and every method's rows or matrices from them."""
+    weighted = "weighted" in methods
+    taps: dict[Any, str] = {}
+    for what in ("value", "before", "after", "total") if weighted else ("value",):
+        for site in (site for stack in stacks for site in stack.sites):
+            # One value may serve twice: a stream is often the sum of the layer before.
+            taps.setdefault(_value(site, what), f"{len(taps)}:{what}")
+    out, values, grads = taps_with_grad(traced, taps, "attention.relevance")
+    found = {}
+    if by_lrp is not None:
+        found = by_lrp({value: name for value, name in taps.items() if name.endswith(":value")})
+    result: dict = {method: {} for method in methods}
+    for stack in stacks:
+        layers = functools.partial(_layers, stack, taps)
+        grad, given = layers(grads, "value"), {}
+        if weighted:
+            given = {
+                "before": layers(values, "before"),
+                "after": layers(values, "after"),
+                "value_grad": layers(grads, "total"),
+                "importance": importance,
+            }
+        index = target_tokens[stack.name]
+        for method in (TABLE[name] for name in methods):
+            maps = layers(found if method.by_lrp else values, "value")
+            matrix = method.relevance_matrix(maps, grad, given, **some)
+            result[method.name][stack.name] = matrix if index is None else row(matrix, index)
+    return out, result
+
+
+def _value(site: Site, what: str) -> Any:
+    return site.value if what == "value" else getattr(site.residual, what)
+
+
+def _layers(stack: Stack, taps: Mapping, found: Mapping, what: str) -> Any:
+    """Tapped values of a stack as [layers, batch, ...], in order of execution."""
+    values, stages = [], []
+    for site in stack.sites:
+        value = _value(site, what)
+        x = found[taps[value]]
+        values.append(_standard(site, x.reshape(-1, *value.shape), what))
+        stages += list(site.stages())
+    stacked = jnp.concatenate(values)
+    order = sorted(range(len(stages)), key=stages.__getitem__)
+    return stacked if order == list(range(len(order))) else stacked[np.asarray(order)]
+
+
+def _standard(site: Site, x: Any, what: str) -> Any:
+    if what == "value":
+        return jax.vmap(site.standard)(x)
+    batch, _, tokens, _ = site.shape
+    return x.reshape(len(x), batch, tokens, -1)
