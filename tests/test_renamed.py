@@ -29,6 +29,7 @@ OLD = {
     "jaxrel.word_relevance.WORD_METHODS": "jaxrel.explanations.words.WORD_METHODS",
     "jaxrel.models.weights.PRETRAINED": "jaxrel.models.checkpoint.PRETRAINED",
     "jaxrel.report.picture": "jaxrel.report.figure",
+    "jaxrel.train.settings.FinetuneShapes": "jaxrel.train.recipes.finetune.FinetuneShapes",
 }
 
 

@@ -23,16 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0, or 2 for input that cannot be used.
     """
-    options = _parser().parse_args(arguments)
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     with warnings.catch_warnings():
         # One line per warning, and only those meant for users.
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"jaxrel\b")
         warnings.showwarning = _show_warning
         try:
+            options = _parser().parse_args(arguments)
             options.run(options)
         except (ValueError, OSError, ArithmeticError) as error:
-            if options.debug:
+            if debug:
                 raise
             print(f"jaxrel: error: {error}", file=sys.stderr)
             return 2

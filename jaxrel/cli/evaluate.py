@@ -1,7 +1,6 @@
 """`jaxrel evaluate WHAT`: judge a model or methods on held-out data."""
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +23,11 @@ def add(commands: Any) -> None:
 
 
 def _add_recipes(judged: Any) -> None:
-    from jaxrel.train.recipes.settings import SETTINGS
+    from jaxrel.train.recipes.registry import RECIPES, is_real
 
-    for name, settings in SETTINGS.items():
+    for name in RECIPES:
         recipe = judged.add_parser(name, help=f"a model made by `jaxrel train {name}`")
-        real = "data" in {field.name for field in dataclasses.fields(settings)}
+        real = is_real(name)
         recipe.add_argument(
             "--model",
             default=None if real else name,

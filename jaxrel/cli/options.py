@@ -53,6 +53,6 @@ def recipe(name: str) -> Any:
     missing = [name for name in ("grain", "optax", "orbax") if not importlib.util.find_spec(name)]
     if missing:
         raise ValueError(f"recipes need {', '.join(missing)}: pip install 'jaxrel[train]'")
-    from jaxrel.train.recipes.registry import RECIPES
+    from jaxrel.train.recipes.registry import find_recipe
 
-    return RECIPES[name]
+    return find_recipe(name)

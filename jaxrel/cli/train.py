@@ -8,27 +8,36 @@ from typing import Any
 from jaxrel.cli import options as shared
 
 
-def add(commands: Any) -> None:
-    """Add the command, with a command of its own per recipe and an option per setting."""
-    from jaxrel.train.recipes.settings import SETTINGS
+class _RecipeParser(argparse.ArgumentParser):
+    """A recipe's command; its module, which has the settings, is imported when it is used."""
 
-    train = commands.add_parser("train", help="train a model with a recipe")
-    recipes = train.add_subparsers(required=True, metavar="recipe")
-    for name, settings in SETTINGS.items():
-        recipe = recipes.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        recipe.add_argument("--out", required=True, type=Path, help="the model's folder")
-        for field in dataclasses.fields(settings):
+    recipe = ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Add an option per setting, and parse."""
+        for field in dataclasses.fields(shared.recipe(self.recipe).settings):
             flag = f"--{field.name.replace('_', '-')}"
             kind, meaning = type(field.default), field.metadata["help"]
-            recipe.add_argument(flag, type=kind, default=field.default, help=meaning)
-        recipe.set_defaults(run=run, recipe=name)
+            self.add_argument(flag, type=kind, default=field.default, help=meaning)
+        return super().parse_known_args(args, namespace)
+
+
+def add(commands: Any) -> None:
+    """Add the command, with a command of its own per recipe and an option per setting."""
+    from jaxrel.train.recipes.registry import RECIPES
+
+    train = commands.add_parser("train", help="train a model with a recipe")
+    recipes = train.add_subparsers(required=True, metavar="recipe", parser_class=_RecipeParser)
+    for name in RECIPES:
+        parser = recipes.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        parser.recipe = name
+        parser.add_argument("--out", required=True, type=Path, help="the model's folder")
+        parser.set_defaults(run=run, recipe=name)
 
 
 def run(options: argparse.Namespace) -> None:
     """Train."""
-    from jaxrel.train.recipes.settings import SETTINGS
-
-    kind = SETTINGS[options.recipe]
-    settings = kind(**{f.name: getattr(options, f.name) for f in dataclasses.fields(kind)})
-    shared.recipe(options.recipe).train(settings, options.out)
+    recipe = shared.recipe(options.recipe)
+    names = [field.name for field in dataclasses.fields(recipe.settings)]
+    recipe.train(recipe.settings(**{name: getattr(options, name) for name in names}), options.out)
     print(f"wrote {options.out}")

@@ -222,7 +222,7 @@ def test_train_refuses_a_folder_that_is_no_model_before_any_work(capsys, tmp_pat
 def test_train_refuses_bad_settings_before_any_work(capsys, tmp_path):
     out = tmp_path / "model"
     assert cli.main(["train", "clip-shapes", "--out", str(out), "--steps", "0"]) == 2
-    assert "clip-shapes: steps must be at least 1, got 0" in capsys.readouterr().err
+    assert "steps must be at least 1, got 0" in capsys.readouterr().err
     assert cli.main(["train", "clip-shapes", "--out", str(out), "--scenes", "8"]) == 2
     assert "batch 128 is more than the 8 scenes" in capsys.readouterr().err
     assert not out.exists()

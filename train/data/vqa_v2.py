@@ -7,11 +7,9 @@ FOLDER/val2014/COCO_val2014_000000262148.jpg       also train2014/, test2015/
 
 import dataclasses
 import functools
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -28,7 +26,6 @@ from jaxrel.train.data.files import (
     new_id,
     places,
     read_annotations,
-    read_json,
 )
 
 # The name of a split in the files, and of its images.
@@ -42,7 +39,6 @@ SPLITS = tuple(_SUBTYPES)
 ANNOTATED = ("train", "val")
 ANSWERS = 10  # people who answered each question
 
-_FORMAT = "jaxrel-answers/1"
 _ADVICE = "Unpack them there, or name another folder"
 
 # What the evaluation treats as punctuation; currency and percent signs, & and : stay.
@@ -239,10 +235,6 @@ class AnswerVocabulary:
     def _index(self) -> dict[str, int]:
         return {answer: index for index, answer in enumerate(self.answers)}
 
-    def index(self, answer: str) -> int | None:
-        """Return the class of an answer, normalised first; None if it has none."""
-        return self._index.get(normalise_answer(answer))
-
     def scores(self, answers: Sequence[str]) -> Float32[np.ndarray, " vocabulary"]:
         """The soft target: min(n / 3, 1) for an answer that n people gave, 0 for the others.
 
@@ -280,34 +272,6 @@ class AnswerVocabulary:
                 "more answers, or a smaller at_least"
             )
         return cls(tuple(sorted(kept, key=lambda answer: (-counts[answer], answer))))
-
-    def save(self, path: StrPath) -> None:
-        """Write the vocabulary as a JSON file."""
-        document = {"format": _FORMAT, "answers": self.answers}
-        Path(path).write_text(json.dumps(document, indent=0) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: StrPath) -> "AnswerVocabulary":
-        """Read what `save` wrote.
-
-        Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: it is something else.
-        """
-        path = Path(path)
-        check_layout("Answer vocabulary", {path: "JSON"}, {}, "Write one with save(path)")
-        document: Any = read_json(path)
-        right = isinstance(document, dict) and document.get("format") == _FORMAT
-        answers = document.get("answers", []) if right else []
-        if not answers or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(
-                f"{path} is no answer vocabulary; expected an object with 'format' {_FORMAT!r} "
-                "and the list 'answers', as AnswerVocabulary.save writes it"
-            )
-        try:
-            return cls(tuple(answers))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 def build_vocabulary(

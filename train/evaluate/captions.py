@@ -1,21 +1,17 @@
 """How true the captions of a model for Shapes are, and what they hallucinate."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import trange
 
-from jaxrel.metrics import Interval, bootstrap, bootstrap_ratio, chair
+from jaxrel.metrics import bootstrap, bootstrap_ratio, chair
 from jaxrel.metrics.caption_scores import CiderD, tokenise
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.clipmapper import CLIPMapperCaption
 from jaxrel.train.data.shapes import Scene, Shapes
 from jaxrel.train.data.shapes.claims import claims, facts
-from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE
-from jaxrel.train.recipes.settings import CaptionShapes, changed_flags
 
 
 def evaluate(
@@ -133,52 +129,3 @@ HALLUCINATIONS = (
     ("named shapes that are not there (CHAIR_i)", "no_such_shape", "shapes"),
     ("captions that name such a shape (CHAIR_s)", "hallucinates_shape", "captions"),
 )
-
-
-def card(folder: Path, result: dict[str, Any]) -> str:
-    """The model card: what the model is, how it was made, and what `evaluate` found.
-
-    Args:
-      folder: as `train_caption` wrote it.
-      result: of `evaluate`.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    rows = [f"| {name} | {Interval(**found)} |" for name, found in result["truth"].items()]
-    rows.append(f"| CIDEr-D (times 10, five references) | {Interval(**result['CIDEr-D'])} |")
-    return CARD.format(
-        flags=changed_flags(CaptionShapes(), settings),
-        rows="\n".join(rows),
-        split=result["split"],
-        tested=result["scenes"],
-        examples="\n".join(f"- {caption}" for caption in result["examples"]),
-        **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch", "stage1")},
-    )
-
-
-CARD = """\
-# caption-shapes
-
-A CLIPmapper that captions 64x64 images of coloured shapes: the model that `jaxrel explain
---caption` uses when none is named. It knows the words of the Shapes grammar and nothing of
-photographs.
-
-    jaxrel train caption-shapes{flags} --out models/pretrained/caption-shapes
-    jaxrel evaluate caption-shapes --model models/pretrained/caption-shapes --card
-
-Stage 1 began as {stage1}. Trained on {scenes} scenes of the split `train` (data seed {data_seed}),
-{steps} steps of {batch} images with one caption each; settings.json has every setting,
-train.jsonl the loss.
-
-Its greedy captions judged on the split `{split}` ({tested} scenes), with bootstrap 95% intervals:
-
-| share of | |
-|---|---|
-{rows}
-
-The first captions (its tokenizer knows no commas; they are left out):
-
-{examples}
-"""

@@ -29,8 +29,8 @@ from jaxrel.models.checkpoint import find_folder
 from jaxrel.train.data.shapes import Scene, Shapes
 from jaxrel.train.evaluate.captions import caption_counts, write_captions
 from jaxrel.train.evaluate.examples import ShapesImages
-from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE
-from jaxrel.train.recipes.settings import FinetuneShapes
+from jaxrel.train.loop.train import SETTINGS_FILE
+from jaxrel.train.recipes.finetune import FinetuneShapes
 
 PROTOCOL = "finetuning/1"
 BASELINE, CONTROL = "baseline", "plain"

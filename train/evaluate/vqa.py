@@ -1,8 +1,6 @@
 """How well a CLIPmapper answers questions about Shapes, and where its relevance lies."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,8 +14,6 @@ from jaxrel.metrics import Interval, bootstrap, bootstrap_ratio, chance, hits, s
 from jaxrel.models.clipmapper import CLIPMapperVQA
 from jaxrel.train.data.shapes import Scene, Shapes, answers
 from jaxrel.train.data.shapes.questions import ANSWERS, Question
-from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE
-from jaxrel.train.recipes.settings import VqaShapes, changed_flags
 
 # What points at objects of the image: the answer is read off them.
 LOCATED = ("colour", "shape", "size")
@@ -191,68 +187,3 @@ def localisation_table(found: dict[str, Any]) -> str:
         point = Interval(**found["pointing game"][method])
         rows.append(f"| {method} | {Interval(**share)} | {less} | {point} |")
     return "\n".join(rows)
-
-
-def card(folder: Path, result: dict[str, Any]) -> str:
-    """The model card: what the model is, how it was made, and what `evaluate` found.
-
-    Args:
-      folder: as `train_vqa` wrote it.
-      result: of `evaluate`.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    local = result["localisation"]
-    rows = [
-        f"| {kind} | {Interval(**found)} | {Interval(**result['image withheld'][kind])} "
-        f"| {_share(result['most frequent answer'].get(kind))} |"
-        for kind, found in result["accuracy"].items()
-    ]
-    return CARD.format(
-        flags=changed_flags(VqaShapes(), settings),
-        rows="\n".join(rows),
-        split=result["split"],
-        tested=result["scenes"],
-        questions=result["questions"],
-        examples=local["examples"],
-        chance=Interval(**local["chance"]) if local["examples"] else "-",
-        localisation=localisation_table(local) if local["examples"] else "",
-        **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch", "stage1")},
-    )
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-CARD = """\
-# vqa-shapes
-
-A CLIPmapper that answers questions about 64x64 images of coloured shapes: the model that
-`jaxrel explain --question` uses when none is named. It knows the words and the 26 answers of the
-Shapes grammar and nothing of photographs.
-
-    jaxrel train vqa-shapes{flags} --out models/pretrained/vqa-shapes
-    jaxrel evaluate vqa-shapes --model models/pretrained/vqa-shapes --card
-
-Stage 1 began as {stage1}. Trained on {scenes} scenes of the split `train` (data seed {data_seed}),
-{steps} steps of {batch} images with all their questions; settings.json has every setting,
-train.jsonl the loss.
-
-Judged on the split `{split}` ({tested} scenes, {questions} questions), with bootstrap 95%
-intervals. With the image withheld all patches are hidden from attention; the last column is the
-share of the most frequent answer.
-
-| questions | accuracy | image withheld | most frequent answer |
-|---|---|---|---|
-{rows}
-
-Relevance for rightly answered questions about the colour, shape or size of one object of several
-({examples} questions): the share inside the object's mask, the same less equal accumulation's on
-the same questions, and how often the most relevant point is on the object (pointing game). A map
-without information has the mask's share of the image inside: {chance}.
-
-{localisation}
-"""

@@ -1,7 +1,7 @@
 """From examples to batches: a Grain pipeline in a fixed order, whose place can be saved."""
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import absl.flags
 import grain
@@ -12,6 +12,7 @@ import numpy as np
 READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 Example = dict[str, Any]
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -48,8 +49,8 @@ def batches(
       seed: of the order, from 0 to 2**32 - 1.
       shuffle: False keeps the order of the source.
       repeat: False ends after one pass, for evaluations.
-      drop_remainder: False also gives the last, smaller batch of an epoch; jit compiles anew
-        for it.
+      drop_remainder: False also gives the last, smaller batch of an epoch; jit compiles
+        again for it.
       shard: (index, count) of this process; by default `jax.process_index()` and
         `jax.process_count()`.
       transform: applied to each example, in the thread or process that reads it.
@@ -125,3 +126,16 @@ class Arrays:
 
     def __getitem__(self, index: int) -> Example:
         return {"id": np.int64(index), **{name: a[index] for name, a in self._arrays.items()}}
+
+
+def padded(rows: Sequence[T], batch: int) -> list[T]:
+    """The rows, and the first one again until whole batches are full: one size compiles once.
+
+    Args:
+      rows: any number.
+      batch: rows at a time.
+
+    Returns:
+      The rows and up to `batch - 1` more; keep the first `len(rows)` of what is made of them.
+    """
+    return [*rows, *[*rows[:1]] * (-len(rows) % batch)]

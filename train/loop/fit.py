@@ -1,7 +1,7 @@
 """The training loop of all recipes: one compiled step, exact resume, and a log that reads as one.
 
 A recipe brings a pure loss, parameters, an optimiser and a stream of batches; `fit` does the
-rest. Stopped at any moment, the same call goes on from the newest checkpoint and ends with the
+rest. Stopped at any time, the same call resumes from the newest checkpoint and ends with the
 parameters, bit by bit, that it would have had without the stop.
 """
 
@@ -23,7 +23,7 @@ from jaxtyping import Array, PyTree
 from tqdm.auto import tqdm
 
 from jaxrel.train.loop.checkpoints import Checkpoints
-from jaxrel.train.loop.parameters import check_float32, named
+from jaxrel.train.loop.optimiser import check_float32, named
 
 # The host runs this many steps ahead of the device: it never keeps the device waiting, and
 # batches do not pile up in the device's memory.
@@ -53,7 +53,7 @@ def fit(
     mesh: Mesh | None = None,
     name: str = "train",
 ) -> PyTree:
-    """Train, or go on with a training that was stopped.
+    """Train, or resume a training that was stopped.
 
     The batch is shared out over the devices and the parameters are on all of them. Step `n`
     (from 1) gets the key `fold_in(key, n)`, and with `accumulate` its micro-batch `i` gets
@@ -64,7 +64,7 @@ def fit(
     The log has one JSON object per line: `step`; the means since the last line of `loss` and of
     the loss function's metrics (null where not finite); `learning_rate` if there is a schedule;
     `seconds` and `examples_per_second` since the last line. Lines that a stopped run wrote after
-    its last checkpoint are dropped and written anew; a training from the start empties the file.
+    its last checkpoint are dropped and written again; a training from the start empties the file.
 
     Nothing is saved between two checkpoints: a stop costs at most `checkpoint_every` steps.
 
@@ -76,9 +76,9 @@ def fit(
       data: batches as `jaxrel.train.loop.batches.batches` gives them: a Grain dataset or its
         iterator, of dicts of arrays that share the first axis. An entry "id" stays on the host
         and names the examples in messages.
-      steps: of the optimiser, in all.
+      steps: number of optimiser steps, in all.
       key: PRNG key of the run.
-      settings: dataclass instance or mapping, JSON-able: what must be equal to go on.
+      settings: dataclass instance or mapping, JSON-able: what must be equal to resume.
       folder: of the checkpoints; for a model that will be in OUT, `OUT.checkpoints` by
         convention. Each checkpoint is a folder named by its step.
       log: JSON-lines file; by default train.jsonl in `folder`.
@@ -110,17 +110,9 @@ def fit(
             f"{name}: data must be a Grain dataset or its iterator, whose place can be saved, got "
             f"{type(data).__name__}; make one with jaxrel.train.loop.batches.batches"
         )
-    check_float32(params, "params")
     if mesh is None:
         mesh = Mesh(np.asarray(jax.devices()), ("data",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    # The step donates its arguments, and device_put may share memory with what it is given:
-    # without a copy the step would delete the caller's arrays.
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=everywhere)
-    params = copy(jax.device_put(params, everywhere))
-    key = jax.device_put(key, everywhere)
-    state = jax.jit(optimiser.init, out_shardings=everywhere)(params)
-    check_float32(state, "the optimiser's state", integers=True)
+    params, state, key = _on_devices(params, optimiser, key, mesh)
     step = _compiled_step(loss, optimiser, accumulate, mesh, show)
     folder = Path(folder).expanduser().resolve()
     log = folder / "train.jsonl" if log is None else Path(log).expanduser().resolve()
@@ -145,12 +137,7 @@ def fit(
                 bar.update()
                 if number % log_every and number != steps:
                     continue
-                line = _means(window, name, checkpoints)
-                if schedule is not None:
-                    # The optimiser counts from 0.
-                    line["learning_rate"] = float(schedule(number - 1))
-                line["seconds"] = time.perf_counter() - begun
-                line["examples_per_second"] = sum(s.examples for s in window) / line["seconds"]
+                line = _line(window, begun, schedule, name, checkpoints)
                 _append(log, line)
                 bar.set_postfix(_shown(line, "loss", show))
                 if number % checkpoint_every == 0 or number == steps:
@@ -184,6 +171,21 @@ def _check_numbers(
             f"{name}: checkpoint_every must be a multiple of log_every {log_every}, got "
             f"{checkpoint_every}"
         )
+
+
+def _on_devices(
+    params: PyTree, optimiser: optax.GradientTransformation, key: Array, mesh: Mesh
+) -> tuple[PyTree, PyTree, Array]:
+    """Copies of the parameters, the optimiser's first state and the key, on all devices."""
+    check_float32(params, "params")
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    # The step donates its arguments, and device_put may share memory with what it is given:
+    # without a copy the step would delete the caller's arrays.
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=everywhere)
+    params = copy(jax.device_put(params, everywhere))
+    state = jax.jit(optimiser.init, out_shardings=everywhere)(params)
+    check_float32(state, "the optimiser's state", integers=True)
+    return params, state, jax.device_put(key, everywhere)
 
 
 def _compiled_step(
@@ -281,6 +283,23 @@ def _next(
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     put = jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)
     return ids, size * mesh.size // devices, put
+
+
+def _line(
+    window: list[_Step],
+    begun: float,
+    schedule: optax.Schedule | None,
+    name: str,
+    checkpoints: Checkpoints,
+) -> dict[str, Any]:
+    """A line of the log: means since the last line, the learning rate, and the speed."""
+    line = _means(window, name, checkpoints)
+    if schedule is not None:
+        # The optimiser counts from 0.
+        line["learning_rate"] = float(schedule(window[-1].number - 1))
+    line["seconds"] = time.perf_counter() - begun
+    line["examples_per_second"] = sum(s.examples for s in window) / line["seconds"]
+    return line
 
 
 def _means(window: list[_Step], name: str, checkpoints: Checkpoints) -> dict[str, Any]:

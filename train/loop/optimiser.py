@@ -1,4 +1,4 @@
-"""The optimiser of the recipes: AdamW, and a learning rate per part of the model."""
+"""The optimiser of the recipes: AdamW, a learning rate per part, and the names of parameters."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import optax
+from jax import numpy as jnp
 from jaxtyping import PyTree
-
-from jaxrel.train.loop.parameters import leaf_name, named
 
 
 def warmup_cosine(learning_rate: float, steps: int, warmup: int = 0) -> optax.Schedule:
@@ -16,7 +15,7 @@ def warmup_cosine(learning_rate: float, steps: int, warmup: int = 0) -> optax.Sc
 
     Args:
       learning_rate: the highest.
-      steps: of the whole training.
+      steps: number of steps in all.
       warmup: steps until the highest, at most half of all.
 
     Raises:
@@ -110,3 +109,36 @@ def _bounded(clip: float | None, clamp: float) -> optax.GradientTransformation:
         optax.identity() if clamp == math.inf else optax.clip(clamp),
         optax.identity() if clip is None else optax.clip_by_global_norm(clip),
     )
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The path of a leaf, "clip/text/projection/kernel": an nnx.Variable adds nothing to it."""
+    variable = jax.tree_util.GetAttrKey("value")
+    path = tuple(part for part in path if part != variable)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their name, in the tree's order."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def check_float32(tree: PyTree, what: str, integers: bool = False) -> None:
+    """Refuse leaves that an optimiser should not train.
+
+    Args:
+      tree: of arrays.
+      what: they are, for the message.
+      integers: True lets integers pass: an optimiser's counts.
+
+    Raises:
+      ValueError: a leaf has another dtype.
+    """
+    for name, leaf in named(tree).items():
+        dtype = jnp.result_type(leaf)
+        if dtype == jnp.float32 or (integers and jnp.issubdtype(dtype, jnp.integer)):
+            continue
+        raise ValueError(
+            f"{what} must be float32 (bfloat16 is for the computation alone), but {name} is "
+            f"{dtype}; split off what is not trained, with nnx.split(model, nnx.Param, ...)"
+        )

@@ -1,10 +1,10 @@
-"""LRP-inference: what speaks for the predicted word counts more, and it is predicted again.
+"""LRP-inference: each word is predicted again from values that are weighted by their relevance.
 
 It is the fine-tuning of Sun et al. 2022, "Explain and improve: LRP-inference fine-tuning for image
-captioning models". Each word is predicted from what attention found and from the hidden values.
-Their relevance for the most probable word weighs them: what supports it counts up to twice, what
-speaks against it down to nothing. From the weighted values the word is predicted once more, and
-both predictions are trained.
+captioning models". A word is predicted from the attended values and the hidden values. Their
+relevance for the most probable word weighs them: values that support it count up to twice, values
+against it down to nothing. The word is predicted once more from the weighted values, and both
+predictions are trained.
 """
 
 from collections.abc import Collection
@@ -16,35 +16,14 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
+from jaxrel.metrics.words import STOP_WORDS
 from jaxrel.models import decoding
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.captions import end_of_caption, special_ids
 from jaxrel.propagation import composites
 from jaxrel.propagation.composites import Composite
 from jaxrel.propagation.lrp import lrp_vjp
-from jaxrel.train.recipes.mapper import word_loss
-
-# English words that stand for nothing in an image: the closed classes of a grammar (determiners,
-# pronouns, prepositions, conjunctions, auxiliaries, a few adverbs, and what is left of contracted
-# words that are split at the apostrophe), written down for this library.
-STOP_WORDS = frozenset(
-    """
-    a an the this that these those some any each every either neither no all both few many much
-    more most less least several such other another own same
-    i you he she it we they me him us them my your his her its our their mine yours hers ours
-    theirs myself yourself himself herself itself ourselves yourselves themselves who whom whose
-    which what
-    about above across after against along among around as at before behind below beneath beside
-    between beyond by down during for from in inside into near of off on onto out outside over
-    past through to toward towards under underneath until up upon with within without
-    and or nor but if because so than then though although while whereas yet unless since whether
-    am is are was were be been being do does did doing have has had having can could may might
-    must shall should will would
-    not very too just only also here there where when why how again once now
-    s t d ll m re ve
-    """.split()
-)
-
+from jaxrel.train.losses.captions import word_loss
 
 WEIGHED = ("both", "attended", "hidden")
 
@@ -56,7 +35,7 @@ def content_words(
 
     Args:
       tokenizer: of the model.
-      stop_words: in lower case; `STOP_WORDS` are English.
+      stop_words: in lower case; the default is NLTK's English list.
     """
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     found = np.array([token.lower() not in stop_words for token in tokens])
@@ -194,7 +173,7 @@ def lrp_inference_loss(
       mixing: weight of the plain prediction, from 0 to 1.
 
     Returns:
-      The loss, and {"accuracy": the share of words that are foreseen, "accuracy_reweighted",
+      The loss, and {"accuracy": the share of words that are predicted, "accuracy_reweighted",
       "loss_plain", "loss_reweighted"}.
     """
     text = text.astype(jnp.int32)

@@ -1,23 +1,89 @@
-"""What all recipes of captioners share: the sizes, the loss and the optimiser.
+"""What all recipes of captioners share: their settings, their sizes and the optimiser.
 
 They are those of Sun et al. 2022: Adam, each component of the gradient bounded, and the
 cross-entropy of every word given the true ones before it. The learning rate falls as a cosine,
-by steps; there it falls when the validation captions get no better.
+by steps; there it falls when the validation captions get no better. "The paper" in the help texts
+is theirs.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
-from jax import numpy as jnp
-from jaxtyping import Array, Float, Integer, PRNGKeyArray
-
-from jaxrel.models.captioner import Captioner, CaptionerConfig
-from jaxrel.models.captions import end_of_caption, special_ids
+from jaxrel.models.captioner import CaptionerConfig
 from jaxrel.models.vision import PRESETS, EncoderConfig, VGGConfig
-from jaxrel.train.loop.batches import Source
-from jaxrel.train.loop.optimiser import adamw, warmup_cosine
-from jaxrel.train.recipes.mapper import KeyedLoss, train_parts, word_loss
+from jaxrel.train.recipes.settings import Training, setting
+
+_DECAY = "from 0 to below 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam(Training):
+    """The optimiser's settings, of captioners and of those that are fine-tuned."""
+
+    # The paper's; a recipe may have them as settings.
+    b1: ClassVar[float] = 0.8
+    b2: ClassVar[float] = 0.999
+
+    batch: int = setting(
+        32, "images per step, each with one caption (the paper's: 32)", "at least 1"
+    )
+    learning_rate: float = setting(
+        5e-4,
+        "highest learning rate; it falls to 0 as a cosine (the paper's: 5e-4, less on a plateau)",
+        "positive",
+    )
+    warmup: int = setting(
+        100, "steps until the highest learning rate (the paper's: 0)", "0 or more"
+    )
+    clamp: float = setting(
+        0.1,
+        "bound on each component of the gradient (the paper's: 0.1)",
+        "positive (inf: no bound)",
+    )
+
+    def optimiser(self) -> dict[str, Any]:
+        """Adam with bounded gradients, slower in the encoder if the recipe says so."""
+        rate = getattr(self, "encoder_rate", None)
+        factors = {} if rate is None else {"model/encoder": rate}
+        options = {"clip": None, "clamp": self.clamp, "b1": self.b1, "b2": self.b2}
+        return options | {"factors": factors}
+
+
+@dataclasses.dataclass(frozen=True)
+class NewCaptioner(Adam):
+    """What all recipes of captioners have in common that are not fine-tuned."""
+
+    kind: ClassVar[str]
+
+    b1: float = setting(0.8, "Adam's decay of the first moment (the paper's: 0.8)", _DECAY)
+    b2: float = setting(0.999, "Adam's decay of the second moment (the paper's: 0.999)", _DECAY)
+    embed: int = setting(512, "features of a word (the paper's: 512)")
+    hidden: int = setting(512, "features of states and attended values (the paper's: 512)")
+    context: int = setting(32, "tokens of the longest caption, with start and end")
+
+
+@dataclasses.dataclass(frozen=True)
+class GridTD:
+    """The settings of captioners with adaptive attention and two LSTMs."""
+
+    kind: ClassVar[str] = "gridtd"
+
+    dropout: float = setting(0.5, "dropout before a word is predicted (the paper's: 0.5)")
+    attention: str = setting(
+        "paper", "form of the attention scores: paper, or 'as coded' by its authors"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AoA:
+    """The settings of captioners with multi-head attention behind a gate."""
+
+    kind: ClassVar[str] = "aoa"
+
+    dropout: float = setting(0.3, "dropout before a word is predicted (the paper's: 0.3)")
+    heads: int = setting(8, "attention heads (the paper's: 8)")
+    attention_dropout: float = setting(0.1, "dropout of the attention maps (the paper's: 0.1)")
+
 
 # Sizes that some recipes have as a setting; the others keep the model's default.
 _SIZES = (
@@ -67,71 +133,3 @@ def new_config(recipe: Any, **sizes: Any) -> CaptionerConfig:
     """
     chosen = {name: getattr(recipe, name) for name in _SIZES if hasattr(recipe, name)}
     return CaptionerConfig(**(chosen | sizes), encoder=read_encoder(recipe.encoder))
-
-
-def caption_loss(
-    model: Captioner,
-    features: Float[Array, "batch positions features"],
-    text: Integer[Array, "batch tokens"],
-    key: PRNGKeyArray | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """Mean cross-entropy of the captions' words and ends, and their share that is foreseen.
-
-    Args:
-      model: a captioner.
-      features: of the images, as `encode` returns them, or of regions.
-      text: one caption per image.
-      key: for dropout; None: no dropout.
-    """
-    text = text.astype(jnp.int32)
-    logits = model({"features": features, "text": text[:, :-1]}, dropout_key=key)
-    _, end, _ = special_ids(model.processor.tokenizer)
-    return word_loss(logits, text, end_of_caption(text, end))
-
-
-def train_captioner(
-    recipe: Any,
-    folder: Path,
-    parts: dict[str, Any],
-    loss: KeyedLoss,
-    source: Source,
-    *,
-    name: str,
-    factors: Mapping[str, float] | None = None,
-    workers: int = 0,
-) -> Captioner:
-    """Train, and write the model in half precision; see `train_mapper` for files and resuming.
-
-    Args:
-      recipe: the settings.
-      folder: where the model goes; check it with `check_new_folder` before any work.
-      parts: what is trained: "model", and what is thrown away afterwards. The statistics of
-        batch normalisation stay as they are.
-      loss: `(parts, batch, key) -> (value, metrics)`, the key for dropout.
-      source, workers: see `jaxrel.train.loop.batches.batches`.
-      name: of the recipe.
-      factors: of the learning rate, by part; see `adamw`.
-
-    Returns:
-      The model as it is in the folder.
-
-    Raises:
-      ValueError, FloatingPointError, OSError: see `fit`.
-    """
-    rate = warmup_cosine(recipe.learning_rate, recipe.steps, recipe.warmup)
-    optimiser = adamw(
-        rate, clip=None, clamp=recipe.clamp, b1=recipe.b1, b2=recipe.b2, factors=factors
-    )
-    return train_parts(
-        recipe,
-        folder,
-        parts,
-        loss,
-        optimiser,
-        rate,
-        source,
-        name=name,
-        workers=workers,
-        # Half the size, and hardly a word changes.
-        dtype="float16",
-    )

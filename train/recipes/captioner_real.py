@@ -10,27 +10,33 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 from flax import nnx
 from jax import numpy as jnp
-from jaxtyping import Array, Int
-from tqdm.auto import trange
+from jaxtyping import Array
 
-from jaxrel.metrics import bootstrap
-from jaxrel.metrics.caption_scores import CiderD, tokenise
 from jaxrel.models.captioner import Captioner, CaptionerConfig
 from jaxrel.models.checkpoint import check_new_folder
-from jaxrel.models.processor import Processor, quiet_transformers
+from jaxrel.models.processor import Processor
 from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.models.vision import imagenet_processing, load_encoder
 from jaxrel.train.data import coco, flickr30k
 from jaxrel.train.data.files import ImageSource, Record
-from jaxrel.train.recipes.captioner import caption_loss, new_config, train_captioner
-from jaxrel.train.recipes.mapper_real import _count, _fits, choice
-from jaxrel.train.recipes.settings import CaptionerReal
+from jaxrel.train.data.image_texts import ImageTexts
+from jaxrel.train.loop.train import train_model
+from jaxrel.train.losses.captions import caption_loss
+from jaxrel.train.recipes.captioner import (
+    AoA,
+    GridTD,
+    NewCaptioner,
+    new_config,
+)
+from jaxrel.train.recipes.real import judge_captions, read_images
+from jaxrel.train.recipes.registry import Recipe
+from jaxrel.train.recipes.settings import OnImages, setting
 
 # Each reads (folder, split) of a data set, with images and their captions.
 READERS: dict[str, Callable[..., ImageSource]] = {
@@ -39,57 +45,84 @@ READERS: dict[str, Callable[..., ImageSource]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Captions:
-    """Every caption of every image as arrays: image and token ids.
+@dataclasses.dataclass(frozen=True)
+class CaptionerReal(OnImages, NewCaptioner):
+    """What the recipes of captioners on COCO and on Flickr30k have in common."""
 
-    Args:
-      source: of a reader in `READERS`.
-      processor: of the model.
-      context: tokens that the model reads; longer captions are left out with one warning.
+    dataset: ClassVar[str]
 
-    Attributes:
-      images: the index in `source` of each example's image.
-    """
+    split: str = setting("train", "split to train on, in which words are counted too")
+    at_least: int = setting(3, "how often a word must occur to be one of the model's", "at least 1")
+    encoder: str = setting(
+        "vgg16", "vgg16, resnet50 or another preset, or a VGG's channels, such as 32-32,64-64"
+    )
+    encoder_weights: str = setting(
+        "timm/vgg16.tv_in1k",
+        "file, folder or hub name of the encoder's weights; empty: from nothing",
+    )
+    encoder_rate: float = setting(
+        0.0,
+        "factor on the learning rate in the encoder; 0 freezes it (the paper's, to fine-tune: 0.2)",
+        "0 or more",
+    )
+    image_size: int = setting(224, "pixels of a side of the images (the paper's: 224)")
+    steps: int = setting(45_000, "number of optimiser steps; about ten epochs", "at least 1")
+    warmup: int = 1_000
+    dtype: str = "bfloat16"
+    checkpoint_every: int = 1_000
 
-    source: ImageSource
-    processor: Processor
-    context: int
-    images: np.ndarray = dataclasses.field(init=False, repr=False)
-    _text: np.ndarray = dataclasses.field(init=False, repr=False)
-
-    def __post_init__(self):
-        written = [[" ".join(words) for words in caption_words(r)] for r in self.source.records]
-        texts = [text for several in written for text in several]
-        kept = np.flatnonzero(_fits(self.processor, texts, self.context, "captions"))
-        images = np.repeat(np.arange(len(written)), [len(several) for several in written])
-        # Once for all: words that the model does not know are many, and no fault.
-        ids = encode(self.processor, [texts[i] for i in kept], self.context)
-        object.__setattr__(self, "images", images[kept])
-        object.__setattr__(self, "_text", ids)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.source[self.images[index]]
-        return {
-            "id": np.int64(record["id"]),
-            "image": self.processor.image(record["image"])[0],
-            "text": self._text[index],
-        }
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.encoder_weights and not self.encoder_rate:
+            raise ValueError(
+                "encoder_weights is empty and encoder_rate 0: an encoder would be frozen that "
+                "has learnt nothing. Name its weights with --encoder-weights, or train it with "
+                "--encoder-rate 1"
+            )
 
 
-def encode(
-    processor: Processor, texts: Sequence[str], context: int
-) -> Int[np.ndarray, "texts tokens"]:
-    """Token ids of texts that fit, padded to `context`, with `<unk>` for rare words."""
-    with quiet_transformers():
-        rows = processor.tokenizer(texts, verbose=False)["input_ids"]
-    ids = np.full((len(rows), context), processor.tokenizer.pad_token_id, np.int32)
-    for row, values in zip(ids, rows, strict=True):
-        row[: len(values)] = values
-    return ids
+@dataclasses.dataclass(frozen=True)
+class _Coco(CaptionerReal):
+    """COCO in Karpathy's splits."""
+
+    dataset: ClassVar[str] = "coco"
+
+    split: str = "train+restval"
+    at_least: int = 4
+    steps: int = 175_000
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flickr30k(CaptionerReal):
+    """Flickr30k in Karpathy's splits."""
+
+    dataset: ClassVar[str] = "flickr30k"
+
+
+@dataclasses.dataclass(frozen=True)
+class GridTDCoco(GridTD, _Coco):
+    """Settings of the recipe `gridtd-coco`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AoACoco(AoA, _Coco):
+    """Settings of the recipe `aoa-coco`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GridTDFlickr30k(GridTD, _Flickr30k):
+    """Settings of the recipe `gridtd-flickr30k`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AoAFlickr30k(AoA, _Flickr30k):
+    """Settings of the recipe `aoa-flickr30k`."""
+
+
+def examples(source: ImageSource, processor: Processor, context: int) -> ImageTexts:
+    """Every caption of every image, in the words of `caption_words`."""
+    texts = [[" ".join(words) for words in caption_words(record)] for record in source.records]
+    return ImageTexts(source, texts, processor, context)
 
 
 def caption_words(record: Record) -> list[list[str]]:
@@ -146,38 +179,23 @@ def new_model(
 
 
 def train(recipe: CaptionerReal, folder: Path) -> Captioner:
-    """Train on the captions of a data set, one caption of an image per example.
-
-    Args:
-      recipe: the settings; `data` is the folder of the data set.
-      folder: where the model goes; see `train_captioner`.
-
-    Raises:
-      FileExistsError, FileNotFoundError: before any work; see `coco.karpathy_captions`,
-        `flickr30k.captions` and `load_encoder`.
-      ValueError, FloatingPointError, OSError: see `new_model` and `fit`.
-    """
+    """Train on the captions of a data set, one caption of an image per example; see `Recipe`."""
     check_new_folder(folder)
     config = new_config(recipe)
-    source = READERS[recipe.dataset](
-        recipe.data, recipe.split, missing=choice(recipe.missing), corrupt=choice(recipe.corrupt)
-    )
+    source = read_images(READERS[recipe.dataset], recipe)
     model = new_model(recipe, config, build_vocabulary(source.records, recipe.at_least))
-    examples = Captions(source, model.processor, recipe.context)
 
     def loss(parts: Any, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         features = parts["model"].encode(batch["image"])
         return caption_loss(parts["model"], features, batch["text"], key)
 
-    return train_captioner(
+    return train_model(
         recipe,
         folder,
         {"model": model},
         loss,
-        examples,
+        examples(source, model.processor, recipe.context),
         name=f"{recipe.kind}-{recipe.dataset}",
-        factors={"model/encoder": recipe.encoder_rate},
-        workers=recipe.workers,
     )
 
 
@@ -191,7 +209,7 @@ def evaluate(
     batch: int = 32,
     beams: int = 3,
 ) -> dict[str, Any]:
-    """CIDEr-D of captions against all references, words split without Java's tokenizer.
+    """CIDEr-D of captions against all references; see `judge_captions`.
 
     Args:
       model: trained by `train`.
@@ -200,29 +218,19 @@ def evaluate(
       split: of Karpathy's.
       scenes: how many images.
       batch: images at a time.
-      beams: of beam search, 3 in Sun et al. 2022; 1 is greedy.
+      beams: width of beam search, 3 in Sun et al. 2022; 1 is greedy.
 
     Raises:
       FileNotFoundError, ValueError: see `coco.karpathy_captions` and `flickr30k.captions`.
     """
     source = READERS[dataset](data, split)
-    count = _count(scenes, source)
-    captions: list[str] = []
-    for start in trange(0, count, batch, desc="captioning", leave=False):
-        images = [source[i]["image"] for i in range(start, min(start + batch, count))]
-        # One size compiles once.
-        padded = images + images[:1] * (batch - len(images))
-        inputs = {"image": model.processor.image(padded)}
-        captions += model.predict(inputs, beams=beams)[: len(images)]
-    # Words are weighed over the whole split, as in published numbers, however many are judged.
-    references = [[tokenise(c) for c in record["captions"]] for record in source.records]
-    cider = CiderD.from_references(references)
-    scores = cider.score([tokenise(c) for c in captions], references[:count])
-    return {
-        "protocol": f"captioner-{dataset}/1",
-        "split": split,
-        "images": count,
-        "beams": beams,
-        "CIDEr-D": bootstrap(np.asarray(scores))._asdict(),
-        "examples": captions[:5],
-    }
+    judged = judge_captions(model, source, scenes=scenes, batch=batch, beams=beams)
+    return {"protocol": f"captioner-{dataset}/1", "split": split, "beams": beams, **judged}
+
+
+RECIPES = {
+    f"{settings.kind}-{settings.dataset}": Recipe(
+        settings, Captioner, train, partial(evaluate, dataset=settings.dataset)
+    )
+    for settings in (GridTDCoco, AoACoco, GridTDFlickr30k, AoAFlickr30k)
+}

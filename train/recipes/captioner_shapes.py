@@ -10,33 +10,66 @@ encoder tell objects apart many times sooner than words do. Captions are learnt 
 punctuation.
 """
 
-import json
+import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array
-from tqdm.auto import trange
 
 from jaxrel.metrics import Interval
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.models.processor import Processor, image_processing
 from jaxrel.models.tokenizer import word_tokenizer
-from jaxrel.train.data.shapes import Shapes, vocabulary
+from jaxrel.train.data.shapes import vocabulary
+from jaxrel.train.data.shapes.examples import SIDE, CaptionExamples, normalise
 from jaxrel.train.evaluate import captions
-from jaxrel.train.recipes.captioner import caption_loss, new_config, train_captioner
-from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE, normalise
-from jaxrel.train.recipes.mapper_shapes import (
-    CAPTIONS,
-    SIDE,
-    PatchNames,
-    caption_texts,
-    shown_by_patch,
+from jaxrel.train.loop.train import train_model
+from jaxrel.train.losses.auxiliary import PatchNames
+from jaxrel.train.losses.captions import caption_loss
+from jaxrel.train.recipes.captioner import (
+    AoA,
+    GridTD,
+    NewCaptioner,
+    new_config,
 )
-from jaxrel.train.recipes.settings import CaptionerShapes, changed_flags
+from jaxrel.train.recipes.registry import Recipe
+from jaxrel.train.recipes.settings import OnShapes, setting, write_card
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionerShapes(OnShapes, NewCaptioner):
+    """What the recipes `gridtd-shapes` and `aoa-shapes` have in common."""
+
+    least_context = (31, "captions")
+
+    split: str = setting("biased_train", "split to train on; biased_train teaches to hallucinate")
+    scenes: int = 40_000
+    full: float = setting(1.0, "share of captions that name every object", "from 0 to 1")
+    steps: int = 2_000
+    batch: int = 64
+    learning_rate: float = 1e-3
+    encoder: str = setting(
+        "16,32-32,64-64,128-128", "channels of the VGG's convolutions; a pooling is at each comma"
+    )
+    embed: int = 128
+    hidden: int = 256
+    patch_loss: float = setting(
+        0.5, "weight of the loss of naming the object at each position", "0 or more"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GridTDShapes(GridTD, CaptionerShapes):
+    """Settings of the recipe `gridtd-shapes`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AoAShapes(AoA, CaptionerShapes):
+    """Settings of the recipe `aoa-shapes`."""
 
 
 def new_model(recipe: CaptionerShapes) -> Captioner:
@@ -51,50 +84,6 @@ def new_model(recipe: CaptionerShapes) -> Captioner:
     return Captioner(config, rngs=nnx.Rngs(recipe.seed), processor=processor)
 
 
-class Examples:
-    """Scenes with one caption each; five times as many examples as scenes.
-
-    Example i is scene i modulo their number, with a caption that i draws.
-
-    Args:
-      recipe: the settings.
-      model: whose tokenizer and grid count.
-
-    Attributes:
-      text: token ids of all captions, [scenes, 5, tokens].
-    """
-
-    def __init__(self, recipe: CaptionerShapes, model: Captioner) -> None:
-        data, count = Shapes(seed=recipe.data_seed), recipe.scenes
-        grid = model.config.grid
-        assert grid is not None
-        self._images = np.empty((count, SIDE, SIDE, 3), np.uint8)
-        self._shown = np.empty((count, model.config.positions, 3), np.int8)
-        texts: list[str] = []
-        for i in trange(count, desc=f"drawing {recipe.split} scenes", unit="scene", leave=False):
-            scene = data.scene(recipe.split, i)
-            self._images[i], self._shown[i] = scene.image, shown_by_patch(scene, grid)
-            texts += caption_texts(scene)
-        ids = model.processor.text(texts, recipe.context).astype(np.int16)
-        self.text = ids.reshape(count, CAPTIONS, -1)
-        self._seed, self._full = recipe.seed, recipe.full
-
-    def __len__(self) -> int:
-        return CAPTIONS * len(self._images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng((self._seed, index))
-        # The first two captions of a scene name every object.
-        low, high = (0, 2) if rng.random() < self._full else (2, CAPTIONS)
-        scene = index % len(self._images)
-        return {
-            "id": np.int64(index),
-            "image": self._images[scene],
-            "shown": self._shown[scene],
-            "text": self.text[scene, rng.integers(low, high)],
-        }
-
-
 def loss(
     parts: dict[str, Any],
     batch: dict[str, Array],
@@ -106,12 +95,12 @@ def loss(
 
     Args:
       parts: "model", and "names", a `PatchNames`.
-      batch: as `Examples` makes it.
+      batch: as `CaptionExamples` makes it.
       key: for dropout.
       patch_loss: weight of the names.
 
     Returns:
-      The sum, and {"accuracy": the share of words that are foreseen, "patches": the loss of the
+      The sum, and {"accuracy": the share of words that are predicted, "patches": the loss of the
       names}.
     """
     model = parts["model"]
@@ -123,16 +112,7 @@ def loss(
 
 
 def train(recipe: CaptionerShapes, folder: Path) -> Captioner:
-    """Train on one caption of each image of a batch; see `train_captioner`.
-
-    Args:
-      recipe: the settings.
-      folder: where the model goes.
-
-    Raises:
-      FileExistsError: the folder exists and is no model folder; said before any work.
-      ValueError, FloatingPointError, OSError: see `new_model` and `fit`.
-    """
+    """Train on one caption of each image of a batch; see `Recipe`."""
     check_new_folder(folder)
     model = new_model(recipe)
     grid = model.config.grid
@@ -142,12 +122,12 @@ def train(recipe: CaptionerShapes, folder: Path) -> Captioner:
     def weighed(parts: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         return loss(parts, batch, key, patch_loss=recipe.patch_loss)
 
-    return train_captioner(
+    return train_model(
         recipe,
         folder,
         {"model": model, "names": names},
         weighed,
-        Examples(recipe, model),
+        CaptionExamples(recipe, recipe.split, model.processor, recipe.context, grid),
         name=f"{recipe.kind}-shapes",
     )
 
@@ -183,23 +163,15 @@ def evaluate(
 
 
 def card(folder: Path, result: dict[str, Any], *, recipe: type[CaptionerShapes]) -> str:
-    """The model card: what the model is, how it was made, and what `evaluate` found.
-
-    Args:
-      folder: as `train` wrote it.
-      result: of `evaluate`.
-      recipe: whose settings made it.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    """The model card; `result` is what `evaluate` found."""
     judged = result["splits"]
     first = next(iter(judged.values()))
-    return CARD.format(
+    return write_card(
+        CARD,
+        folder,
+        recipe(),
         kind=recipe.kind,
         what=_WHAT[recipe.kind],
-        flags=changed_flags(recipe(), settings),
         splits=" | ".join(f"`{name}`" for name in judged),
         columns="---|" * len(judged),
         truth=table_rows([one["truth"] for one in judged.values()]),
@@ -208,7 +180,6 @@ def card(folder: Path, result: dict[str, Any], *, recipe: type[CaptionerShapes])
         tested=first["scenes"],
         among=first["split"],
         examples="\n".join(f"- {caption}" for caption in first["examples"]),
-        **{name: settings[name] for name in ("split", "data_seed", "scenes", "steps", "batch")},
     )
 
 
@@ -261,3 +232,10 @@ The first captions on `{among}` (punctuation was taken out of the training capti
 
 {examples}
 """
+
+RECIPES = {
+    f"{settings.kind}-shapes": Recipe(
+        settings, Captioner, train, evaluate, partial(card, recipe=settings)
+    )
+    for settings in (GridTDShapes, AoAShapes)
+}

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 from tqdm.auto import tqdm, trange
 
 from jaxrel.explanations.explain import METHODS, explain
@@ -24,11 +24,34 @@ from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from jaxrel.models.processor import Processor, image_processing
 from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.train.data.shapes import Scene, Shapes, vocabulary
+from jaxrel.train.data.shapes.examples import CAPTIONS, FULL, SIDE, draw_scenes, normalise
 from jaxrel.train.data.shapes.language import with_article
-from jaxrel.train.recipes.settings import ClipShapes, changed_flags
+from jaxrel.train.evaluate.vqa import localisation_table
+from jaxrel.train.loop.optimiser import warmup_cosine
+from jaxrel.train.loop.train import write_settings
+from jaxrel.train.losses.contrastive import contrastive_loss
+from jaxrel.train.recipes.registry import Recipe
+from jaxrel.train.recipes.settings import OnShapes, Settings, setting, write_card
 
-CAPTIONS = 5
-SETTINGS_FILE = "settings.json"
+
+@dataclasses.dataclass(frozen=True)
+class ClipShapes(OnShapes, Settings):
+    """Settings of the recipe `clip-shapes`."""
+
+    least_context = (32, "captions")
+
+    scenes: int = 60_000
+    batch: int = setting(128, "images per step, each with one caption", "at least 1")
+    warmup: int = 200
+    weight_decay: float = setting(0.1, "weight decay of AdamW", "0 or more")
+    full: float = setting(0.6, "share of captions that name every object", "from 0 to 1")
+    width: int = setting(128, "features per token, in both towers")
+    vision_layers: int = setting(4, "layers of the image tower")
+    text_layers: int = setting(2, "layers of the text tower")
+    heads: int = setting(4, "attention heads")
+    patch_size: int = setting(8, "pixels of a side of a patch")
+    context: int = setting(34, "tokens of the longest text")
+    projection: int = setting(128, "features of the common space")
 
 
 def new_model(recipe: ClipShapes) -> CLIP:
@@ -41,7 +64,7 @@ def new_model(recipe: ClipShapes) -> CLIP:
     tokenizer = word_tokenizer(vocabulary(), recipe.context)
     config = CLIPConfig(
         vision=VisionConfig(
-            layers=recipe.vision_layers, image_size=64, patch_size=recipe.patch_size, **tower
+            layers=recipe.vision_layers, image_size=SIDE, patch_size=recipe.patch_size, **tower
         ),
         text=TextConfig(
             layers=recipe.text_layers,
@@ -56,43 +79,27 @@ def new_model(recipe: ClipShapes) -> CLIP:
     return CLIP(config, rngs=nnx.Rngs(recipe.seed), processor=processor)
 
 
-def normalise(image: UInt8[Array, "batch height width 3"]) -> Float[Array, "batch height width 3"]:
-    """Pixels as `image_processing` hands them to the model, when nothing need be resized."""
-    return image.astype(jnp.float32) / 127.5 - 1
-
-
 def load(
-    recipe: ClipShapes, model: CLIP, split: str, count: int
+    recipe: ClipShapes, model: CLIP
 ) -> tuple[UInt8[np.ndarray, "scenes 64 64 3"], Int[np.ndarray, "scenes 5 tokens"]]:
     """Draw scenes: their images, and the token ids of their captions."""
-    data = Shapes(seed=recipe.data_seed)
-    images = np.empty((count, 64, 64, 3), np.uint8)
-    captions: list[str] = []
-    for i in trange(count, desc=f"drawing {split} scenes", unit="scene", leave=False):
-        scene = data.scene(split, i)
-        images[i] = scene.image
-        captions += [caption.text for caption in scene.captions]
-    ids = model.processor.text(captions, recipe.context)
-    return images, ids.astype(np.int16).reshape(count, CAPTIONS, -1)
-
-
-def contrastive_loss(model: CLIP, image: Array, text: Array) -> Float[Array, ""]:
-    """Mean cross-entropy of finding the caption and of finding the image."""
-    logits = model({"image": normalise(image), "text": text.astype(jnp.int32)})["logits_per_image"]
-    labels = jnp.arange(len(logits))
-    losses = optax.softmax_cross_entropy_with_integer_labels
-    return (losses(logits, labels).mean() + losses(logits.T, labels).mean()) / 2
+    arrays, texts = draw_scenes(
+        recipe.data_seed,
+        "train",
+        recipe.scenes,
+        lambda scene: [caption.text for caption in scene.captions],
+    )
+    ids = model.processor.text([text for five in texts for text in five], recipe.context)
+    return arrays["image"], ids.astype(np.int16).reshape(recipe.scenes, CAPTIONS, -1)
 
 
 def optimiser(recipe: ClipShapes) -> optax.GradientTransformation:
     """AdamW with a warm-up and a cosine; only matrices decay."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, recipe.learning_rate, min(recipe.warmup, recipe.steps // 2), recipe.steps
-    )
 
-    def matrices(params):
+    def matrices(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
+    rate = warmup_cosine(recipe.learning_rate, recipe.steps, recipe.warmup)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(rate, b2=0.98, weight_decay=recipe.weight_decay, mask=matrices),
@@ -117,14 +124,15 @@ def train(recipe: ClipShapes, folder: Path) -> CLIP:
     """
     check_new_folder(folder)
     model = new_model(recipe)
-    images, texts = load(recipe, model, "train", recipe.scenes)
+    images, texts = load(recipe, model)
     graph, params = nnx.split(model)
     transform = optimiser(recipe)
 
     @jax.jit
     def step(params: Any, state: Any, image: Array, text: Array) -> Any:
         def loss(params):
-            return contrastive_loss(nnx.merge(graph, params), image, text)
+            model = nnx.merge(graph, params)
+            return contrastive_loss(model, normalise(image), text.astype(jnp.int32))
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = transform.update(grads, state, params)
@@ -153,16 +161,16 @@ def train(recipe: ClipShapes, folder: Path) -> CLIP:
             progress.set_postfix(loss=f"{mean:.3f}")
     model = nnx.merge(graph, params)
     model.save_pretrained(folder)
+    write_settings(recipe, folder)
     lines = "".join(json.dumps(line) + "\n" for line in log)
     (Path(folder) / "train.jsonl").write_text(lines, encoding="utf-8")
-    settings = json.dumps(dataclasses.asdict(recipe), indent=2)
-    (Path(folder) / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
     return model
 
 
 def _choose_captions(rng: np.random.Generator, recipe: ClipShapes) -> Int[np.ndarray, " batch"]:
     full = rng.random(recipe.batch) < recipe.full
-    return np.where(full, rng.integers(0, 2, recipe.batch), rng.integers(2, 5, recipe.batch))
+    drawn = rng.integers(0, FULL, recipe.batch), rng.integers(FULL, CAPTIONS, recipe.batch)
+    return np.where(full, *drawn)
 
 
 def evaluate(
@@ -255,28 +263,13 @@ def _plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float]]:
 
 
 def card(folder: Path, result: dict[str, Any]) -> str:
-    """The model card: what the model is, how it was made, and what `evaluate` found.
-
-    Args:
-      folder: as `train` wrote it.
-      result: of `evaluate`.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    flags = changed_flags(ClipShapes(), settings)
+    """The model card; `result` is what `evaluate` found."""
     retrieval, local = result["retrieval"], result["localisation"]
-    paired = local["share inside less equal's"]
-    rows = [
-        f"| {method} | {_shown(share)} | {_shown(paired[method]) if method in paired else ''} "
-        f"| {_shown(local['pointing game'][method])} |"
-        for method, share in local["share inside"].items()
-    ]
-    return CARD.format(
-        flags=flags,
+    return write_card(
+        CARD,
+        folder,
+        ClipShapes(),
         split=result["split"],
-        **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch")},
         caption=_shown(retrieval["caption"]),
         image=_shown(retrieval["image"]),
         tested=retrieval["scenes"],
@@ -284,7 +277,7 @@ def card(folder: Path, result: dict[str, Any]) -> str:
         by_chance=retrieval["chance"],
         examples=local["examples"],
         chance=_shown(local["chance"]),
-        rows="\n".join(rows),
+        rows=localisation_table(local),
     )
 
 
@@ -316,7 +309,7 @@ share inside the object's mask, the same less equal accumulation's on the same e
 often the most relevant point is on the object (pointing game). A map without information has the
 mask's share of the image inside: {chance}.
 
-| method | share inside | less equal's | pointing game |
-|---|---|---|---|
 {rows}
 """
+
+RECIPES = {"clip-shapes": Recipe(ClipShapes, CLIP, train, evaluate, card)}

@@ -1,45 +1,153 @@
-"""Recipes `finetune-shapes`, `finetune-coco` and `finetune-flickr30k`: going on with a captioner.
+"""Recipes `finetune-shapes`, `finetune-coco` and `finetune-flickr30k`: captioners are fine-tuned.
 
-There are four modes: as in training ("plain", the control), LRP-inference ("lrp"), self-critical
-training with CIDEr-D as the reward ("scst"), and that with captions drawn from re-weighted
-predictions ("lrp-scst"); see `lrp_inference` and `scst`. What is written is a captioner as any.
+There are four modes: the loss of their first training ("plain", the control), LRP-inference
+("lrp"), self-critical training with CIDEr-D as the reward ("scst"), and that with captions drawn
+from re-weighted predictions ("lrp-scst"); see `jaxrel.train.losses`. What is written is a
+captioner as any.
 """
 
-import json
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from jaxrel.metrics.caption_scores import Tokens
+from jaxrel.metrics.words import STOP_WORDS
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.train.data.shapes import vocabulary
+from jaxrel.train.data.shapes.examples import SIDE, CaptionExamples, normalise
 from jaxrel.train.loop.batches import Example, Source
+from jaxrel.train.loop.train import Loss, read_settings, train_model
+from jaxrel.train.losses.captions import caption_loss
 from jaxrel.train.losses.lrp_inference import (
-    STOP_WORDS,
+    WEIGHED,
     LRPInference,
     content_words,
     lrp_inference_loss,
 )
-from jaxrel.train.losses.scst import CiderReward, Reward, scst_loss
-from jaxrel.train.recipes import captioner_shapes
-from jaxrel.train.recipes.captioner import caption_loss, train_captioner
-from jaxrel.train.recipes.captioner_real import READERS, Captions, caption_words
+from jaxrel.train.losses.scst import ENDS, IDFS, CiderReward, Reward, scst_loss
+from jaxrel.train.recipes import captioner_real, captioner_shapes
+from jaxrel.train.recipes.captioner import Adam
+from jaxrel.train.recipes.captioner_real import READERS, caption_words
 from jaxrel.train.recipes.captioner_shapes import table_rows
-from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE, normalise
-from jaxrel.train.recipes.mapper import KeyedLoss
-from jaxrel.train.recipes.mapper_real import choice
-from jaxrel.train.recipes.mapper_shapes import SIDE
-from jaxrel.train.recipes.settings import FinetuneReal, FinetuneShapes, changed_flags
+from jaxrel.train.recipes.real import read_images
+from jaxrel.train.recipes.registry import Recipe
+from jaxrel.train.recipes.settings import OnImages, OnShapes, setting, write_card
 
 Encode = Callable[[Captioner, Array], Float[Array, "batch positions features"]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
+class Finetune(Adam):
+    """What all recipes that fine-tune a captioner have in common."""
+
+    model: str = setting("", "captioner to fine-tune: a bundled model, a folder or a hub name")
+    mode: str = setting(
+        "lrp",
+        "plain: as in training; lrp: LRP-inference; scst: CIDEr-D of sampled captions as reward; "
+        "lrp-scst: the same with captions from re-weighted predictions",
+        ("plain", "lrp", "scst", "lrp-scst"),
+    )
+    mixing: float = setting(
+        0.5,
+        "mode lrp: weight of the plain prediction's loss; the rest is the re-weighted one's",
+        "from 0 to 1",
+    )
+    temperature: float = setting(
+        1.0, "modes lrp: t in the weights t R / max|R| + max(t, 1)", "positive"
+    )
+    weighed: str = setting(
+        "both",
+        "modes lrp: which values are weighed: both, attended or hidden (the paper's: both)",
+        WEIGHED,
+    )
+    stop_words: str = setting(
+        "", "modes lrp: words, with commas, that are not re-weighted; empty: English function words"
+    )
+    idf: str = setting("corpus", "modes scst: where words are weighed, corpus or batch", IDFS)
+    ends: str = setting(
+        "both",
+        "modes scst: who has the end as a word in the reward: both, references or neither",
+        ENDS,
+    )
+    dropout: int = setting(
+        1,
+        "modes plain and lrp: 1 drops values as in training, 0 does not (scst never does)",
+        (0, 1),
+    )
+    encoder_rate: float = setting(
+        0.2,
+        "factor on the learning rate in the encoder; 0 freezes it (the paper's: 0.2 or 0)",
+        "0 or more",
+    )
+    steps: int = 600
+    learning_rate: float = setting(
+        5e-4,
+        "highest learning rate; it falls to 0 as a cosine (the paper's: 1e-5 or 5e-5, constant)",
+        "positive",
+    )
+    warmup: int = 20
+    log_every: int = 20
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("model is empty; name the captioner to fine-tune with --model")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneShapes(OnShapes, Finetune):
+    """Settings of the recipe `finetune-shapes`."""
+
+    model: str = "gridtd-shapes"
+    split: str = setting("biased_train", "split to train on")
+    scenes: int = 40_000
+    full: float = setting(
+        1.0, "modes plain and lrp: share of captions that name every object", "from 0 to 1"
+    )
+    batch: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneReal(OnImages, Finetune):
+    """What the recipes `finetune-coco` and `finetune-flickr30k` have in common."""
+
+    dataset: ClassVar[str]
+
+    split: str = setting("train", "split to train on, in which the reward weighs words too")
+    steps: int = setting(
+        4_500, "number of optimiser steps; about one epoch (the paper's: one)", "at least 1"
+    )
+    encoder_rate: float = 0.0
+    warmup: int = 100
+    dtype: str = "bfloat16"
+    checkpoint_every: int = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneCoco(FinetuneReal):
+    """Settings of the recipe `finetune-coco`."""
+
+    dataset: ClassVar[str] = "coco"
+
+    split: str = "train+restval"
+    steps: int = 17_500
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneFlickr30k(FinetuneReal):
+    """Settings of the recipe `finetune-flickr30k`."""
+
+    dataset: ClassVar[str] = "flickr30k"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class WithImages:
     """Examples with the index of their image in the references of a reward, "references".
 
@@ -59,30 +167,23 @@ class WithImages:
 
 
 def train_shapes(recipe: FinetuneShapes, folder: Path) -> Captioner:
-    """Go on with a captioner of Shapes, on the examples of `gridtd-shapes` and `aoa-shapes`.
+    """Fine-tune a captioner of Shapes, on the examples of its first training; see `Recipe`.
 
     The references of the reward are all five captions of a scene, as in the evaluation.
-
-    Args:
-      recipe: the settings.
-      folder: where the model goes; see `train_captioner`.
-
-    Raises:
-      FileExistsError, FileNotFoundError: the folder exists and is no model folder, or there is
-        no such captioner; said before any work.
-      ValueError: likewise, if the captioner does not read Shapes; see also `fit`.
-      FloatingPointError, OSError: see `fit`.
     """
     check_new_folder(folder)
     model = Captioner.from_pretrained(recipe.model, dtype=recipe.dtype)
     _check_images(model, recipe.model)
     _check_shapes(model, recipe.model)
-    examples = captioner_shapes.Examples(recipe.training(context=model.config.context), model)
+    grid = model.config.grid
+    assert grid is not None
+    context = model.config.context
+    examples = CaptionExamples(recipe, recipe.split, model.processor, context, grid)
 
     def encode(model: Captioner, image: Array) -> Float[Array, "batch positions features"]:
         return model.encode(normalise(image))
 
-    return _go_on(
+    return _finetune(
         recipe,
         folder,
         model,
@@ -94,27 +195,16 @@ def train_shapes(recipe: FinetuneShapes, folder: Path) -> Captioner:
 
 
 def train_real(recipe: FinetuneReal, folder: Path) -> Captioner:
-    """Go on with a captioner of COCO or Flickr30k, one caption of an image per example.
+    """Fine-tune a captioner of COCO or Flickr30k, one caption of an image per example.
 
-    The references of the reward are all captions of an image.
-
-    Args:
-      recipe: the settings; `data` is the folder of the data set.
-      folder: where the model goes; see `train_captioner`.
-
-    Raises:
-      FileExistsError, FileNotFoundError: before any work; see `captioner_real.train`, or there
-        is no such captioner.
-      ValueError, FloatingPointError, OSError: see `fit`.
+    The references of the reward are all captions of an image. See `Recipe`.
     """
     check_new_folder(folder)
-    source = READERS[recipe.dataset](
-        recipe.data, recipe.split, missing=choice(recipe.missing), corrupt=choice(recipe.corrupt)
-    )
+    source = read_images(READERS[recipe.dataset], recipe)
     model = Captioner.from_pretrained(recipe.model, dtype=recipe.dtype)
     _check_images(model, recipe.model)
-    examples = Captions(source, model.processor, model.config.context)
-    return _go_on(
+    examples = captioner_real.examples(source, model.processor, model.config.context)
+    return _finetune(
         recipe,
         folder,
         model,
@@ -122,11 +212,10 @@ def train_real(recipe: FinetuneReal, folder: Path) -> Captioner:
         WithImages(examples, examples.images),
         lambda: [caption_words(record) for record in source.records],
         name=f"finetune-{recipe.dataset}",
-        workers=recipe.workers,
     )
 
 
-def _go_on(
+def _finetune(
     recipe: FinetuneShapes | FinetuneReal,
     folder: Path,
     model: Captioner,
@@ -135,7 +224,6 @@ def _go_on(
     references: Callable[[], Sequence[Sequence[Tokens]]],
     *,
     name: str,
-    workers: int = 0,
 ) -> Captioner:
     """Train in the recipe's mode; the references of all images are asked for if they count."""
     reward = None
@@ -144,15 +232,13 @@ def _go_on(
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         form = model.caption_format()
         reward = CiderReward(references(), tokens, form, idf=recipe.idf, ends=recipe.ends)
-    return train_captioner(
+    return train_model(
         recipe,
         folder,
         {"model": model},
         mode_loss(recipe, model, encode, reward),
         source,
         name=name,
-        factors={"model/encoder": recipe.encoder_rate},
-        workers=workers,
     )
 
 
@@ -161,7 +247,7 @@ def mode_loss(
     model: Captioner,
     encode: Encode,
     reward: Reward | None = None,
-) -> KeyedLoss:
+) -> Loss:
     """The loss of a mode, of the parts {"model": a captioner}.
 
     Args:
@@ -225,32 +311,24 @@ def _check_shapes(model: Captioner, name: str) -> None:
 
 
 def card(folder: Path, result: dict[str, Any]) -> str:
-    """The model card: what the model began as, how it went on, and what was found of it.
-
-    Args:
-      folder: as `train_shapes` wrote it.
-      result: of `captioner_shapes.evaluate`.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    """The model card; `result` is what `evaluate` found."""
     judged = result["splits"]
     columns = [
         one["truth"] | one["hallucination"] | {"CIDEr-D (times 10)": one["CIDEr-D"]}
         for one in judged.values()
     ]
     first = next(iter(judged.values()))
-    return CARD.format(
-        flags=changed_flags(FinetuneShapes(), settings),
-        how=_HOW[settings["mode"]],
+    return write_card(
+        CARD,
+        folder,
+        FinetuneShapes(),
+        how=_HOW[read_settings(folder)["mode"]],
         splits=" | ".join(f"`{name}`" for name in judged),
         lines="---|" * len(judged),
         rows=table_rows(columns),
         tested=first["scenes"],
         among=first["split"],
         examples="\n".join(f"- {caption}" for caption in first["examples"]),
-        **{name: settings[name] for name in ("model", "split", "data_seed", "steps", "batch")},
     )
 
 
@@ -263,9 +341,9 @@ _HOW = {
 }
 
 CARD = """\
-# A captioner that went on
+# A fine-tuned captioner
 
-`{model}`, a captioner of 64x64 images of coloured shapes, went on with {how}.
+`{model}`, a captioner of 64x64 images of coloured shapes, fine-tuned with {how}.
 
     jaxrel train finetune-shapes{flags} --out FOLDER
     jaxrel evaluate finetune-shapes --model FOLDER --card
@@ -284,3 +362,18 @@ The first captions on `{among}`:
 
 {examples}
 """
+
+RECIPES = {
+    "finetune-shapes": Recipe(
+        FinetuneShapes, Captioner, train_shapes, captioner_shapes.evaluate, card
+    ),
+    **{
+        f"finetune-{settings.dataset}": Recipe(
+            settings,
+            Captioner,
+            train_real,
+            partial(captioner_real.evaluate, dataset=settings.dataset),
+        )
+        for settings in (FinetuneCoco, FinetuneFlickr30k)
+    },
+}

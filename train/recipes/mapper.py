@@ -1,40 +1,83 @@
-"""What all recipes of CLIPmapper share: the optimiser, the loop, and what is written at the end."""
+"""What all recipes of CLIPmapper share: settings, the model before training, the optimiser."""
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
-import optax
 from flax import nnx
-from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from jaxrel.models.auto import from_pretrained
-from jaxrel.models.clip import CLIP, end_of_text
-from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperConfig
-from jaxrel.train.loop.batches import Source, batches
-from jaxrel.train.loop.fit import fit
-from jaxrel.train.loop.optimiser import adamw, warmup_cosine
-from jaxrel.train.recipes.clip_shapes import SETTINGS_FILE
+from jaxrel.models.clip import CLIP
+from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperConfig
+from jaxrel.train.data.shapes.examples import SIDE, normalise
+from jaxrel.train.loop.batches import Source
+from jaxrel.train.loop.train import train_model
+from jaxrel.train.losses.auxiliary import PatchNames
+from jaxrel.train.recipes.settings import OnImages, OnShapes, Training, setting
 
 M = TypeVar("M", bound=CLIPMapper)
-Loss = Callable[[dict[str, Any], dict[str, Array]], tuple[Array, dict[str, Array]]]
-KeyedLoss = Callable[[dict[str, Any], dict[str, Array], Array], tuple[Array, dict[str, Array]]]
+TokensLoss = Callable[[dict[str, Any], Array, dict[str, Array]], tuple[Array, dict[str, Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapper(Training):
+    """What all recipes of CLIPmapper have in common."""
+
+    stage1: str = setting("clip-shapes", "model that stage 1 is copied from: a CLIP or CLIPmapper")
+    stage1_rate: float = setting(
+        1.0, "factor on the learning rate in stage 1; 0 freezes it", "0 or more"
+    )
+    weight_decay: float = setting(0.05, "weight decay of AdamW", "0 or more")
+    width: int = setting(128, "features per token in the mapper")
+    layers: int = setting(2, "layers of the mapper", "at least 1")
+    heads: int = setting(4, "attention heads of the mapper")
+    mlp_width: int = setting(256, "hidden features of the mapper's MLPs")
+    context: int = setting(20, "tokens of the longest text")
+
+    def optimiser(self) -> dict[str, Any]:
+        """AdamW, slower in stage 1."""
+        factors = {"model/vision": self.stage1_rate, "model/text": self.stage1_rate}
+        return {"weight_decay": self.weight_decay, "b2": 0.98, "factors": factors}
+
+
+@dataclasses.dataclass(frozen=True)
+class MapperShapes(OnShapes, Mapper):
+    """What the recipes `vqa-shapes` and `caption-shapes` have in common."""
+
+    patch_loss: float = setting(
+        0.5, "weight of the loss of naming the object in each patch", "0 or more"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MapperReal(OnImages, Mapper):
+    """What the recipes on photographs have in common: CLIPmapper over a CLIP of the hub."""
+
+    stage1: str = "openai/clip-vit-base-patch32"
+    stage1_rate: float = 0.1
+    steps: int = 40_000
+    batch: int = setting(256, "examples per step", "at least 1")
+    learning_rate: float = 1e-4
+    warmup: int = 1_000
+    width: int = 768
+    layers: int = 6
+    heads: int = 12
+    mlp_width: int = 3072
+    context: int = 32
+    dtype: str = "bfloat16"
+    checkpoint_every: int = 1_000
 
 
 def new_model(
-    recipe: Any,
+    recipe: Mapper,
     kind: type[M],
     *,
     answers: tuple[str, ...] = (),
     several: bool = False,
 ) -> M:
-    """The model before training: it begins as the recipe's `stage1` (see `CLIPMapper.init_from`).
+    """The model before training, with the recipe's `stage1` (see `CLIPMapper.init_from`).
 
     Raises:
       ValueError: stage 1 reads shorter texts than the recipe wants.
@@ -46,158 +89,59 @@ def new_model(
             f"context {recipe.context} is more than the {towers.text.context} tokens that "
             f"{recipe.stage1!r} reads"
         )
-    text = replace(towers.text, context=recipe.context)
+    text = dataclasses.replace(towers.text, context=recipe.context)
+    sizes = {name: getattr(recipe, name) for name in ("width", "layers", "heads", "mlp_width")}
     config = CLIPMapperConfig(
         task=kind.task,
-        clip=replace(towers, text=text, dtype=recipe.dtype),
+        clip=dataclasses.replace(towers, text=text, dtype=recipe.dtype),
         answers=answers,
         several=several,
-        width=recipe.width,
-        layers=recipe.layers,
-        heads=recipe.heads,
-        mlp_width=recipe.mlp_width,
+        **sizes,
     )
     model = kind(config, rngs=nnx.Rngs(recipe.seed), processor=stage1.processor)
     model.init_from(stage1)
     return model
 
 
-def train_mapper(
-    recipe: Any,
+def new_model_of_shapes(recipe: MapperShapes, kind: type[M], **options: Any) -> M:
+    """`new_model`, of a stage 1 that reads images of Shapes.
+
+    Raises:
+      ValueError: as `new_model`, and for a stage 1 that reads larger or smaller images.
+    """
+    model = new_model(recipe, kind, **options)
+    side = model.config.clip.vision.image_size
+    if side != SIDE:
+        raise ValueError(
+            f"stage1 {recipe.stage1!r} reads images of {side} x {side} pixels, and this recipe "
+            f"trains on Shapes of {SIDE} x {SIDE}; name a CLIP of that size, such as clip-shapes"
+        )
+    return model
+
+
+def train_on_shapes(
+    recipe: MapperShapes,
     folder: Path,
     parts: dict[str, Any],
-    loss: Loss,
+    loss_of_tokens: TokensLoss,
     source: Source,
     *,
     name: str,
-    workers: int = 0,
-    dtype: str = "float32",
 ) -> CLIPMapper:
-    """Train, and write the model, its settings and `train.jsonl` into a folder.
-
-    Checkpoints go to `<folder>.checkpoints`, and are removed when the model is written; the
-    same call goes on from the newest one when it was stopped.
+    """Train with the loss of naming what each patch shows added to a recipe's own.
 
     Args:
-      recipe: the settings.
-      folder: where the model goes; check it with `check_new_folder` before any work.
-      parts: what is trained: "model", and what is thrown away afterwards.
-      loss: `(parts, batch) -> (value, metrics)`.
-      source, workers: see `jaxrel.train.loop.batches.batches`.
-      name: of the recipe.
-      dtype: of the file.
-
-    Returns:
-      The model as it is in the folder.
-
-    Raises:
-      ValueError, FloatingPointError, OSError: see `fit`.
+      recipe, folder, parts, source, name: see `train_model`.
+      loss_of_tokens: `(parts, tokens, batch) -> (value, metrics)`, of the image's tokens.
     """
-    rate = warmup_cosine(recipe.learning_rate, recipe.steps, recipe.warmup)
-    factors = {"model/vision": recipe.stage1_rate, "model/text": recipe.stage1_rate}
-    return train_parts(
-        recipe,
-        folder,
-        parts,
-        lambda parts, batch, key: loss(parts, batch),
-        adamw(rate, weight_decay=recipe.weight_decay, b2=0.98, factors=factors),
-        rate,
-        source,
-        name=name,
-        workers=workers,
-        dtype=dtype,
-    )
+    vision = parts["model"].config.clip.vision
+    parts = parts | {"names": PatchNames(vision.width, vision.grid, rngs=nnx.Rngs(recipe.seed))}
 
+    def loss(parts: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        model = parts["model"]
+        tokens, _ = model.encode_image(normalise(batch["image"]))
+        value, metrics = loss_of_tokens(parts, tokens, batch)
+        named = parts["names"].loss(model.vision_norm(tokens), batch["shown"])
+        return value + recipe.patch_loss * named, metrics | {"patches": named}
 
-def train_parts(
-    recipe: Any,
-    folder: Path,
-    parts: dict[str, Any],
-    loss: KeyedLoss,
-    optimiser: optax.GradientTransformation,
-    rate: optax.Schedule,
-    source: Source,
-    *,
-    name: str,
-    workers: int = 0,
-    dtype: str = "float32",
-) -> Any:
-    """What `train_mapper` does, for any model, optimiser and loss; only `nnx.Param`s are trained.
-
-    Args:
-      recipe, folder, parts, source, name, workers, dtype: see `train_mapper`.
-      loss: `(parts, batch, key) -> (value, metrics)`, with the metric "accuracy".
-      optimiser: of the parameters of the parts.
-      rate: of learning, for the log.
-
-    Returns:
-      The model as it is in the folder.
-
-    Raises:
-      ValueError, FloatingPointError, OSError: see `fit`.
-    """
-    folder = Path(folder).expanduser().resolve()
-    checkpoints = folder.with_name(f"{folder.name}.checkpoints")
-    graph, params, *rest = nnx.split(parts, nnx.Param, ...)
-
-    def of_params(params: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
-        return loss(nnx.merge(graph, params, *rest), batch, key)
-
-    params = fit(
-        of_params,
-        params,
-        optimiser,
-        batches(source, batch=recipe.batch, seed=recipe.seed, workers=workers),
-        steps=recipe.steps,
-        key=jax.random.key(recipe.seed),
-        settings=recipe,
-        folder=checkpoints,
-        log_every=recipe.log_every,
-        checkpoint_every=recipe.checkpoint_every,
-        accumulate=recipe.accumulate,
-        schedule=rate,
-        show="accuracy",
-        name=name,
-    )
-    model = nnx.merge(graph, params, *rest)["model"]
-    model.save_pretrained(folder, dtype=dtype)
-    settings = json.dumps(dataclasses.asdict(recipe), indent=2)
-    (folder / SETTINGS_FILE).write_text(settings + "\n", encoding="utf-8")
-    shutil.copy(checkpoints / "train.jsonl", folder / "train.jsonl")
-    # Only what can be read again makes the checkpoints superfluous.
-    trained = type(model).from_pretrained(folder)
-    shutil.rmtree(checkpoints)
-    return trained
-
-
-def caption_loss(
-    model: CLIPMapperCaption, tokens: Array, text: Array
-) -> tuple[Array, dict[str, Array]]:
-    """Mean cross-entropy of the captions' words and ends, and their share that is foreseen."""
-    text = text.astype(jnp.int32)
-    words, _ = model.map(tokens, text[:, :-1])
-    end = end_of_text(text, model.config.clip.text.eos_token_id)
-    return word_loss(model.word_logits(words), text, end)
-
-
-def word_loss(
-    logits: Float[Array, "batch rest vocabulary"],
-    text: Int[Array, "batch tokens"],
-    end: Int[Array, " batch"],
-) -> tuple[Array, dict[str, Array]]:
-    """Mean cross-entropy of captions' words and ends, and their share that is foreseen.
-
-    Args:
-      logits: of the token after each but the last.
-      text: token ids.
-      end: the position of each caption's end; what follows it does not count.
-
-    Returns:
-      The loss, and {"accuracy": the share}.
-    """
-    following = text[:, 1:]
-    counted = jnp.arange(1, text.shape[1]) <= end[:, None]
-    entropy = optax.softmax_cross_entropy_with_integer_labels(logits, following)
-    right = (logits.argmax(-1) == following) & counted
-    count = counted.sum()
-    return jnp.where(counted, entropy, 0).sum() / count, {"accuracy": right.sum() / count}
+    return train_model(recipe, folder, parts, loss, source, name=name)

@@ -1,75 +1,63 @@
-"""The recipes, by name: what `jaxrel train` and `jaxrel evaluate` can run."""
+"""The recipes, by name: what `jaxrel train` and `jaxrel evaluate` can run.
 
+A recipe's module is imported when it is asked for: reading the list costs nothing.
+"""
+
+import importlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
-from jaxrel.models import CLIP, Captioner, CLIPMapperCaption, CLIPMapperVQA
-from jaxrel.train.evaluate import captions, vqa
-from jaxrel.train.recipes import (
-    captioner_real,
-    captioner_shapes,
-    clip_shapes,
-    finetune,
-    mapper_real,
-    mapper_shapes,
-)
-from jaxrel.train.recipes.settings import AoAShapes, GridTDShapes
+# The module of each recipe, in this package.
+RECIPES = {
+    "clip-shapes": "clip_shapes",
+    "vqa-shapes": "vqa_shapes",
+    "caption-shapes": "caption_shapes",
+    "vqa-v2": "vqa_v2",
+    "caption-coco": "caption_coco",
+    "gridtd-shapes": "captioner_shapes",
+    "aoa-shapes": "captioner_shapes",
+    "gridtd-coco": "captioner_real",
+    "aoa-coco": "captioner_real",
+    "gridtd-flickr30k": "captioner_real",
+    "aoa-flickr30k": "captioner_real",
+    "finetune-shapes": "finetune",
+    "finetune-coco": "finetune",
+    "finetune-flickr30k": "finetune",
+}
 
 
 class Recipe(NamedTuple):
-    """`train(settings, folder)`, `evaluate(model, ...)`, and `card(folder, result)` if any.
+    """An experiment.
 
-    `model` is the class that it makes and judges.
+    Attributes:
+      settings: the dataclass of its settings; each field is a command-line option.
+      model: the class of model that it makes and judges.
+      train: `train(settings, folder)` makes a model, writes it into the folder, and returns it as
+        it is there. A folder that exists and is no model's (FileExistsError), data that are not
+        there (FileNotFoundError) and sizes that do not fit (ValueError) are said before any work;
+        what else can go wrong is said in `jaxrel.train.loop.fit`.
+      evaluate: `evaluate(model, ...)` judges one on held-out data.
+      card: `card(folder, result)` makes the model's README of what `evaluate` returned, if the
+        recipe has one. A folder without settings.json raises FileNotFoundError.
     """
 
+    settings: type
     model: type
     train: Callable[..., Any]
     evaluate: Callable[..., dict[str, Any]]
     card: Callable[..., str] | None = None
 
 
-RECIPES = {
-    "clip-shapes": Recipe(CLIP, clip_shapes.train, clip_shapes.evaluate, clip_shapes.card),
-    "vqa-shapes": Recipe(CLIPMapperVQA, mapper_shapes.train_vqa, vqa.evaluate, vqa.card),
-    "caption-shapes": Recipe(
-        CLIPMapperCaption,
-        mapper_shapes.train_caption,
-        captions.evaluate,
-        captions.card,
-    ),
-    "vqa-v2": Recipe(CLIPMapperVQA, mapper_real.train_vqa, mapper_real.evaluate_vqa),
-    "caption-coco": Recipe(
-        CLIPMapperCaption, mapper_real.train_caption, mapper_real.evaluate_caption
-    ),
-    **{
-        f"{settings.kind}-shapes": Recipe(
-            Captioner,
-            captioner_shapes.train,
-            captioner_shapes.evaluate,
-            partial(captioner_shapes.card, recipe=settings),
-        )
-        for settings in (GridTDShapes, AoAShapes)
-    },
-    **{
-        f"{kind}-{dataset}": Recipe(
-            Captioner, captioner_real.train, partial(captioner_real.evaluate, dataset=dataset)
-        )
-        for kind in ("gridtd", "aoa")
-        for dataset in captioner_real.READERS
-    },
-    "finetune-shapes": Recipe(
-        Captioner,
-        finetune.train_shapes,
-        captioner_shapes.evaluate,
-        finetune.card,
-    ),
-    **{
-        f"finetune-{dataset}": Recipe(
-            Captioner,
-            finetune.train_real,
-            partial(captioner_real.evaluate, dataset=dataset),
-        )
-        for dataset in captioner_real.READERS
-    },
-}
+def is_real(name: str) -> bool:
+    """Whether a recipe needs a data set of photographs; Shapes are drawn."""
+    return not name.endswith("-shapes")
+
+
+def find_recipe(name: str) -> Recipe:
+    """Import a recipe.
+
+    Raises:
+      KeyError: there is none of that name.
+    """
+    module = importlib.import_module(f"jaxrel.train.recipes.{RECIPES[name]}")
+    return module.RECIPES[name]

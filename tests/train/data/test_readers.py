@@ -1,7 +1,6 @@
 """Readers of downloaded data sets, on tiny files in the true formats."""
 
 import copy
-import json
 import pickle
 import re
 import shutil
@@ -19,151 +18,21 @@ from jaxrel.images import read_image
 from jaxrel.train.data import coco, files, flickr30k, vqa_v2
 from jaxrel.train.data.files import ImageSource
 from jaxrel.train.data.vqa_v2 import AnswerVocabulary, normalise_answer, vqa_accuracy
-
-
-def write_json(path, document):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document), encoding="utf-8")
-
-
-def write_image(path, grey=100, size=(12, 8), **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (grey,) * 3).save(path, **options)
-
-
-CAPTIONS = {
-    "info": {"year": 2017},
-    "licenses": [],
-    "images": [
-        {"id": 139, "file_name": "000000000139.jpg", "height": 8, "width": 12, "license": 2},
-        {"id": 285, "file_name": "000000000285.jpg", "height": 8, "width": 12, "license": 4},
-        {"id": 632, "file_name": "000000000632.jpg", "height": 8, "width": 12, "license": 3},
-    ],
-    "annotations": [
-        {"id": 7, "image_id": 285, "caption": "A big bear."},
-        {"id": 3, "image_id": 139, "caption": "A woman in a room. \n"},
-        {"id": 5, "image_id": 139, "caption": "A room with chairs."},
-        {"id": 9, "image_id": 632, "caption": "A bedroom."},
-    ],
-}
-
-INSTANCES = {
-    "images": CAPTIONS["images"],
-    "annotations": [
-        {
-            "id": number,
-            "image_id": image,
-            "category_id": category,
-            "bbox": box,
-            "segmentation": [[0, 0, 1, 0, 1, 1]],
-            "iscrowd": crowd,
-            "area": 4.5,
-        }
-        for number, image, category, box, crowd in (
-            (1, 139, 62, [1.5, 2, 3, 4.25], 0),
-            (2, 139, 1, [0, 0, 12.6, 8], 1),
-            (4, 285, 23, [0, 0, 12, 8], 0),
-        )
-    ],
-    "categories": [
-        {"id": 1, "name": "person", "supercategory": "person"},
-        {"id": 23, "name": "bear", "supercategory": "animal"},
-        {"id": 62, "name": "chair", "supercategory": "furniture"},
-    ],
-}
-
-
-def karpathy(*splits, coco=True):
-    images = []
-    for i, split in enumerate(splits):
-        sentences = [
-            {"raw": f"A dog, no {i}. ", "tokens": ["a", "dog", "no", str(i)], "sentid": 2 * i},
-            {"raw": "It runs.", "tokens": ["it", "runs"], "sentid": 2 * i + 1},
-        ]
-        sentences = [{**sentence, "imgid": i} for sentence in sentences]
-        image = {"imgid": i, "split": split, "sentids": [2 * i, 2 * i + 1], "sentences": sentences}
-        part = "train2014" if split == "train" else "val2014"
-        named = {"filename": f"COCO_{part}_{500 + i:012d}.jpg"} if coco else {}
-        place = {"filepath": part, "cocoid": 500 + i} if coco else {"filename": f"{10 + i}.jpg"}
-        images.append({**image, **named, **place})
-    return {"images": images, "dataset": "coco" if coco else "flickr30k"}
-
-
-def question(number, image, text="What is it?"):
-    return {"question_id": number, "image_id": image, "question": text}
-
-
-def annotation(number, image, answers):
-    return {
-        "question_id": number,
-        "image_id": image,
-        "question_type": "what is",
-        "answer_type": "other",
-        "multiple_choice_answer": max(answers, key=answers.count),
-        "answers": [
-            {"answer": answer, "answer_confidence": "yes", "answer_id": i + 1}
-            for i, answer in enumerate(answers)
-        ],
-    }
-
-
-DOGS = ["dog"] * 8 + ["A dog.", "puppy"]
-CATS = ["cat"] * 5 + ["2 cats", "two cats", "dog", "bird", "cow"]
-QUESTIONS = {
-    "info": {},
-    "task_type": "Open-Ended",
-    "data_type": "mscoco",
-    "data_subtype": "val2014",
-    "questions": [question(9001, 9), question(9000, 9, "Is it red?"), question(42000, 42)],
-}
-ANNOTATIONS = {
-    "data_subtype": "val2014",
-    "annotations": [
-        annotation(42000, 42, CATS),
-        annotation(9000, 9, ["yes"] * 10),
-        annotation(9001, 9, DOGS),
-    ],
-}
-QUESTIONS_FILE = "v2_OpenEnded_mscoco_val2014_questions.json"
-ANNOTATIONS_FILE = "v2_mscoco_val2014_annotations.json"
-
-
-@pytest.fixture
-def coco_folder(tmp_path):
-    write_json(tmp_path / "annotations/captions_val2017.json", CAPTIONS)
-    write_json(tmp_path / "annotations/instances_val2017.json", INSTANCES)
-    for i, image in enumerate(CAPTIONS["images"]):
-        write_image(tmp_path / "val2017" / image["file_name"], grey=50 * i, quality=100)
-    split = karpathy("train", "val", "restval", "test", "val")
-    write_json(tmp_path / "dataset_coco.json", split)
-    for image in split["images"]:
-        write_image(tmp_path / image["filepath"] / image["filename"])
-    return tmp_path
-
-
-@pytest.fixture
-def flickr_folder(tmp_path):
-    split = karpathy("train", "val", "train", coco=False)
-    write_json(tmp_path / "dataset_flickr30k.json", split)
-    for image in split["images"]:
-        write_image(tmp_path / "flickr30k-images" / image["filename"])
-    return tmp_path
-
-
-@pytest.fixture
-def vqa_folder(tmp_path):
-    write_json(tmp_path / QUESTIONS_FILE, QUESTIONS)
-    write_json(tmp_path / ANNOTATIONS_FILE, ANNOTATIONS)
-    for image in (9, 42):
-        write_image(tmp_path / f"val2014/COCO_val2014_{image:012d}.jpg", grey=image)
-    return tmp_path
-
-
-def change(path, change):
-    """Rewrite a JSON file with a change made to it."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    change(document)
-    write_json(path, document)
+from tests.train.folders import (
+    ANNOTATIONS,
+    ANNOTATIONS_FILE,
+    CAPTIONS,
+    CATS,
+    DOGS,
+    INSTANCES,
+    QUESTIONS,
+    QUESTIONS_FILE,
+    change,
+    karpathy,
+    question,
+    write_image,
+    write_json,
+)
 
 
 def test_coco_captions(coco_folder):
@@ -305,20 +174,17 @@ def test_vqa_accuracy(agree, expected):
     assert vqa_accuracy("the 2 dogs", answers) == pytest.approx(expected, abs=1e-12)
 
 
-def test_answer_vocabulary_and_soft_scores(vqa_folder, tmp_path):
+def test_answer_vocabulary_and_soft_scores(vqa_folder):
     vocabulary = AnswerVocabulary.from_answers(
         ["cat", "Dog", "a dog", "dog.", "two", "2", "bird", "Cat"], at_least=2
     )
     assert vocabulary.answers == ("dog", "2", "cat")  # the most frequent, then the alphabet
-    assert (vocabulary.index("The dog"), vocabulary.index("bird")) == (0, None)
     scores = vocabulary.scores(CATS)
     assert scores.dtype == np.float32
     np.testing.assert_array_equal(scores, np.float32([1 / 3, 0, 1]))
     np.testing.assert_array_equal(
         vocabulary.scores(["two", "2", "bird"]), np.float32([0, 2 / 3, 0])
     )
-    vocabulary.save(tmp_path / "answers.json")
-    assert AnswerVocabulary.load(tmp_path / "answers.json") == vocabulary
     built = vqa_v2.build_vocabulary(vqa_folder, ("val",), at_least=1)
     assert built.answers == ("cat", "dog", "yes")
 
@@ -346,22 +212,6 @@ def test_the_vocabulary_counts_train_and_val(vqa_folder):
 def test_bad_answers(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        ({"answers": ["x"]}, r"is no answer vocabulary; expected an object with 'format'"),
-        (["x"], r"is no answer vocabulary"),
-        ({"format": "jaxrel-answers/1", "answers": ["x", "x"]}, r"answers\.json: the answer 'x'"),
-    ],
-)
-def test_bad_vocabulary_file(tmp_path, document, message):
-    write_json(tmp_path / "answers.json", document)
-    with pytest.raises(ValueError, match=message):
-        AnswerVocabulary.load(tmp_path / "answers.json")
-    with pytest.raises(FileNotFoundError, match=r"other\.json is missing.*save\(path\)"):
-        AnswerVocabulary.load(tmp_path / "other.json")
 
 
 def test_missing_files_are_listed_with_what_is_expected(tmp_path):

@@ -30,7 +30,7 @@ from jaxrel.train.evaluate.caption_explanations import (
     judge,
 )
 from jaxrel.train.evaluate.examples import STOP, ShapesImages, Word, open_images
-from tests.train.data.test_readers import (
+from tests.train.folders import (
     CAPTIONS,
     INSTANCES,
     karpathy,

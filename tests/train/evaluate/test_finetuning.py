@@ -22,7 +22,6 @@ from jaxrel.train.evaluate import finetuning
 from jaxrel.train.evaluate.captions import write_captions
 from jaxrel.train.evaluate.examples import ShapesImages
 from jaxrel.train.evaluate.finetuning import MEASURES, evaluate, find_runs, markdown
-from tests.train.recipes.test_finetune import begun  # noqa: F401
 
 CAPTIONS = [["a", "red", "circle"], ["a", "star"], ["a", "blue", "ring", "and", "a", "star"]]
 REFERENCES = [
@@ -102,7 +101,7 @@ def write(folder, **settings):
     (folder / "settings.json").write_text(json.dumps(settings))
 
 
-def test_runs_are_found_by_their_settings(tmp_path, begun):  # noqa: F811
+def test_runs_are_found_by_their_settings(tmp_path, begun):
     model = str(begun / "aoa")
     write(tmp_path / "one", mode="lrp", model=model, seed=0, steps=3, log_every=5)
     write(tmp_path / "two", mode="plain", model=model, seed=0, steps=3, log_every=7)
@@ -117,7 +116,7 @@ def test_runs_are_found_by_their_settings(tmp_path, begun):  # noqa: F811
     }
 
 
-def test_runs_that_cannot_be_compared_are_said(tmp_path, begun):  # noqa: F811
+def test_runs_that_cannot_be_compared_are_said(tmp_path, begun):
     model = str(begun / "aoa")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         find_runs(tmp_path / "nowhere")
@@ -162,7 +161,7 @@ def test_a_beginning_that_is_gone_is_said(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def models(begun, tmp_path_factory):  # noqa: F811
+def models(begun, tmp_path_factory):
     """A beginning, and as what went on with it: itself, and another captioner."""
     root = tmp_path_factory.mktemp("models")
     for mode, kind in (("plain", "gridtd"), ("lrp", "aoa")):

@@ -8,17 +8,17 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
+from jaxrel.metrics.words import STOP_WORDS
 from jaxrel.models import decoding
 from jaxrel.models.captioner import Captioner, reference_order
 from jaxrel.models.captioner.cells import SentinelLSTM
+from jaxrel.train.losses.captions import caption_loss
 from jaxrel.train.losses.lrp_inference import (
-    STOP_WORDS,
     LRPInference,
     content_words,
     lrp_inference_loss,
     relevance_weights,
 )
-from jaxrel.train.recipes.captioner import caption_loss
 from tests.paths import FIXTURES
 from tests.zoo.captioners import TEXTS, captioner, reference, reference_config, tensors
 from tests.zoo.images import random_images

@@ -267,12 +267,13 @@ def test_bfloat16(key):
         logs = jax.nn.log_softmax(INFERENCE.logits(model, read.attended, read.hidden))
         chosen = jnp.take_along_axis(logs[:, :-1], text[:, 1:, None], axis=-1)[..., 0]
         counted = drawn(text, full.caption_format())[:, 1:]
-        return self_critical_loss(chosen, jnp.linspace(-1, 1, 8), counted)
+        return jnp.stack([self_critical_loss(chosen, row, counted) for row in jnp.eye(8)])
 
+    # By caption: over all, rewards of both signs add up to almost nothing.
     values = [jax.jit(loss)(model) for model in (half, full)]
     # 8 bits of precision in the values, and weights from 0 to 2 that follow them.
-    np.testing.assert_allclose(values[0], values[1], atol=0.1)
-    assert values[0] != values[1]
+    np.testing.assert_allclose(values[0], values[1], rtol=0.1)
+    assert (values[0] != values[1]).any()
 
 
 @pytest.mark.parametrize("inference", [None, INFERENCE], ids=["scst", "lrp-scst"])

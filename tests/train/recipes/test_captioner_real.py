@@ -16,10 +16,9 @@ from jaxrel.models.vision import IMAGENET_MEAN, IMAGENET_STD, imagenet_processin
 from jaxrel.train.data import coco, flickr30k
 from jaxrel.train.recipes import captioner_real
 from jaxrel.train.recipes.captioner import new_config
-from jaxrel.train.recipes.registry import RECIPES
-from jaxrel.train.recipes.settings import AoACoco, AoAFlickr30k, GridTDCoco, GridTDFlickr30k
-from tests.train.data.test_readers import coco_folder, flickr_folder  # noqa: F401
-from tests.train.recipes.test_mapper_real import Repeated
+from jaxrel.train.recipes.captioner_real import AoACoco, AoAFlickr30k, GridTDCoco, GridTDFlickr30k
+from jaxrel.train.recipes.registry import find_recipe
+from tests.train.folders import Repeated
 
 SMALL = {
     "steps": 4,
@@ -61,19 +60,12 @@ def weights(tmp_path):
 
 
 @pytest.fixture
-def folders(coco_folder, flickr_folder):  # noqa: F811
-    # Both fixtures write into the same temporary folder.
-    assert coco_folder == flickr_folder
-    return str(coco_folder)
-
-
-@pytest.fixture
 def enough(monkeypatch):
     """Eight devices want eight examples, and the tiny files have four."""
-    train = captioner_real.train_captioner
+    train = captioner_real.train_model
     monkeypatch.setattr(
         captioner_real,
-        "train_captioner",
+        "train_model",
         lambda recipe, folder, parts, loss, source, **more: train(
             recipe, folder, parts, loss, Repeated(source), **more
         ),
@@ -91,7 +83,7 @@ def settings(name, folder, **changes):
 def test_training_and_evaluation(name, rate, split, folders, weights, enough, tmp_path):
     recipe = settings(name, folders, encoder_weights=str(weights), encoder_rate=rate)
     out = tmp_path / "model"
-    model = RECIPES[name].train(recipe, out)
+    model = find_recipe(name).train(recipe, out)
     assert (model.config.kind, model.config.grid) == (recipe.kind, (4, 4))
     log = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < log[0]["loss"]
@@ -101,7 +93,7 @@ def test_training_and_evaluation(name, rate, split, folders, weights, enough, tm
     bias = np.asarray(model.encoder.stages[0][0].bias[...])
     assert (bias != 0.125).any() == (rate > 0)
     np.testing.assert_allclose(bias, 0.125, atol=0.007)
-    found = RECIPES[name].evaluate(model, data=folders, split=split, scenes=4, batch=2)
+    found = find_recipe(name).evaluate(model, data=folders, split=split, scenes=4, batch=2)
     assert (found["protocol"], found["images"]) == (f"captioner-{recipe.dataset}/1", 1)
     assert np.isfinite(found["CIDEr-D"]["mean"])
 
@@ -115,13 +107,14 @@ def test_every_recipe_reads_its_data(name, folders, monkeypatch, tmp_path):
         called.append((source, more))
         return parts["model"]
 
-    monkeypatch.setattr(captioner_real, "train_captioner", keep)
+    monkeypatch.setattr(captioner_real, "train_model", keep)
     recipe = settings(name, folders, encoder_weights="", encoder_rate=1.0)
-    model = RECIPES[name].train(recipe, tmp_path / "model")
+    model = find_recipe(name).train(recipe, tmp_path / "model")
     assert model.config.kind == name.split("-")[0]
     ((source, more),) = called
     assert len(source) == 4
-    assert more == {"name": name, "factors": {"model/encoder": 1.0}, "workers": 0}
+    assert more == {"name": name}
+    assert recipe.optimiser()["factors"] == {"model/encoder": 1.0}
 
 
 def test_the_vocabulary_is_in_the_order_of_the_captions(folders):
@@ -145,11 +138,11 @@ def test_examples(folders, warned):
     if warned:
         # "a dog no 0" and its ends have six tokens.
         with pytest.warns(UserWarning, match="2 of 4 captions have more than 5 tokens"):
-            examples = captioner_real.Captions(source, processor, context)
+            examples = captioner_real.examples(source, processor, context)
         assert len(examples) == 2
         assert examples[1]["id"] == 2
         return
-    examples = captioner_real.Captions(source, processor, context)
+    examples = captioner_real.examples(source, processor, context)
     assert len(examples) == 4
     # Rare words are <unk>, without a warning.
     assert examples[0]["text"].tolist() == [2, 1, 5, 6, 1, 3]
@@ -165,7 +158,7 @@ def test_the_model_prepares_images_as_examples_do(folders):
     source = coco.karpathy_captions(folders, "train+restval")
     vocabulary = captioner_real.build_vocabulary(source.records, 1)
     model = captioner_real.new_model(recipe, new_config(recipe), vocabulary)
-    example = captioner_real.Captions(source, model.processor, recipe.context)[1]
+    example = captioner_real.examples(source, model.processor, recipe.context)[1]
     inputs = model.prepare(image=source[0]["image"], text="it runs")
     np.testing.assert_array_equal(inputs["image"][0], example["image"])
     np.testing.assert_array_equal(inputs["text"][0], example["text"])
@@ -181,8 +174,8 @@ def test_the_computation_of_a_loaded_encoder_has_the_dtype(folders, weights):
 
 BAD = {
     "name the folder of the data set with --data": {"data": ""},
-    "missing must be error or skip, got 'ask'": {"missing": "ask"},
-    "at_least must be at least 1 and encoder_rate 0 or more, got 0 and 0.0": {"at_least": 0},
+    "missing must be one of error, skip, got 'ask'": {"missing": "ask"},
+    "at_least must be at least 1, got 0": {"at_least": 0},
     "an encoder would be frozen that has learnt nothing": {"encoder_weights": ""},
     "checkpoint_every must be a multiple of log_every 3": {"log_every": 3},
 }

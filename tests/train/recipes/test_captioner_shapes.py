@@ -15,19 +15,19 @@ from jaxrel import cli
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.vision import PRESETS, ResNetConfig, VGGConfig
 from jaxrel.train.data.shapes import Shapes
+from jaxrel.train.data.shapes.examples import CaptionExamples, caption_texts, normalise
 from jaxrel.train.evaluate import captions
 from jaxrel.train.loop import fit as training
+from jaxrel.train.loop import train as trainer
 from jaxrel.train.loop.optimiser import adamw
-from jaxrel.train.recipes import captioner_shapes, mapper
+from jaxrel.train.losses.captions import caption_loss
+from jaxrel.train.recipes import captioner_shapes
 from jaxrel.train.recipes.captioner import (
-    caption_loss,
     new_config,
     read_encoder,
-    train_captioner,
 )
-from jaxrel.train.recipes.clip_shapes import normalise
-from jaxrel.train.recipes.registry import RECIPES
-from jaxrel.train.recipes.settings import SETTINGS, AoAShapes, GridTDShapes
+from jaxrel.train.recipes.captioner_shapes import AoAShapes, GridTDShapes
+from jaxrel.train.recipes.registry import RECIPES, find_recipe, is_real
 
 SMALL = {
     "scenes": 32,
@@ -58,7 +58,9 @@ def made(quick_compile, tmp_path_factory):
 def examples():
     """Sixteen scenes as the recipe trains on them, and the untrained model."""
     model = captioner_shapes.new_model(dataclasses.replace(KINDS["gridtd"], scenes=16))
-    return captioner_shapes.Examples(KINDS["gridtd"], model), model
+    recipe = KINDS["gridtd"]
+    source = CaptionExamples(recipe, recipe.split, model.processor, recipe.context, (4, 4))
+    return source, model
 
 
 def parameters(model):
@@ -73,7 +75,9 @@ def test_training_writes_a_model_its_settings_and_a_log(made, kind):
     assert [line["step"] for line in lines] == [2, 4]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"accuracy", "patches", "learning_rate"} <= set(lines[0])
-    written = SETTINGS[f"{kind}-shapes"](**json.loads((folder / "settings.json").read_text()))
+    written = find_recipe(f"{kind}-shapes").settings(
+        **json.loads((folder / "settings.json").read_text())
+    )
     assert written == KINDS[kind]
     assert not folder.with_name(f"{folder.name}.checkpoints").exists()
     # What is thrown away is not in the file, and the file is in half precision.
@@ -114,7 +118,7 @@ def test_pixels_are_normalised_as_the_processor_does(made):
     scenes = [Shapes().scene("biased_train", i) for i in range(2)]
     images = [scene.image for scene in scenes]
     found = normalise(jnp.asarray(np.stack(images)))
-    prepared = model.prepare(image=images, text=captioner_shapes.caption_texts(scenes[0])[:2])
+    prepared = model.prepare(image=images, text=caption_texts(scenes[0])[:2])
     # The processor divides by 255, then by 0.5: float32 rounding.
     np.testing.assert_allclose(found, prepared["image"], atol=1e-6)
 
@@ -126,7 +130,7 @@ def test_examples_are_what_the_model_reads(examples):
     np.testing.assert_array_equal(example["image"], scene.image)
     assert example["shown"].shape == (16, 3)
     # `full` is 1: only captions that name every object.
-    texts = captioner_shapes.caption_texts(scene)[:2]
+    texts = caption_texts(scene)[:2]
     ids = [np.asarray(model.prepare(image=scene.image, text=t)["text"])[0] for t in texts]
     assert example["text"].tolist() in [row.tolist() for row in ids]
 
@@ -172,13 +176,13 @@ def test_statistics_of_normalisation_are_not_trained(examples, tmp_path, monkeyp
         (folder / "train.jsonl").write_text("")
         return jax.tree.map(lambda x: x + 1, params)
 
-    monkeypatch.setattr(mapper, "fit", fit)
+    monkeypatch.setattr(trainer, "fit", fit)
     recipe, untrained = KINDS["gridtd"], examples[1]
     encoder = ResNetConfig("basic", (1, 1), (4, 8), 4)
     config = dataclasses.replace(untrained.config, encoder=encoder)
     model = Captioner(config, rngs=nnx.Rngs(0), processor=untrained.processor)
     model.encoder.stem.norm.mean.set_value(jnp.full(4, 0.25))
-    found = train_captioner(
+    found = trainer.train_model(
         recipe, tmp_path / "model", {"model": model}, caption_loss, examples[0], name="test"
     )
     norm = found.encoder.stem.norm
@@ -209,7 +213,7 @@ def test_a_clamp_is_positive():
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_and_card(made, kind):
     model, folder = made[kind]
-    recipe = RECIPES[f"{kind}-shapes"]
+    recipe = find_recipe(f"{kind}-shapes")
     assert isinstance(model, recipe.model)
     result = recipe.evaluate(model, scenes=10)
     assert json.loads(json.dumps(result)) == result
@@ -249,8 +253,12 @@ def test_hallucinations_are_counted(made, monkeypatch):
     assert result["truth"]["stated objects that are true"]["mean"] == pytest.approx(2 / 3)
 
 
-def test_every_recipe_has_settings():
-    assert set(SETTINGS) == set(RECIPES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_settings(name):
+    fields = dataclasses.fields(find_recipe(name).settings)
+    assert {"seed", "steps", "batch", "learning_rate"} <= {field.name for field in fields}
+    assert all(field.metadata["help"] for field in fields)
+    assert is_real(name) == ("data" in {field.name for field in fields})
 
 
 def test_sizes_of_encoders():
@@ -271,7 +279,7 @@ BAD = {
     "clamp must be positive": {"clamp": 0.0},
     "b1 must be from 0 to below 1, got 1": {"b1": 1.0},
     "batch 64 is more than the 8 scenes": {"scenes": 8},
-    "scenes must be at least 1 and patch_loss 0 or more, got 40000 and -1": {"patch_loss": -1.0},
+    "patch_loss must be 0 or more, got -1": {"patch_loss": -1.0},
     "full must be from 0 to 1, got 2": {"full": 2.0},
     "steps must be at least 1, got 0": {"steps": 0},
     "warmup must be 0 or more, got -1": {"warmup": -1},
@@ -288,7 +296,7 @@ def test_what_is_wrong_is_said_before_any_work(tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("the scenes are drawn already")
 
-    monkeypatch.setattr(captioner_shapes, "Examples", never)
+    monkeypatch.setattr(captioner_shapes, "CaptionExamples", never)
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError):

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrel.models import CLIP
 from jaxrel.train.recipes import clip_shapes
-from jaxrel.train.recipes.settings import ClipShapes
+from jaxrel.train.recipes.clip_shapes import ClipShapes
 
 SMALL = ClipShapes(
     scenes=64,
@@ -66,7 +66,7 @@ def test_evaluation_and_card(trained):
     # An untrained model retrieves by chance, 1 in 32; an eighth would be a leak.
     assert result["retrieval"]["caption"]["mean"] < 1 / 8
     card = clip_shapes.card(folder, result)
-    assert "jaxrel train clip-shapes --scenes 64 --steps 6 --batch 16" in card
+    assert "jaxrel train clip-shapes --steps 6 --batch 16 --log-every 2 --scenes 64" in card
     assert "| weighted | " in card
 
 

@@ -1,4 +1,4 @@
-"""The recipes that go on with a captioner, at a tiny size, in every mode."""
+"""The recipes that fine-tune a captioner, at a tiny size, in every mode."""
 
 import dataclasses
 import json
@@ -20,26 +20,16 @@ from jaxrel import cli
 from jaxrel.models import Processor, word_tokenizer
 from jaxrel.models.captioner import Captioner
 from jaxrel.train.data.shapes import Shapes
+from jaxrel.train.data.shapes.examples import CAPTIONS, caption_texts
+from jaxrel.train.loop import train as trainer
 from jaxrel.train.loop.optimiser import warmup_cosine
-from jaxrel.train.recipes import captioner, captioner_shapes, finetune
-from jaxrel.train.recipes.captioner_shapes import caption_texts
-from jaxrel.train.recipes.mapper_shapes import CAPTIONS
-from jaxrel.train.recipes.registry import RECIPES
-from jaxrel.train.recipes.settings import (
-    SETTINGS,
-    AoAShapes,
-    FinetuneCoco,
-    FinetuneFlickr30k,
-    FinetuneShapes,
-    GridTDShapes,
-)
+from jaxrel.train.recipes import finetune
+from jaxrel.train.recipes.finetune import FinetuneCoco, FinetuneFlickr30k, FinetuneShapes
+from jaxrel.train.recipes.registry import RECIPES, find_recipe
 from tests.paths import ROOT
-from tests.train.data.test_readers import coco_folder, flickr_folder  # noqa: F401
-from tests.train.recipes.test_captioner_real import folders  # noqa: F401
 from tests.zoo.captioners import REGIONS
 from tests.zoo.captioners import captioner as random_captioner
 
-SIZES = {"scenes": 16, "encoder": "4,4,4,4", "embed": 6, "hidden": 8, "batch": 8}
 SMALL = {
     "scenes": 16,
     "steps": 4,
@@ -57,18 +47,6 @@ METRICS = {
     "scst": {"cider", "cider_greedy"},
     "lrp-scst": {"cider", "cider_greedy"},
 }
-
-
-@pytest.fixture(scope="module")
-def begun(quick_compile, tmp_path_factory):
-    """By kind, the folder of a captioner to begin as, with values that need no compilation."""
-    root = tmp_path_factory.mktemp("begun")
-    rng = np.random.default_rng(0)
-    for recipe in (GridTDShapes(**SIZES), AoAShapes(**SIZES, heads=2)):
-        model = nnx.eval_shape(lambda recipe=recipe: captioner_shapes.new_model(recipe))
-        filled = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), model)
-        filled.save_pretrained(root / recipe.kind)
-    return root
 
 
 def settings(begun, mode, kind="aoa", **changes):
@@ -111,12 +89,23 @@ def stuck(settings, out):
         wait = threading.Event().wait
         return lambda n: wait() if isinstance(n, int) and n > 2 else usual(n)
 
-    captioner.warmup_cosine = rate
+    trainer.warmup_cosine = rate
     finetune.train_shapes(FinetuneShapes(**json.loads(settings)), Path(out))
 
 
+def diverge(monkeypatch):
+    """Let the learning rate get out of hand after the checkpoint of step 2."""
+    usual = trainer.warmup_cosine
+    monkeypatch.setattr(
+        trainer,
+        "warmup_cosine",
+        lambda *args: lambda n: jnp.where(n < 2, usual(*args)(n), 3e38),
+    )
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_a_killed_training_goes_on_as_if_it_had_not_been(mode, begun, tmp_path):
+def test_a_stopped_training_goes_on_as_if_it_had_not_been(mode, begun, tmp_path, monkeypatch):
+    """Stopped by a loss that is not finite, in one mode by a kill before."""
     rate = 1.0 if mode == "lrp-scst" else 0.0
     recipe, out = settings(begun, mode, encoder_rate=rate), tmp_path / "model"
     whole = finetune.train_shapes(recipe, out)
@@ -135,9 +124,17 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(mode, begun, tmp_path):
     assert FinetuneShapes(**json.loads((out / "settings.json").read_text())) == recipe
     assert not (tmp_path / "model.checkpoints").exists()
 
-    again = tmp_path / "killed"
-    killed(recipe, again)
-    assert (tmp_path / "killed.checkpoints" / "2").is_dir()
+    again = tmp_path / "stopped"
+    if mode == "lrp-scst":
+        killed(recipe, again)
+        assert (tmp_path / "stopped.checkpoints" / "2").is_dir()
+    message = r"at step [34] \(its examples: \d+, .*\)\. The checkpoint of step 2 is kept"
+    with monkeypatch.context() as patch:
+        diverge(patch)
+        with pytest.raises(FloatingPointError, match=message):
+            finetune.train_shapes(recipe, again)
+    assert not again.exists()
+    assert (tmp_path / "stopped.checkpoints" / "2").is_dir()
     resumed = finetune.train_shapes(recipe, again)
     for x, y in zip(parameters(resumed), parameters(whole), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -159,8 +156,9 @@ def test_the_command_line(begun, tmp_path, capsys):
     assert cli.main(judge) == 0
     assert list(json.loads(capsys.readouterr().out)["splits"]) == ["biased_test", "test"]
     card = (tmp_path / "model" / "README.md").read_text()
-    assert f"jaxrel train finetune-shapes --model {model} --mixing 0.25 --temperature 2.0" in card
-    assert "went on with LRP-inference (Sun et al. 2022)." in card
+    assert "jaxrel train finetune-shapes --steps 2 --batch 16" in card
+    assert f" --model {model} --mixing 0.25 --temperature 2.0" in card
+    assert "fine-tuned with LRP-inference (Sun et al. 2022)." in card
     assert "| CIDEr-D (times 10) | " in card
 
 
@@ -174,7 +172,7 @@ def test_examples_know_their_scene_and_the_reward_all_its_captions(begun, tmp_pa
     def reward(references, tokens, form, *, idf, ends):
         made.append((references, tokens, form, idf, ends))
 
-    monkeypatch.setattr(finetune, "train_captioner", keep)
+    monkeypatch.setattr(finetune, "train_model", keep)
     monkeypatch.setattr(finetune, "CiderReward", reward)
     recipe = settings(begun, "scst", idf="batch", ends="neither")
     model = finetune.train_shapes(recipe, tmp_path / "model")
@@ -186,30 +184,10 @@ def test_examples_know_their_scene_and_the_reward_all_its_captions(begun, tmp_pa
     assert references == [[text.split() for text in caption_texts(scene)] for scene in scenes]
     assert len(source) == 16 * CAPTIONS
     example = source[16 + 3]
-    assert example["image"] == 3
+    assert example["references"] == 3
     np.testing.assert_array_equal(example["image"], scenes[3].image)
-    assert more == {
-        "name": "finetune-shapes",
-        "factors": {"model/encoder": 1.0},
-        "workers": 0,
-    }
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_loss_that_is_not_finite_keeps_the_checkpoint(mode, begun, tmp_path, monkeypatch):
-    """The learning rate gets out of hand after the checkpoint of step 2."""
-    usual = captioner.warmup_cosine
-    monkeypatch.setattr(
-        captioner,
-        "warmup_cosine",
-        lambda *args: lambda n: jnp.where(n < 2, usual(*args)(n), 3e38),
-    )
-    recipe = settings(begun, mode, clamp=float("inf"), encoder_rate=0.0)
-    message = r"at step [34] \(its examples: \d+, .*\)\. The checkpoint of step 2 is kept"
-    with pytest.raises(FloatingPointError, match=message):
-        finetune.train_shapes(recipe, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-    assert (tmp_path / "model.checkpoints" / "2").is_dir()
+    assert more == {"name": "finetune-shapes"}
+    assert recipe.optimiser()["factors"] == {"model/encoder": 1.0}
 
 
 # ---- real data
@@ -218,7 +196,7 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(mode, begun, tmp_path, m
 @pytest.mark.parametrize(
     ("name", "kind"), [("coco", FinetuneCoco), ("flickr30k", FinetuneFlickr30k)]
 )
-def test_real_data(name, kind, folders, tmp_path, monkeypatch):  # noqa: F811
+def test_real_data(name, kind, folders, tmp_path, monkeypatch):
     """Up to the training, which is the same for all."""
     begun = nnx.clone(random_captioner("gridtd"))
     words = word_tokenizer(("a", "dog", "no", "0", "it", "runs", "2"), 9)
@@ -234,18 +212,19 @@ def test_real_data(name, kind, folders, tmp_path, monkeypatch):  # noqa: F811
         made.append(references)
         return reward(references, *args, **options)
 
-    monkeypatch.setattr(finetune, "train_captioner", keep)
+    monkeypatch.setattr(finetune, "train_model", keep)
     monkeypatch.setattr(finetune, "CiderReward", keep_reward)
     recipe = kind(data=folders, model=str(tmp_path / "begun"), mode="scst", dtype="float32")
-    RECIPES[f"finetune-{name}"].train(recipe, tmp_path / "model")
+    find_recipe(f"finetune-{name}").train(recipe, tmp_path / "model")
     references, (parts, loss, source, more) = made
-    assert more == {"name": f"finetune-{name}", "factors": {"model/encoder": 0.0}, "workers": 8}
+    assert more == {"name": f"finetune-{name}"}
+    assert (recipe.optimiser()["factors"], recipe.workers) == ({"model/encoder": 0.0}, 8)
     examples = [source[i] for i in range(len(source))]
     for example in examples:
         (caption,) = parts["model"].sentences(example["text"][None])
-        assert caption.split() in references[example["image"]]
+        assert caption.split() in references[example["references"]]
     if name == "coco":
-        batch = {key: np.stack([x[key] for x in examples]) for key in ("image", "image")}
+        batch = {key: np.stack([x[key] for x in examples]) for key in ("image", "references")}
         value, metrics = jax.jit(loss)(parts, batch, jax.random.key(0))
         assert np.isfinite(value)
         assert set(metrics) == {"accuracy", "cider", "cider_greedy"}
@@ -256,8 +235,8 @@ def test_real_data(name, kind, folders, tmp_path, monkeypatch):  # noqa: F811
 
 BAD = {
     "mode must be one of plain, lrp, scst, lrp-scst, got 'cider'": {"mode": "cider"},
-    "mixing must be from 0 to 1 and temperature positive, got 1.5 and 1": {"mixing": 1.5},
-    "mixing must be from 0 to 1 and temperature positive, got 0.5 and 0": {"temperature": 0.0},
+    "mixing must be from 0 to 1, got 1.5": {"mixing": 1.5},
+    "temperature must be positive, got 0": {"temperature": 0.0},
     "weighed must be one of both, attended, hidden, got 'all'": {"weighed": "all"},
     "idf must be one of corpus, batch, got 'val'": {"idf": "val"},
     "ends must be one of both, references, neither, got 'none'": {"ends": "none"},
@@ -265,7 +244,7 @@ BAD = {
     "dtype must be one of float32, bfloat16, got 'half'": {"dtype": "half"},
     "clamp must be positive": {"clamp": 0.0},
     "encoder_rate must be 0 or more, got -1": {"encoder_rate": -1.0},
-    "model is empty; name the captioner to begin as with --model": {"model": ""},
+    "model is empty; name the captioner to fine-tune with --model": {"model": ""},
     "batch 64 is more than the 8 scenes": {"scenes": 8},
     "full must be from 0 to 1, got 2": {"full": 2.0},
     "steps must be at least 1, got 0": {"steps": 0},
@@ -289,7 +268,7 @@ def test_what_is_wrong_is_said_before_any_work(begun, tmp_path, monkeypatch, cap
     def never(*_, **__):
         raise AssertionError("the scenes are drawn already")
 
-    monkeypatch.setattr(captioner_shapes, "Examples", never)
+    monkeypatch.setattr(finetune, "CaptionExamples", never)
     out = tmp_path / "new"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
@@ -312,7 +291,7 @@ def test_what_is_wrong_is_said_before_any_work(begun, tmp_path, monkeypatch, cap
 
 
 def test_modes_and_defaults_are_those_of_the_recipes():
-    assert {"finetune-shapes", "finetune-coco", "finetune-flickr30k"} <= set(SETTINGS)
+    assert {"finetune-shapes", "finetune-coco", "finetune-flickr30k"} <= set(RECIPES)
     recipe = FinetuneShapes()
     assert (recipe.mode, recipe.mixing, recipe.temperature) == ("lrp", 0.5, 1.0)
     assert (recipe.idf, recipe.ends) == ("corpus", "both")

@@ -19,9 +19,13 @@ from jaxrel.models import (
     word_tokenizer,
 )
 from jaxrel.train.data import coco, vqa_v2
-from jaxrel.train.recipes import mapper_real
-from jaxrel.train.recipes.settings import CaptionCoco, VqaV2
-from tests.train.data.test_readers import coco_folder, vqa_folder  # noqa: F401
+from jaxrel.train.data.image_texts import ImageTexts
+from jaxrel.train.loop.train import train_model
+from jaxrel.train.recipes import caption_coco
+from jaxrel.train.recipes import vqa_v2 as vqa
+from jaxrel.train.recipes.caption_coco import CaptionCoco
+from jaxrel.train.recipes.vqa_v2 import VqaV2
+from tests.train.folders import Repeated
 
 WORDS = ("a", "dog", "is", "it", "no", "red", "runs", "what")
 SMALL = {
@@ -54,38 +58,25 @@ def stage1(tmp_path_factory):
     return str(folder)
 
 
-class Repeated:
-    """A source as often as a batch needs it."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        return self.source[index % len(self.source)]
-
-
 @pytest.fixture
 def enough(monkeypatch):
     """Eight devices want eight examples, and the tiny files have three."""
-    train = mapper_real.train_mapper
-    monkeypatch.setattr(
-        mapper_real,
-        "train_mapper",
-        lambda recipe, folder, parts, loss, source, **more: train(
-            recipe, folder, parts, loss, Repeated(source), **more
-        ),
-    )
+    for recipe in (vqa, caption_coco):
+        monkeypatch.setattr(
+            recipe,
+            "train_model",
+            lambda recipe, folder, parts, loss, source, **more: train_model(
+                recipe, folder, parts, loss, Repeated(source), **more
+            ),
+        )
 
 
 @pytest.mark.filterwarnings("ignore:this model does not know:UserWarning")
-def test_vqa_v2(vqa_folder, stage1, enough, tmp_path, capsys):  # noqa: F811
+def test_vqa_v2(vqa_folder, stage1, enough, tmp_path, capsys):
     recipe = VqaV2(
         data=str(vqa_folder), stage1=stage1, split="val", counted="val", at_least=1, **SMALL
     )
-    model = mapper_real.train_vqa(recipe, tmp_path / "model")
+    model = vqa.train(recipe, tmp_path / "model")
     assert isinstance(model, CLIPMapperVQA)
     assert model.config.several
     assert set(model.config.answers) == {"cat", "dog", "yes"}
@@ -100,11 +91,11 @@ def test_vqa_v2(vqa_folder, stage1, enough, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore:this model does not know:UserWarning")
-def test_vqa_v2_examples(vqa_folder, stage1):  # noqa: F811
+def test_vqa_v2_examples(vqa_folder, stage1):
     source = vqa_v2.questions(vqa_folder, "val")
     vocabulary = vqa_v2.build_vocabulary(vqa_folder, ("val",), at_least=1)
     processor = CLIP.from_pretrained(stage1).processor
-    example = mapper_real.Questions(source, processor, vocabulary, 8)[0]
+    example = vqa.Questions(source, processor, 8, vocabulary)[0]
     assert example["image"].shape == (16, 16, 3)
     assert example["text"].shape == (8,)
     scores = dict(zip(vocabulary.answers, example["target"], strict=True))
@@ -112,29 +103,30 @@ def test_vqa_v2_examples(vqa_folder, stage1):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore:this model does not know:UserWarning")
-def test_caption_coco(coco_folder, stage1, enough, tmp_path):  # noqa: F811
+def test_caption_coco(coco_folder, stage1, enough, tmp_path):
     recipe = CaptionCoco(data=str(coco_folder), stage1=stage1, **SMALL)
-    model = mapper_real.train_caption(recipe, tmp_path / "model")
+    model = caption_coco.train(recipe, tmp_path / "model")
     assert isinstance(model, CLIPMapperCaption)
-    found = mapper_real.evaluate_caption(model, data=str(coco_folder), scenes=4, batch=2)
+    found = caption_coco.evaluate(model, data=str(coco_folder), scenes=4, batch=2)
     assert found["images"] == 1
     assert np.isfinite(found["CIDEr-D"]["mean"])
 
 
-def test_captions_that_are_too_long_are_left_out_with_a_warning(coco_folder, stage1):  # noqa: F811
+def test_captions_that_are_too_long_are_left_out_with_a_warning(coco_folder, stage1):
     source = coco.karpathy_captions(coco_folder, "train+restval")
+    texts = [record["captions"] for record in source.records]
     processor = CLIP.from_pretrained(stage1).processor
     # "A dog, no 0." has seven tokens with its punctuation, start and end; "It runs." has five.
     with pytest.warns(UserWarning, match="2 of 4 captions have more than 6 tokens"):
-        captions = mapper_real.Captions(source, processor, 6)
+        captions = ImageTexts(source, texts, processor, 6)
     assert len(captions) == 2
 
 
 def test_bad_settings(tmp_path, stage1):
     with pytest.raises(ValueError, match="name the folder of the data set with --data"):
         VqaV2()
-    with pytest.raises(ValueError, match="missing must be error or skip, got 'ask'"):
+    with pytest.raises(ValueError, match="missing must be one of error, skip, got 'ask'"):
         CaptionCoco(data="x", missing="ask")
     with pytest.raises(FileNotFoundError, match="VQA v2"):
-        mapper_real.train_vqa(VqaV2(data=str(tmp_path), stage1=stage1), tmp_path / "new")
+        vqa.train(VqaV2(data=str(tmp_path), stage1=stage1), tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -11,10 +11,13 @@ from jaxrel import cli
 from jaxrel.metrics.caption_scores import CiderD, tokenise
 from jaxrel.models import CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train.data.shapes import Shapes
+from jaxrel.train.data.shapes.patches import NAMES, shown_by_patch
 from jaxrel.train.evaluate import captions, perturbation, sanity
 from jaxrel.train.evaluate import vqa as answering
-from jaxrel.train.recipes import clip_shapes, mapper_shapes
-from jaxrel.train.recipes.settings import CaptionShapes, ClipShapes, VqaShapes
+from jaxrel.train.recipes import caption_shapes, clip_shapes, vqa_shapes
+from jaxrel.train.recipes.caption_shapes import CaptionShapes
+from jaxrel.train.recipes.clip_shapes import ClipShapes
+from jaxrel.train.recipes.vqa_shapes import VqaShapes
 
 SMALL = {
     "scenes": 32,
@@ -43,13 +46,13 @@ def stage1(quick_compile, tmp_path_factory):
 @pytest.fixture(scope="module")
 def vqa(stage1, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "vqa"
-    return mapper_shapes.train_vqa(VqaShapes(stage1=stage1, **SMALL), folder), folder
+    return vqa_shapes.train(VqaShapes(stage1=stage1, **SMALL), folder), folder
 
 
 @pytest.fixture(scope="module")
 def captioner(stage1, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "caption"
-    return mapper_shapes.train_caption(CaptionShapes(stage1=stage1, **SMALL), folder), folder
+    return caption_shapes.train(CaptionShapes(stage1=stage1, **SMALL), folder), folder
 
 
 @pytest.mark.parametrize(
@@ -69,16 +72,16 @@ def test_training_writes_a_model_its_settings_and_a_log(made, kind, settings, re
 
 def test_patches_show_the_object_that_covers_them(stage1):
     scene = next(s for i in range(99) if len((s := Shapes().scene("train", i)).objects) == 1)
-    shown = mapper_shapes.shown_by_patch(scene, (8, 8)).reshape(8, 8, 3)
+    shown = shown_by_patch(scene, (8, 8)).reshape(8, 8, 3)
     cover = scene.masks[0].reshape(8, 8, 8, 8).mean(axis=(1, 3))
     np.testing.assert_array_equal(shown[..., 0] >= 0, cover >= 0.15)
-    colours = {mapper_shapes._VALUES[0][i] for i in shown[..., 0].ravel() if i >= 0}
+    colours = {NAMES[0][i] for i in shown[..., 0].ravel() if i >= 0}
     assert colours == {scene.objects[0].colour}
 
 
 def test_questions_that_a_scene_lacks_have_no_answer(vqa):
     model, _ = vqa
-    examples = mapper_shapes.vqa_examples(VqaShapes(**SMALL), model, "train", 16)
+    examples = vqa_shapes.examples(VqaShapes(**SMALL), model)
     for i in range(16):
         questions = Shapes().scene("train", i).questions
         answers = examples[i]["answer"]
@@ -94,7 +97,7 @@ def test_vqa_evaluation_and_card(vqa):
     accuracy = result["accuracy"]["all"]["mean"]
     assert result["questions"] == sum(len(Shapes().scene("test", i).questions) for i in range(12))
     assert 0 <= accuracy <= 1
-    card = answering.card(folder, result)
+    card = vqa_shapes.card(folder, result)
     assert f"| all | {accuracy:.3f}" in card
     assert "--scenes 32" in card
 
@@ -113,7 +116,7 @@ def test_caption_evaluation_and_card(captioner):
     result = captions.evaluate(model, scenes=10, batch=8)
     json.dumps(result)
     assert len(result["examples"]) == 5
-    assert "CIDEr-D" in captions.card(folder, result)
+    assert "CIDEr-D" in caption_shapes.card(folder, result)
 
 
 def test_true_captions_are_found_true(captioner, monkeypatch):
@@ -240,14 +243,14 @@ def test_bad_settings(stage1, vqa, tmp_path):
         CaptionShapes(full=2.0)
     recipe = VqaShapes(stage1=stage1, **SMALL)
     with pytest.raises(ValueError, match="context 99 is more than the 34 tokens"):
-        mapper_shapes.train_vqa(dataclasses.replace(recipe, context=99), tmp_path / "new")
+        vqa_shapes.train(dataclasses.replace(recipe, context=99), tmp_path / "new")
     captions = CaptionShapes(stage1=str(vqa[1]), **SMALL)
     with pytest.raises(ValueError, match="context 34 is more than the 20 tokens"):
-        mapper_shapes.train_caption(captions, tmp_path / "new")
+        caption_shapes.train(captions, tmp_path / "new")
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError):
-        mapper_shapes.train_vqa(recipe, tmp_path / "file")
+        vqa_shapes.train(recipe, tmp_path / "file")
 
 
 def test_the_command_line_refuses_other_models(tmp_path, capsys):
