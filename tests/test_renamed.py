@@ -10,6 +10,9 @@ OLD = {
     "jaxrel.explanation.Explanation": "jaxrel.explanations.result.Explanation",
     "jaxrel.word_relevance.WORD_METHODS": "jaxrel.explanations.words.WORD_METHODS",
     "jaxrel.models.weights.PRETRAINED": "jaxrel.models.checkpoint.PRETRAINED",
+    "jaxrel.metrics.hits": "jaxrel.metrics.localisation.pointing_game",
+    "jaxrel.metrics.share_inside": "jaxrel.metrics.localisation.relevance_mass_accuracy",
+    "jaxrel.metrics.perturbation.markdown": "jaxrel.train.evaluate.perturbation.markdown",
     "jaxrel.report.picture": "jaxrel.report.figure",
     "jaxrel.train.settings.FinetuneShapes": "jaxrel.train.recipes.finetune.FinetuneShapes",
 }

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -42,14 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0, or 2 for input that cannot be used.
     """
-    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
     with warnings.catch_warnings():
         # One line per warning, and only those meant for users.
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"jaxrel\b")
         warnings.showwarning = _show_warning
         try:
-            options = _parser().parse_args(arguments)
+            options = _parser().parse_args(given)
+            options.command = shlex.join(["jaxrel", *given])
             options.run(options)
         except (ValueError, OSError, ArithmeticError) as error:
             if debug:
@@ -223,7 +226,7 @@ def _add_evaluate(commands: Any) -> None:
                 "--regenerated",
                 type=int,
                 default=512,
-                help="captions are written anew for so many of them; 0 for none (default: 512)",
+                help="number of captions that are regenerated; 0 for none (default: 512)",
             )
 
     captioner = judged.add_parser(
@@ -244,13 +247,13 @@ def _add_evaluate(commands: Any) -> None:
         "--detector",
         action="store_true",
         help="keep what tells hallucinated words in the model's folder, where `jaxrel explain "
-        "--caption` finds it and doubts words by it",
+        "--caption` finds it and flags words by it",
     )
     captioner.add_argument("--out", default="out", type=Path, help="folder (default: out)")
     captioner.set_defaults(run=_captioner)
 
     finetuning = judged.add_parser(
-        "finetuning", help="compare captioners of Shapes that went on, by mode, with the control"
+        "finetuning", help="compare fine-tuned captioners of Shapes, by mode, with the control"
     )
     finetuning.add_argument(
         "--models",
@@ -268,6 +271,15 @@ def _add_evaluate(commands: Any) -> None:
     )
     finetuning.add_argument("--out", default="out", type=Path, help="folder (default: out)")
     finetuning.set_defaults(run=_finetuning)
+    for name, test in judged.choices.items():
+        test.add_argument(
+            "--record",
+            nargs="?",
+            const="",
+            metavar="FOLDER",
+            help="keep the result in a folder, as JSON and Markdown (default: train/results)",
+        )
+        test.set_defaults(judged=name)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -438,6 +450,27 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(json.dumps({"model": options.model, **result}, indent=2))
     if options.card:
         (folder / "README.md").write_text(recipe.card(folder, result), encoding="utf-8")
+    from jaxrel.train.evaluate.tables import all_tables
+
+    _record(options, result["protocol"], (recipe.tables or all_tables)(result), result)
+
+
+def _record(options: argparse.Namespace, protocol: str, tables: Sequence, result: Any) -> None:
+    """Keep a result if `--record` asks for it."""
+    if options.record is None:
+        return
+    from jaxrel.train.evaluate import record
+
+    name = "-".join(dict.fromkeys((options.judged, Path(getattr(options, "model", "")).name)))
+    files = record.record(
+        name.rstrip("-"),
+        protocol,
+        tables,
+        command=options.command,
+        result=result,
+        folder=Path(options.record) if options.record else record.FOLDER,
+    )
+    print("recorded " + ", ".join(map(str, files)))
 
 
 def _mapper(options: argparse.Namespace) -> Any:
@@ -464,8 +497,7 @@ def _names(text: str, every: Sequence[str] = ()) -> tuple[str, ...]:
 
 def _perturbation(options: argparse.Namespace) -> None:
     _require_report()
-    from jaxrel.metrics.perturbation import markdown
-    from jaxrel.train.evaluate import perturbation
+    from jaxrel.train.evaluate import perturbation, tables
 
     result = perturbation.evaluate(
         _mapper(options),
@@ -479,13 +511,14 @@ def _perturbation(options: argparse.Namespace) -> None:
     )
     result = {name: {"model": options.model, **summary} for name, summary in result.items()}
     files = perturbation.save(result, options.out)
-    for summary in result.values():
-        print(f"Removing {summary['modality']} tokens:\n\n{markdown(summary)}")
+    found = [table for summary in result.values() for table in perturbation.tables(summary)]
+    print(tables.markdown(found))
     print("wrote " + ", ".join(map(str, files)))
+    _record(options, perturbation.PROTOCOL, found, result)
 
 
 def _weighting(options: argparse.Namespace) -> None:
-    from jaxrel.train.evaluate import weighting
+    from jaxrel.train.evaluate import tables, weighting
 
     result = weighting.evaluate(
         _mapper(options),
@@ -498,14 +531,14 @@ def _weighting(options: argparse.Namespace) -> None:
     )
     result = {name: {"model": options.model, **found} for name, found in result.items()}
     files = weighting.save(result, options.out)
-    for found in result.values():
-        print(weighting.markdown(found))
+    found = [table for one in result.values() for table in weighting.tables(one)]
+    print(tables.markdown(found))
     print("wrote " + ", ".join(map(str, files)))
+    _record(options, weighting.PROTOCOL, found, result)
 
 
 def _sanity(options: argparse.Namespace) -> None:
-    from jaxrel.files import write_atomically
-    from jaxrel.train.evaluate import sanity
+    from jaxrel.train.evaluate import sanity, tables
 
     result = sanity.evaluate(
         _mapper(options),
@@ -514,11 +547,12 @@ def _sanity(options: argparse.Namespace) -> None:
         examples=options.examples,
         seed=options.seed,
     )
-    file = options.out / f"sanity-{result['task']}.json"
-    write_atomically(file, json.dumps({"model": options.model, **result}, indent=1).encode())
-    for modality in ("image", "text"):
-        print(sanity.markdown(result, modality))
-    print(f"wrote {file}")
+    result = {"model": options.model, **result}
+    files = sanity.save(result, options.out)
+    found = sanity.tables(result)
+    print(tables.markdown(found))
+    print("wrote " + ", ".join(map(str, files)))
+    _record(options, sanity.PROTOCOL, found, result)
 
 
 def _captioner(options: argparse.Namespace) -> None:
@@ -555,6 +589,8 @@ def _captioner(options: argparse.Namespace) -> None:
     files = caption_explanation_tables.save(result, options.out)
     print(caption_explanation_tables.markdown(result))
     print("wrote " + ", ".join(map(str, files)))
+    found = caption_explanation_tables.tables(result)
+    _record(options, caption_explanations.PROTOCOL, found, result)
     if options.detector:
         print(f"wrote {detector(result).save(find_folder(options.model))}")
 
@@ -569,9 +605,9 @@ def _finetuning(options: argparse.Namespace) -> None:
         options.models, splits=_names(options.split), scenes=options.scenes
     )
     files = finetuning.save(result, options.out)
-    for split in result["splits"]:
-        print(finetuning.markdown(result, split))
+    print(finetuning.markdown(result))
     print("wrote " + ", ".join(map(str, files)))
+    _record(options, finetuning.PROTOCOL, finetuning.tables(result), result)
 
 
 def _require_report() -> None:

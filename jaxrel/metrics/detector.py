@@ -2,8 +2,8 @@
 
 `jaxrel evaluate captioner` measures which statistic of a word's map tells words that are true of
 the image from those that are not (`jaxrel.metrics.word_statistics`). A `Detector` keeps the
-statistic and the threshold in the model's folder, with how well they did on images that they
-were not chosen on, and `jaxrel.explain` and `jaxrel explain --caption` doubt words by it.
+statistic and the threshold in the model's folder, with how well they did on held-out images, and
+`jaxrel.explain` and `jaxrel explain --caption` flag words by it.
 """
 
 import dataclasses

@@ -19,13 +19,13 @@ from jaxrel.metrics.word_statistics import map_statistic, map_statistics
 from jaxrel.models import CLIP
 from jaxrel.models.captioner import Captioner
 from jaxrel.train.data.shapes import Shapes
-from jaxrel.train.evaluate import caption_explanations
+from jaxrel.train.evaluate import caption_explanations, explained_words
 from jaxrel.train.evaluate.caption_explanations import METHODS
+from jaxrel.train.evaluate.captioned_images import ShapesImages
 from jaxrel.train.evaluate.detector import detector
-from jaxrel.train.evaluate.examples import ShapesImages
 from tests.models.test_captioner import TEXTS, captioner, random_images
-from tests.train.evaluate.test_caption_explanations import QUICK, Lights, judge_lights
-from tests.train.evaluate.test_caption_explanations import captioner as captioner_of_lights
+from tests.zoo.lights import QUICK, Lights, judge_lights
+from tests.zoo.lights import captioner as captioner_of_lights
 
 WHOLE = Interval(0.8, 0.7, 0.9)
 
@@ -151,7 +151,7 @@ def lrp_of(content):
         (edited(lambda x: x.update(protocol="captioner/1")), "got 'captioner/1'"),
         (edited(lambda x: x.pop("data")), "missing or unknown: data"),
         (edited(lambda x: x.update(more=1)), "missing or unknown: more"),
-        (edited(lambda x: x.update(pixels="9")), "images must be of type int, got '9'"),
+        (edited(lambda x: x.update(images="9")), "images must be of type int, got '9'"),
         (edited(lambda x: x.update(groups=[])), r"groups must be an object, got \[\]"),
         (edited(lambda x: x["groups"]["shape"].update(words="ab")), "a list of words, got 'ab'"),
         (edited(lambda x: lrp_of(x).update(threshold=None)), "threshold must be a finite number"),
@@ -183,7 +183,7 @@ def lights(quick_compile):
 
 def test_what_an_evaluation_chose_is_kept(lights):
     one = detector(lights)
-    assert (one.data, one.split, one.pixels) == ("Lights", "", 20)
+    assert (one.data, one.split, one.images) == ("Lights", "", 20)
     group = one.groups["thing"]
     # The light itself tells; the same map everywhere and chance do not.
     assert "lrp" in group.methods
@@ -264,7 +264,7 @@ def test_the_statistics_are_those_of_the_evaluation():
     asked = {"image": random_images(1)[0], "text": TEXTS[0]}
     inputs, positions = model.prepare(**asked), jnp.array([[4, 0]])
     keys = jax.random.split(jax.random.key(0), 1)
-    maps, _ = caption_explanations._relevance(model, inputs, positions, keys, METHODS)
+    maps, _ = explained_words.relevance_of_words(model, inputs, positions, keys, METHODS)
     for name in ("lrp", "attention", "grad_cam"):
         statistics = map_statistics(maps[METHODS.index(name), 0, 0], quantiles=QUICK.quantiles)
         for statistic in ("mean", "max", "quantile 0.9"):

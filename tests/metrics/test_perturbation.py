@@ -20,7 +20,6 @@ from jaxrel.metrics.perturbation import (
     STEPS,
     auc,
     keep_masks,
-    markdown,
     random_relevance,
     summary,
     sweep,
@@ -245,30 +244,6 @@ def test_differences_are_paired(summarised):
     np.testing.assert_allclose(list(other["difference"].values()), 1, rtol=1e-9)
 
 
-def test_markdown(summarised):
-    text = markdown(json.loads(json.dumps(summarised)))
-    unsure = summarised["methods"]["un|sure"]["negative"]
-    low, high = unsure["auc"]["low"], unsure["auc"]["high"]
-    assert text == (
-        "Perturbation test (`perturbation/1`), accuracy, 4 examples, bootstrap 95% intervals; "
-        "bold: the interval of the difference excludes 0.\n"
-        "\n"
-        "| method | negative AUC (higher is better) | less equal's "
-        "| positive AUC (lower is better) | less equal's | cost |\n"
-        "| --- | --- | --- | --- | --- | --- |\n"
-        "| equal | 90.00 [90.0, 90.0] |  | 55.00 [55.0, 55.0] |  | 1 forward, 1 backward |\n"
-        "| other | 75.00 [75.0, 75.0] | **-15.00 [-15.00, -15.00]** "
-        "| 55.00 [55.0, 55.0] | +0.00 [+0.00, +0.00] |  |\n"
-        f"| un\\|sure | 90.00 [{low:.1f}, {high:.1f}] | +0.00 [{low - 90:+.2f}, {high - 90:+.2f}] "
-        "| 55.00 [55.0, 55.0] | +0.00 [+0.00, +0.00] |  |\n"
-    )
-    assert low < 85
-    assert high > 95
-    alone = markdown(summary({"random": straight(0.5, 0.5)}, measure="score", baseline=None))
-    assert "| random | 75.00 [75.0, 75.0] | 75.00 [75.0, 75.0] |\n" in alone
-    assert "less" not in alone
-
-
 def test_curves_draw_both_tests(summarised, tmp_path):
     curves(summarised, tmp_path / "new" / "curves.png")
     image = np.asarray(Image.open(tmp_path / "new" / "curves.png").convert("RGB"))
@@ -342,7 +317,6 @@ ERRORS = {
         "baseline 'equal' is not among the methods raw, rollout",
     ),
     "cost": (lambda: table({"equal": LINE}, cost={"raw": "?"}), "cost 'raw' is not among"),
-    "markdown": (lambda: markdown({"protocol": "x/1"}), "'perturbation/1', .* got protocol 'x/1'"),
     "curves": (lambda: curves({}, "a.png"), "'perturbation/1', .* got protocol None"),
     "suffix": (lambda: curves({}, "a.pdf"), "ends in .png"),
     "bootstrap_many": (lambda: bootstrap_many(NAN), "of 6 values some are not finite"),

@@ -1,13 +1,12 @@
 """The perturbation test of CLIPmapper on Shapes (`perturbation/1`, after Chefer et al. 2021).
 
 Tokens are removed in the order of their relevance: patches are left out, and words are hidden from
-attention everywhere. The model is watched: does its answer stay right, does its own caption stay
-probable, and how good is the caption that it writes anew? One program goes through methods, signs
-and steps, for each of these.
+attention everywhere. Does the model's answer stay right, does its own caption stay probable, and
+how good is a regenerated caption? One program goes through methods, signs and steps, for each of
+these.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +20,17 @@ from jaxtyping import Array, Float
 from tqdm.auto import tqdm, trange
 
 from jaxrel.explanations.explain import token_relevance
-from jaxrel.files import write_atomically
 from jaxrel.metrics import perturbation
 from jaxrel.metrics.caption_scores import CiderD, References, tokenise
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train.data.shapes import Shapes
+from jaxrel.train.evaluate.batching import equal_batches
+from jaxrel.train.evaluate.record import save as save_result
+from jaxrel.train.evaluate.tables import Measured, Table, check_protocol, difference
+from jaxrel.train.evaluate.tables import markdown as tables_markdown
 from jaxrel.train.evaluate.vqa import answer_indices, check_answers, model_inputs
 
+PROTOCOL = perturbation.PROTOCOL
 STREAMS = {"image": "vision", "text": "text"}
 # The methods of the table, and the passes through the model that each needs. LRP's backward
 # pass goes with rules of its own, beside the gradient's.
@@ -48,8 +51,8 @@ COST = {
     "input_x_gradient": "forward + gradient",
 }
 METHODS = tuple(COST)
-# The result in which captions are written anew from the patches that are left.
-ANEW = "image-cider"
+# The result for captions that are regenerated from the patches that are left.
+REGENERATED = "image-cider"
 # Before the fifth word of a caption there are three that may be removed: fewer have no order.
 FIRST = 5
 
@@ -94,7 +97,7 @@ def evaluate(
     answer is explained; measured is whether its answer is right. A model that captions writes
     its own captions. Where patches are removed, the caption as a whole is explained, and measured
     is the mean log-probability of its words and end; of the first examples also the CIDEr-D of
-    the caption that the model writes anew from the patches that are left, against the scene's
+    the caption that the model regenerates from the patches that are left, against the scene's
     captions, with the document frequencies of all scenes' captions. Where words are removed, one
     word of each caption is explained, drawn by `seed` from the fifth on, and measured is its
     log-probability.
@@ -107,13 +110,13 @@ def evaluate(
       data_seed: of the Shapes data set.
       split: of the data set.
       examples: how many.
-      regenerated: for how many of them captions are written anew, which takes longer; 0 for none.
+      regenerated: for how many of them captions are regenerated, which takes longer; 0 for none.
       batch: examples at a time.
       seed: of the choice of questions or words, and of the random method.
 
     Returns:
-      {modality: as `jaxrel.metrics.perturbation.summary`, and the settings}; captions that are
-      written anew are under "image-cider".
+      {modality: as `jaxrel.metrics.perturbation.summary`, and the settings}; regenerated captions
+      are under "image-cider".
 
     Raises:
       ValueError: an unknown method or modality, or a number out of range.
@@ -162,9 +165,9 @@ def evaluate(
         return found | settings | {"modality": modality, "explained": drawn[modality].explained}
 
     result = {one: summary(one, one, drawn[one].measure) for one in modality}
-    if ANEW in values:
-        found = summary(ANEW, "image", "CIDEr-D of the caption written anew")
-        result[ANEW] = found | {"frequencies": f"captions of {examples} scenes"}
+    if REGENERATED in values:
+        found = summary(REGENERATED, "image", "CIDEr-D of the regenerated caption")
+        result[REGENERATED] = found | {"frequencies": f"captions of {examples} scenes"}
     return result
 
 
@@ -178,29 +181,28 @@ def _perturbed(
     batch: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """By modality (or `ANEW`), what is measured: [methods, signs, steps, examples]."""
+    """By modality (or `REGENERATED`), what is measured: [methods, signs, steps, examples]."""
     graph, parameters = nnx.split(model)
     examples = len(drawn.inputs["text"])
     counts = dict.fromkeys(modality, examples)
     if "image" in modality and drawn.references and regenerated:
-        counts[ANEW] = min(regenerated, examples)
+        counts[REGENERATED] = min(regenerated, examples)
     sweeps = {name: sweep_program(graph, drawn, name) for name in counts}
     found: dict[str, list[np.ndarray]] = {name: [] for name in counts}
-    for start in trange(0, examples, batch, desc="perturbing", unit="batch"):
-        # One size compiles once: the last batch begins again with the first examples.
-        rows = np.arange(start, start + batch) % examples
+    for rows in equal_batches(examples, batch, "perturbing"):
+        start = int(rows[0])
         inputs = jax.tree.map(lambda x: x[rows], drawn.inputs)  # noqa: B023
         key = jax.random.fold_in(jax.random.key(seed), start)
         relevance = relevance_by_method(model, inputs, methods, key)
         for name in (name for name, count in counts.items() if start < count):
-            one = "image" if name == ANEW else name
+            one = "image" if name == REGENERATED else name
             stacked = jnp.stack([relevance[method][STREAMS[one]] for method in methods])
             removable = jnp.asarray(drawn.removable[one][rows])
             found[name].append(np.asarray(sweeps[name](parameters, inputs, stacked, removable)))
     values = {name: np.concatenate(x, axis=3)[:, :, :, : counts[name]] for name, x in found.items()}
-    if ANEW in values:
+    if REGENERATED in values:
         assert isinstance(model, CLIPMapperCaption)
-        values[ANEW] = caption_scores(model, values[ANEW], drawn.references)
+        values[REGENERATED] = caption_scores(model, values[REGENERATED], drawn.references)
     return values
 
 
@@ -277,7 +279,7 @@ def sweep_program(graph: Any, drawn: Examples, name: str) -> Callable:
         return perturbation.sweep_indices(measured, relevance, patches)
 
     @jax.jit
-    def sweep_anew(parameters, inputs, relevance, removable):
+    def sweep_regenerated(parameters, inputs, relevance, removable):
         model, image = nnx.merge(graph, parameters), jnp.asarray(inputs["image"])
         return perturbation.sweep_indices(
             lambda kept: model.generate(image, kept), relevance, patches
@@ -298,7 +300,7 @@ def sweep_program(graph: Any, drawn: Examples, name: str) -> Callable:
         return sweep_text
     # Images have the same patches.
     patches = drawn.removable["image"][0]
-    return sweep_anew if name == ANEW else sweep_image
+    return sweep_regenerated if name == REGENERATED else sweep_image
 
 
 def draw_examples(model: CLIPMapper, **options: Any) -> list[Examples]:
@@ -401,6 +403,57 @@ def caption_examples(
     ]
 
 
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The table of one modality or measure, a row per method in the summary's order.
+
+    Args:
+      summary: of `evaluate`, one of its values, or read back from JSON.
+
+    Raises:
+      ValueError: it is of another protocol.
+    """
+    check_protocol("tables", summary, PROTOCOL)
+    baseline = summary["baseline"]
+    costs = any("cost" in one for one in summary["methods"].values())
+    to_baseline = [] if baseline is None else [f"difference to {baseline}"]
+    columns = ["method"]
+    for sign, better in zip(perturbation.SIGNS, ("higher", "lower"), strict=True):
+        columns += [f"{sign} AUC ({better} is better)", *to_baseline]
+    rows = []
+    for name, one in summary["methods"].items():
+        row = [name]
+        for sign in perturbation.SIGNS:
+            row.append(_area(one[sign]["auc"]))
+            if to_baseline:
+                row.append(difference(one[sign].get("difference"), digits=2))
+        rows.append([*row, one.get("cost", "")] if costs else row)
+    note = (
+        f"Perturbation test (`{summary['protocol']}`), {summary['measure']}, "
+        f"{summary['examples']} examples, bootstrap 95% intervals"
+    )
+    note += "; bold: the interval of the difference excludes 0." if to_baseline else "."
+    return [Table(_title(summary), note, [*columns, *(["cost"] if costs else [])], rows)]
+
+
+def _title(summary: Mapping[str, Any]) -> str:
+    """Such as "Questions, patches removed"."""
+    if "task" not in summary:
+        return "Perturbation test"
+    asked = "Questions" if summary["task"] == "vqa" else "Captions"
+    removed = "patches" if summary["modality"] == "image" else "words"
+    return f"{asked}, {removed} removed" + (", regenerated" if "frequencies" in summary else "")
+
+
+def _area(measured: Measured) -> str:
+    assert measured is not None
+    return f"{measured['mean']:z.2f} [{measured['low']:z.1f}, {measured['high']:z.1f}]"
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """`tables` as text; arguments and errors are theirs."""
+    return tables_markdown(tables(summary))
+
+
 def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write a result: JSON, a Markdown table and the curves for each modality or measure.
 
@@ -416,15 +469,13 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     from jaxrel.report.curves import curves
 
-    files = []
-    for one, summary in result.items():
-        name = f"perturbation-{summary['task']}-{one}"
-        data = json.dumps(summary, indent=1).encode()
-        table = perturbation.markdown(summary).encode()
-        for suffix, content in ((".json", data), (".md", table)):
-            files.append(folder / f"{name}{suffix}")
-            write_atomically(files[-1], content)
-    for one, summary in result.items():
-        files.append(folder / f"perturbation-{summary['task']}-{one}.png")
-        curves(summary, files[-1])
+    stems = {one: folder / f"perturbation-{found['task']}-{one}" for one, found in result.items()}
+    files = [
+        file
+        for one, stem in stems.items()
+        for file in save_result(result[one], markdown(result[one]), stem)
+    ]
+    for one, stem in stems.items():
+        files.append(stem.with_name(f"{stem.name}.png"))
+        curves(result[one], files[-1])
     return files

@@ -10,10 +10,18 @@ from jaxtyping import Bool, Int
 from tqdm.auto import trange
 
 from jaxrel.explanations.explain import TWO_STREAM, explain
-from jaxrel.metrics import Interval, bootstrap, bootstrap_ratio, chance, hits, share_inside
+from jaxrel.metrics import (
+    bootstrap,
+    bootstrap_ratio,
+    chance,
+    pointing_game,
+    relevance_mass_accuracy,
+)
 from jaxrel.models.clipmapper import CLIPMapperVQA
 from jaxrel.train.data.shapes import Scene, Shapes, answers
 from jaxrel.train.data.shapes.questions import ANSWERS, Question
+from jaxrel.train.evaluate.batching import equal_batches
+from jaxrel.train.evaluate.tables import Table, cell
 
 # What points at objects of the image: the answer is read off them.
 LOCATED = ("colour", "shape", "size")
@@ -34,8 +42,8 @@ def evaluate(
 
     Accuracy is also given with the image withheld (all its patches hidden from attention):
     then it should be that of always giving the most frequent answer of the kind. Localisation:
-    the share of each method's relevance inside the object that a question about a colour, a
-    shape or a size names, where the answer is right, and the pointing game.
+    relevance mass accuracy on the object that a question about a colour, a shape or a size names,
+    where the answer is right, and the pointing game, by method.
 
     Args:
       model: one that knows Shapes' words and answers.
@@ -105,10 +113,8 @@ def _right(
 ) -> Bool[np.ndarray, " questions"]:
     found = []
     truth = answer_indices(model, asked)
-    # What does not fill the last batch is answered together with what is there twice.
-    padded = [*asked, *([asked[0]] * (-len(asked) % batch))]
-    for start in trange(0, len(padded), batch, desc="answering", leave=False):
-        inputs = model_inputs(model, padded[start : start + batch])
+    for rows in equal_batches(len(asked), batch, "answering", leave=False):
+        inputs = model_inputs(model, [asked[i] for i in rows])
         if withheld:
             keep = np.arange(model.config.clip.vision.tokens) == 0
             inputs["image_keep"] = jnp.broadcast_to(jnp.asarray(keep), (batch, len(keep)))
@@ -161,8 +167,8 @@ def _localisation(
         images = [scene.image for scene, _ in chosen[rows]]
         texts = [question.text for _, question in chosen[rows]]
         for one in explain(model, image=images, text=texts, method=TWO_STREAM):
-            inside[one.method].append(share_inside(one.image, truth[rows]))
-            points[one.method].append(hits(one.image, truth[rows]))
+            inside[one.method].append(relevance_mass_accuracy(one.image, truth[rows]))
+            points[one.method].append(pointing_game(one.image, truth[rows]))
     shares = {method: np.concatenate(found) for method, found in inside.items()}
     return {
         "examples": len(chosen),
@@ -175,15 +181,39 @@ def _localisation(
     }
 
 
-def localisation_table(found: dict[str, Any]) -> str:
-    """Markdown rows of shares inside, their differences from equal's, and pointing games."""
-    paired = found["share inside less equal's"]
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Accuracy by kind of question, and relevance by method.
+
+    Args:
+      result: of `evaluate`, or read back from JSON.
+    """
+    frequent = result["most frequent answer"]
     rows = [
-        "| method | share inside | less equal's | pointing game |",
-        "|---|---|---|---|",
+        [kind, cell(found), cell(result["image withheld"][kind]), _share(frequent.get(kind))]
+        for kind, found in result["accuracy"].items()
     ]
-    for method, share in found["share inside"].items():
-        less = str(Interval(**paired[method])) if method in paired else ""
-        point = Interval(**found["pointing game"][method])
-        rows.append(f"| {method} | {Interval(**share)} | {less} | {point} |")
-    return "\n".join(rows)
+    head = ["questions", "accuracy", "image withheld", "most frequent answer"]
+    note = (
+        f"Split `{result['split']}`, {result['questions']} questions of {result['scenes']} scenes."
+    )
+    local = result["localisation"]
+    return [
+        Table("Accuracy", note, head, rows),
+        *([localisation_table(local)] if local["examples"] else []),
+    ]
+
+
+def localisation_table(found: dict[str, Any]) -> Table:
+    """Relevance mass accuracy, its differences to equal's, and the pointing game, by method."""
+    paired = found["share inside less equal's"]
+    head = ["method", "relevance mass accuracy", "difference to equal", "pointing game"]
+    rows = [
+        [method, cell(share), cell(paired.get(method)), cell(found["pointing game"][method])]
+        for method, share in found["share inside"].items()
+    ]
+    note = f"{found['examples']} examples; chance: {cell(found['chance'])}."
+    return Table("Localisation", note, head, rows)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -10,11 +10,11 @@ from typing import Any
 
 from jaxtyping import Array
 
-from jaxrel.metrics import Interval
 from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption
 from jaxrel.train.data.shapes.examples import CaptionExamples
 from jaxrel.train.evaluate import captions
+from jaxrel.train.evaluate.tables import grid
 from jaxrel.train.loop.train import read_settings
 from jaxrel.train.losses.captions import mapper_caption_loss
 from jaxrel.train.recipes.mapper import MapperShapes, new_model_of_shapes, train_on_shapes
@@ -63,11 +63,10 @@ def card(folder: Path, result: dict[str, Any]) -> str:
       FileNotFoundError: the folder has no settings.json.
     """
     settings = read_settings(folder)
-    rows = [f"| {name} | {Interval(**found)} |" for name, found in result["truth"].items()]
-    rows.append(f"| CIDEr-D (times 10, five references) | {Interval(**result['CIDEr-D'])} |")
+    (table,) = captions.tables(result)
     return CARD.format(
         flags=changed_flags(CaptionShapes(), settings),
-        rows="\n".join(rows),
+        table=grid(table.columns, table.rows),
         split=result["split"],
         tested=result["scenes"],
         examples="\n".join(f"- {caption}" for caption in result["examples"]),
@@ -91,15 +90,14 @@ train.jsonl the loss.
 
 Its greedy captions judged on the split `{split}` ({tested} scenes), with bootstrap 95% intervals:
 
-| share of | |
-|---|---|
-{rows}
-
+{table}
 The first captions (its tokenizer knows no commas; they are left out):
 
 {examples}
 """
 
 RECIPES = {
-    "caption-shapes": Recipe(CaptionShapes, CLIPMapperCaption, train, captions.evaluate, card)
+    "caption-shapes": Recipe(
+        CaptionShapes, CLIPMapperCaption, train, captions.evaluate, card, captions.tables
+    )
 }

@@ -18,7 +18,7 @@ from jaxtyping import Array, Int, UInt8
 from tqdm.auto import tqdm, trange
 
 from jaxrel.explanations.explain import METHODS, explain
-from jaxrel.metrics import Interval, bootstrap, chance, hits, share_inside
+from jaxrel.metrics import Interval, bootstrap, chance, pointing_game, relevance_mass_accuracy
 from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from jaxrel.models.processor import Processor, image_processing
@@ -243,8 +243,8 @@ def _localisation(model: CLIP, scenes: list[Scene]) -> dict[str, Any]:
     for start in trange(0, len(used), step, desc="relevance", leave=False):
         rows = slice(start, start + step)
         for one in explain(model, image=images[rows], text=phrases[rows], method=METHODS):
-            inside[one.method].append(share_inside(one.image, truth[rows]))
-            points[one.method].append(hits(one.image, truth[rows]))
+            inside[one.method].append(relevance_mass_accuracy(one.image, truth[rows]))
+            points[one.method].append(pointing_game(one.image, truth[rows]))
     shares = {method: np.concatenate(found) for method, found in inside.items()}
     pointed = {method: np.concatenate(found) for method, found in points.items()}
     return {

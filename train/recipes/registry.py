@@ -35,6 +35,7 @@ class Recipe(NamedTuple):
       train: `train(settings, folder)` makes a model.
       evaluate: `evaluate(model, ...)` judges one on held-out data.
       card: `card(folder, result)` writes the model's README, if the recipe has one.
+      tables: `tables(result)` gives the tables of a result, where they are not simply all numbers.
     """
 
     settings: type
@@ -42,6 +43,7 @@ class Recipe(NamedTuple):
     train: Callable[..., Any]
     evaluate: Callable[..., dict[str, Any]]
     card: Callable[..., str] | None = None
+    tables: Callable[..., list[Any]] | None = None
 
 
 def is_real(name: str) -> bool:

@@ -12,7 +12,7 @@ from jaxrel.metrics.caption_scores import CiderD, tokenise
 from jaxrel.models import CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.data.shapes.patches import NAMES, shown_by_patch
-from jaxrel.train.evaluate import captions, perturbation, sanity
+from jaxrel.train.evaluate import captions, perturbation, sanity, tables
 from jaxrel.train.evaluate import vqa as answering
 from jaxrel.train.recipes import caption_shapes, clip_shapes, vqa_shapes
 from jaxrel.train.recipes.caption_shapes import CaptionShapes
@@ -156,7 +156,7 @@ def test_perturbation(made, request, tmp_path):
             assert means[0][0] == means[1][0]
             assert means[0][-1] == pytest.approx(means[1][-1], rel=1e-5)
     if anew:
-        curve = result[perturbation.ANEW]["methods"]["random"]["positive"]["curve"]["mean"]
+        curve = result[perturbation.REGENERATED]["methods"]["random"]["positive"]["curve"]["mean"]
         assert curve[0] == pytest.approx(own_scores(model, 5)[:2].mean())
     files = perturbation.save(result, tmp_path)
     assert sorted(files) == sorted(tmp_path.iterdir())
@@ -167,7 +167,7 @@ def test_perturbation(made, request, tmp_path):
     }
 
 
-def test_captions_written_anew_are_scored_one_by_one(captioner):
+def test_regenerated_captions_are_scored_one_by_one(captioner):
     model, _ = captioner
     captions = [[one.text for one in Shapes().scene("test", i).captions] for i in range(4)]
     references = [[tokenise(text) for text in texts] for texts in captions]
@@ -212,7 +212,7 @@ def test_sanity(vqa):
     assert list(result["image"]) == list(sanity.groups(model))
     # The raw maps of attention know nothing of the head.
     assert result["image"]["head"]["raw"]["mean"] == pytest.approx(1)
-    assert "| equal |" in sanity.markdown(result, "text")
+    assert "| equal |" in tables.markdown(sanity.tables(result))
 
 
 BAD = {
