@@ -1,13 +1,14 @@
 """The recipes vqa-shapes and caption-shapes, and the tests of their models, at a tiny size."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from jaxrel import cli
+from jaxrel import cli, metrics
 from jaxrel.metrics.caption_scores import CiderD, tokenise
 from jaxrel.models import CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train.data.shapes import Shapes
@@ -140,8 +141,16 @@ def own_scores(model, count):
     return perturbation.caption_scores(model, ids[None, None, None], drawn.references)[0, 0, 0]
 
 
+@pytest.fixture
+def three_steps(monkeypatch):
+    """Fewer steps: patches that are left out need a program for each."""
+    for name in ("sweep", "sweep_indices", "summary"):
+        short = functools.partial(getattr(metrics.perturbation, name), steps=(0.0, 0.5, 1.0))
+        monkeypatch.setattr(metrics.perturbation, name, short)
+
+
 @pytest.mark.parametrize("made", ["vqa", "captioner"])
-def test_perturbation(made, request, tmp_path):
+def test_perturbation(made, request, tmp_path, three_steps):
     model, _ = request.getfixturevalue(made)
     result = perturbation.evaluate(model, methods=METHODS, examples=5, regenerated=2, batch=4)
     anew = ["image-cider"] if made == "captioner" else []
