@@ -11,7 +11,7 @@ from flax import nnx
 from jaxrel.explanations.explain import token_relevance
 from jaxrel.metrics.randomisation import agreement, cascade
 from jaxrel.models.clipmapper import CLIPMapper
-from jaxrel.train.evaluate.perturbation import STREAMS, Examples, draw_examples
+from jaxrel.train.evaluate.mapper_examples import STREAMS, Examples, draw_examples
 from jaxrel.train.evaluate.record import save as save_result
 from jaxrel.train.evaluate.tables import Table, by_row, check_protocol
 from jaxrel.train.evaluate.tables import markdown as tables_markdown

@@ -9,18 +9,13 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Int
 from tqdm.auto import trange
 
-from jaxrel.explanations.explain import TWO_STREAM, explain
-from jaxrel.metrics import (
-    bootstrap,
-    bootstrap_ratio,
-    chance,
-    pointing_game,
-    relevance_mass_accuracy,
-)
+from jaxrel.explanations.explain import TWO_STREAM
+from jaxrel.metrics import bootstrap, bootstrap_ratio
 from jaxrel.models.clipmapper import CLIPMapperVQA
 from jaxrel.train.data.shapes import Scene, Shapes, answers
 from jaxrel.train.data.shapes.questions import ANSWERS, Question
 from jaxrel.train.evaluate.batching import equal_batches
+from jaxrel.train.evaluate.localisation import localisation_table, localise
 from jaxrel.train.evaluate.tables import Table, cell
 
 # What points at objects of the image: the answer is read off them.
@@ -155,30 +150,17 @@ def _localisation(
         if fine and one[1].kind in LOCATED and len(one[0].objects) > 1
     ]
     batch = min(batch, len(chosen), count)
-    # Batches of one size compile once; what does not fill the last one is left out.
-    chosen = chosen[: min(count, len(chosen)) // max(batch, 1) * batch]
-    if not chosen:
+    if not batch:
         return {"examples": 0}
-    truth = np.stack([scene.masks[question.objects[0]] for scene, question in chosen])
-    inside: dict[str, list[np.ndarray]] = {method: [] for method in TWO_STREAM}
-    points: dict[str, list[np.ndarray]] = {method: [] for method in TWO_STREAM}
-    for start in trange(0, len(chosen), batch, desc="relevance", leave=False):
-        rows = slice(start, start + batch)
-        images = [scene.image for scene, _ in chosen[rows]]
-        texts = [question.text for _, question in chosen[rows]]
-        for one in explain(model, image=images, text=texts, method=TWO_STREAM):
-            inside[one.method].append(relevance_mass_accuracy(one.image, truth[rows]))
-            points[one.method].append(pointing_game(one.image, truth[rows]))
-    shares = {method: np.concatenate(found) for method, found in inside.items()}
-    return {
-        "examples": len(chosen),
-        "chance": bootstrap(chance(truth))._asdict(),
-        "share inside": {m: bootstrap(x)._asdict() for m, x in shares.items()},
-        "share inside less equal's": {
-            m: bootstrap(x - shares["equal"])._asdict() for m, x in shares.items() if m != "equal"
-        },
-        "pointing game": {m: bootstrap(np.concatenate(x))._asdict() for m, x in points.items()},
-    }
+    chosen = chosen[:count]
+    return localise(
+        model,
+        [scene.image for scene, _ in chosen],
+        [question.text for _, question in chosen],
+        np.stack([scene.masks[question.objects[0]] for scene, question in chosen]),
+        methods=TWO_STREAM,
+        batch=batch,
+    )
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -201,18 +183,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
         Table("Accuracy", note, head, rows),
         *([localisation_table(local)] if local["examples"] else []),
     ]
-
-
-def localisation_table(found: dict[str, Any]) -> Table:
-    """Relevance mass accuracy, its differences to equal's, and the pointing game, by method."""
-    paired = found["share inside less equal's"]
-    head = ["method", "relevance mass accuracy", "difference to equal", "pointing game"]
-    rows = [
-        [method, cell(share), cell(paired.get(method)), cell(found["pointing game"][method])]
-        for method, share in found["share inside"].items()
-    ]
-    note = f"{found['examples']} examples; chance: {cell(found['chance'])}."
-    return Table("Localisation", note, head, rows)
 
 
 def _share(value: float | None) -> str:

@@ -36,12 +36,14 @@ from jaxrel.metrics.intervals import bootstrap
 from jaxrel.metrics.randomisation import rank_correlation
 from jaxrel.models.clipmapper import CLIPMapper
 from jaxrel.train.evaluate.batching import equal_batches
-from jaxrel.train.evaluate.perturbation import (
+from jaxrel.train.evaluate.mapper_examples import (
     STREAMS,
     Examples,
+    check_sizes,
     draw_examples,
-    sweep_program,
+    once_each,
 )
+from jaxrel.train.evaluate.perturbation import sweep_program
 from jaxrel.train.evaluate.perturbation import tables as perturbation_tables
 from jaxrel.train.evaluate.record import save as save_result
 from jaxrel.train.evaluate.tables import Table, by_row, check_protocol, markdown
@@ -245,16 +247,9 @@ def evaluate(
     Raises:
       ValueError: an unknown variant or modality, or a number out of range.
     """
-    modality, variants = tuple(dict.fromkeys(modality)), tuple(dict.fromkeys((BASELINE, *variants)))
-    for name, known, given in (("variant", VARIANTS, variants), ("modality", STREAMS, modality)):
-        unknown = [one for one in given if one not in known]
-        if unknown or not given:
-            wrong = f"unknown {name} {unknown[0]!r}" if unknown else f"no {name} given"
-            raise ValueError(f"weighting: {wrong}; there are {'; '.join(known)}")
-    if examples < 1 or batch < 1:
-        raise ValueError(
-            f"weighting: examples and batch must be at least 1, got {examples} and {batch}"
-        )
+    variants = once_each("weighting", "variant", (BASELINE, *variants), VARIANTS)
+    modality = once_each("weighting", "modality", modality, STREAMS)
+    check_sizes("weighting", examples, batch)
     batch = min(batch, examples)
     sets = draw_examples(
         model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=batch

@@ -369,8 +369,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 BAD = {
-    "variant": ({"variants": ("magic",)}, "unknown variant 'magic'; there are equal; weighted;"),
-    "modality": ({"modality": ("sound",)}, "unknown modality 'sound'; there are image; text"),
+    "variant": ({"variants": ("magic",)}, "unknown variant 'magic'; there are equal, weighted,"),
+    "modality": ({"modality": ("sound",)}, "unknown modality 'sound'; there are image, text"),
     "none": ({"modality": ()}, "no modality given"),
     "few": ({"examples": 0}, "examples and batch must be at least 1, got 0 and 32"),
 }

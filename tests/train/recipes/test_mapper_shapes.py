@@ -13,7 +13,7 @@ from jaxrel.metrics.caption_scores import CiderD, tokenise
 from jaxrel.models import CLIPMapperCaption, CLIPMapperVQA
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.data.shapes.patches import NAMES, shown_by_patch
-from jaxrel.train.evaluate import captions, perturbation, sanity, tables
+from jaxrel.train.evaluate import captions, mapper_examples, perturbation, sanity, tables
 from jaxrel.train.evaluate import vqa as answering
 from jaxrel.train.recipes import caption_shapes, clip_shapes, vqa_shapes
 from jaxrel.train.recipes.caption_shapes import CaptionShapes
@@ -133,7 +133,7 @@ def test_true_captions_are_found_true(captioner, monkeypatch):
 
 def own_scores(model, count):
     """CIDEr-D of the model's own captions, from all patches."""
-    drawn, _ = perturbation.caption_examples(
+    drawn, _ = mapper_examples.caption_examples(
         model, data_seed=0, split="test", count=count, seed=0, batch=4
     )
     assert len(drawn.references) == count
@@ -198,7 +198,7 @@ def test_regenerated_captions_are_scored_one_by_one(captioner):
 def test_perturbation_measures_what_it_says(captioner):
     """With nothing removed: the greedy word is the most probable; captions as the model has it."""
     model, _ = captioner
-    whole, words = perturbation.caption_examples(
+    whole, words = mapper_examples.caption_examples(
         model, data_seed=0, split="test", count=4, seed=0, batch=4
     )
     inputs = {k: jnp.asarray(words.inputs[k]) for k in ("image", "text")}
