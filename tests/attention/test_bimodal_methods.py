@@ -9,7 +9,8 @@ import jaxrel
 from jaxrel import attention
 from jaxrel.attention import TWO_STREAM_METHODS, Layers, two_streams
 from jaxrel.attention.bimodal_methods import BY_LRP
-from tests.models.test_clipmapper import TEXTS, answered, random_images, random_mapper
+from tests.zoo.clipmappers import TEXTS, answered, random_mapper
+from tests.zoo.images import random_images
 
 # ---- the equations, written out for one example in float64
 

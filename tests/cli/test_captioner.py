@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from jaxrel import cli
-from tests.models.test_captioner import captioner
+from tests.zoo.captioners import captioner
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import pytest
 from jax import numpy as jnp
 
 from jaxrel.explanations.words import word_relevance
-from tests.models.test_captioner import TEXTS, captioner, random_images
+from tests.zoo.captioners import TEXTS, captioner
+from tests.zoo.images import random_images
 from tests.zoo.plain_captioner import plain_word_relevance
 
 

@@ -12,8 +12,9 @@ import jaxrel.explanations.words as word_relevance_module
 from jaxrel import composites, everything, path, rules
 from jaxrel.explanations.words import WORD_METHODS, word_relevance
 from jaxrel.models.captioner import reference_order
-from tests.models.test_captioner import TEXTS, captioner, random_images, reference
 from tests.paths import FIXTURES
+from tests.zoo.captioners import TEXTS, captioner, reference
+from tests.zoo.images import random_images
 
 FIXTURE = FIXTURES / "word_relevance.npz"
 KINDS = ("gridtd", "adaptive", "aoa")

@@ -22,7 +22,8 @@ from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.evaluate import caption_explanations, explained_words
 from jaxrel.train.evaluate.captioned_images import ShapesImages
 from jaxrel.train.evaluate.detector import detector
-from tests.models.test_captioner import TEXTS, captioner, random_images
+from tests.zoo.captioners import TEXTS, captioner
+from tests.zoo.images import random_images
 from tests.zoo.lights import QUICK, Lights, judge_lights
 from tests.zoo.lights import captioner as captioner_of_lights
 

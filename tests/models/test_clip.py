@@ -1,6 +1,5 @@
 """CLIP: parity with stored reference values, scores, layout, structure, preprocessing."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +10,6 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 from PIL import Image
-from safetensors.numpy import save_file
 
 import jaxrel
 from jaxrel.models import (
@@ -26,9 +24,8 @@ from jaxrel.models import (
 )
 from jaxrel.models.clip import end_of_text, interpolate_positions
 from jaxrel.models.transformer import Transformer
-from tests.paths import FIXTURES
+from tests.zoo.clip_folder import GOLDEN, write_golden_folder
 
-GOLDEN = FIXTURES / "attention_clip.npz"
 # The reference values are float64 results rounded to float32; ours run in float32 through three
 # layers, which costs a few float32 roundings of values of order 1 to 10.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -50,36 +47,6 @@ WORDS = ("a", "red", "blue", "circle", "square", "above")
 def golden():
     with np.load(GOLDEN, allow_pickle=False) as file:
         return dict(file)
-
-
-def write_golden_folder(golden, folder):
-    """Write the reference model as a Hugging Face folder."""
-    sizes = {k.removeprefix("config/"): int(v) for k, v in golden.items() if k[:7] == "config/"}
-    config = {
-        "model_type": "clip",
-        "projection_dim": sizes["projection_dim"],
-        "vision_config": {
-            "hidden_size": sizes["vision_hidden_size"],
-            "intermediate_size": 4 * sizes["vision_hidden_size"],
-            "num_hidden_layers": sizes["vision_layers"],
-            "num_attention_heads": sizes["vision_heads"],
-            "image_size": sizes["image_size"],
-            "patch_size": sizes["patch_size"],
-        },
-        "text_config": {
-            "hidden_size": sizes["text_hidden_size"],
-            "intermediate_size": 4 * sizes["text_hidden_size"],
-            "num_hidden_layers": sizes["text_layers"],
-            "num_attention_heads": sizes["text_heads"],
-            "vocab_size": sizes["vocab_size"],
-            "max_position_embeddings": sizes["context_length"],
-            "eos_token_id": sizes["eos_token_id"],
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    state = {k.removeprefix("state/"): v for k, v in golden.items() if k[:6] == "state/"}
-    save_file(state, folder / "model.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from jax import numpy as jnp
 
 from jaxrel import attention
 from jaxrel.models import CLIP
-from tests.models.test_clip import GOLDEN, write_golden_folder
+from tests.zoo.clip_folder import GOLDEN, write_golden_folder
 
 LAST = slice(-1, None)
 # The stored values are float64 results rounded to float32; ours run the model in float32.

@@ -1,6 +1,5 @@
 """CLIPmapper: its maps, masks, captions, files, and what it says to bad input."""
 
-import functools
 import json
 import shutil
 from collections import Counter
@@ -16,69 +15,33 @@ import jaxrel
 from jaxrel import models
 from jaxrel.models import (
     CLIP,
-    CLIPConfig,
     CLIPMapper,
     CLIPMapperCaption,
     CLIPMapperConfig,
     CLIPMapperVQA,
     Processor,
-    TextConfig,
-    VisionConfig,
-    image_processing,
     word_tokenizer,
 )
 from jaxrel.models.transformer import causal_mask, key_mask
 from jaxrel.train.data.shapes import Shapes
-
-WORDS = ("a", "red", "blue", "circle", "square", "above", "what", "is")
-STAGE1 = CLIPConfig(
-    vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=16, patch_size=8),
-    text=TextConfig(
-        width=12, layers=2, heads=3, mlp_width=24, vocab_size=12, context=9, eos_token_id=3
-    ),
-    projection=4,
+from tests.zoo.clipmappers import (
+    ANSWERS,
+    STAGE1,
+    TEXTS,
+    WORDS,
+    answered,
+    processor,
+    random_mapper,
+    random_values,
 )
-ANSWERS = ("red", "blue", "two", "yes")
-# Two texts of different length: 7 and 5 of the 9 tokens are no padding.
-TEXTS = ["what is a red circle", "a blue square"]
+from tests.zoo.images import random_images
+
 LENGTH = 7
 # float32 values of order 1 to 10 after a few layers, summed in another order.
 ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
 
 FORWARD = jax.jit(lambda model, inputs: model(inputs, return_attention=True))
 GRADIENTS = jax.jit(lambda model, inputs: model.attention_gradients(inputs))
-
-
-@functools.cache
-def processor():
-    return Processor(word_tokenizer(WORDS, STAGE1.text.context), image_processing(16))
-
-
-def random_values(make, seed=0):
-    """A model with values from NumPy, which needs no compilation."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype),
-        nnx.eval_shape(make),
-    )
-
-
-def random_mapper(task, layers, stage1=STAGE1, processor=processor):
-    config = CLIPMapperConfig(
-        task=task,
-        clip=stage1,
-        answers=ANSWERS if task == "vqa" else (),
-        width=16,
-        layers=layers,
-        heads=2,
-        mlp_width=24,
-    )
-    kind = CLIPMapperVQA if task == "vqa" else CLIPMapperCaption
-    return random_values(lambda: kind(config, rngs=nnx.Rngs(0), processor=processor()))
-
-
-def random_images(count=2, seed=0):
-    return list(np.random.default_rng(seed).integers(0, 256, (count, 20, 16, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +72,6 @@ def folder(model, tmp_path_factory):
 
 
 # ---- attention maps and their gradients
-
-
-def answered(inputs):
-    return {**inputs, "answer": jnp.array([2, 0])}
 
 
 def shapes(task, layers):

@@ -18,7 +18,8 @@ from jaxrel.models import from_pretrained
 from jaxrel.train.evaluate import weighting
 from jaxrel.train.evaluate.tables import markdown
 from jaxrel.train.evaluate.weighting import PROTOCOL, Weighed
-from tests.models.test_clipmapper import TEXTS, answered, random_images, random_mapper
+from tests.zoo.clipmappers import TEXTS, answered, random_mapper
+from tests.zoo.images import random_images
 
 
 def tags_of(model):

@@ -19,15 +19,9 @@ from jaxrel.train.losses.lrp_inference import (
     lrp_inference_loss,
     relevance_weights,
 )
-from tests.models.test_captioner import (
-    TEXTS,
-    captioner,
-    random_images,
-    reference,
-    reference_config,
-    tensors,
-)
 from tests.paths import FIXTURES
+from tests.zoo.captioners import TEXTS, captioner, reference, reference_config, tensors
+from tests.zoo.images import random_images
 
 FIXTURE = FIXTURES / "lrp_inference.npz"
 # The gate of the sentinel reads the hidden values before in the paper; where predictions are

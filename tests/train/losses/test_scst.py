@@ -14,8 +14,9 @@ from jaxrel.models import decoding
 from jaxrel.models.captioner import Captioner
 from jaxrel.train.losses.lrp_inference import LRPInference
 from jaxrel.train.losses.scst import CiderReward, drawn, scst_loss, self_critical_loss
-from tests.models.test_captioner import biased, captioner, random_images
 from tests.paths import FIXTURES
+from tests.zoo.captioners import biased, captioner
+from tests.zoo.images import random_images
 
 FIXTURE = FIXTURES / "scst.npz"
 FORM = decoding.Format(start=2, end=3, pad=0, context=7)
