@@ -7,7 +7,6 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -160,12 +159,3 @@ def _rgb(image: Image.Image, path: Path) -> Image.Image:
             f"{path} has pixels of Pillow's mode {image.mode!r}, which have no sure colour "
             f"({error}); save it as an 8-bit RGB or grey image"
         ) from error
-
-
-def seen_images(model: Any, image: Any, rows: int, example: Any) -> tuple[np.ndarray, ...]:
-    """By row, what the model sees of its image."""
-    images = list(image) if isinstance(image, list | tuple) else [image]
-    seen = [np.asarray(model.seen(one)) for one in images]
-    if example is not None:
-        return tuple(seen[i] for i in np.asarray(example))
-    return tuple(seen) if len(seen) == rows else tuple(seen * rows)

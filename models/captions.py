@@ -1,4 +1,4 @@
-"""What models that write captions have in common: ids, words and rows."""
+"""What models that write captions have in common: token ids, words, and rows to explain."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +8,11 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrel.models.inputs import Inputs, words_before
+
 
 def special_ids(tokenizer: Any) -> tuple[int, int, int]:
-    """Return a tokenizer's start, end and padding; the end pads where there is no padding.
+    """Return the ids of a tokenizer's start, end and padding; without padding, the end pads.
 
     Raises:
       ValueError: there is no tokenizer, or it has no start or end.
@@ -41,7 +43,7 @@ def logit_by_token(
     """Return the logit of each token given those before it, or its log-probability.
 
     Args:
-      logits: of the token after each token, or their log-softmax.
+      logits: logits of the token after each token, or their log-softmax.
       text: token ids.
 
     Returns:
@@ -52,13 +54,60 @@ def logit_by_token(
 
 
 def mean_log_probability(
-    logits: Float[Array, "batch tokens vocabulary"], text: Int[Array, "batch tokens"], end: int
+    logits: Float[Array, "batch tokens vocabulary"],
+    text: Int[Array, "batch tokens"],
+    last: Int[Array, " batch"],
 ) -> Float[Array, " batch"]:
-    """Return the mean log-probability of each caption's words and its end (teacher forcing)."""
+    """Return the mean log-probability of each caption's words and its end (teacher forcing).
+
+    Args:
+      logits: logits of the token after each token.
+      text: token ids.
+      last: the position of each caption's end.
+    """
     of_word = logit_by_token(jax.nn.log_softmax(logits), text)
-    place = jnp.arange(text.shape[1])
-    counted = (place >= 1) & (place <= end_of_caption(text, end)[:, None])
+    counted = words_before(text, last + 1)
     return jnp.where(counted, of_word, 0).sum(-1) / jnp.maximum(counted.sum(-1), 1)
+
+
+def check_one_caption_each(images: int, captions: int) -> None:
+    """Raise ValueError if there are other numbers of images and captions."""
+    if images != captions:
+        raise ValueError(f"{images} images and {captions} captions: give one caption per image")
+
+
+def explained_position(inputs: Inputs, target: Any) -> Int[Array, "*batch"]:
+    """Return the position of the words to explain: `target`, or else what the inputs say.
+
+    Raises:
+      ValueError: neither says which word.
+    """
+    if target is None and "position" not in inputs:
+        raise ValueError(
+            "which word of the caption? Pass target= its position, from 1, or make the inputs "
+            "with model.pairs, which gives every word a row"
+        )
+    return jnp.asarray(inputs["position"] if target is None else target)
+
+
+def rows_by_word(
+    inputs: Inputs, shown: Sequence[Sequence[str]], words: Any, target: Any = None
+) -> dict[str, Array]:
+    """Bring inputs to one row per word: its image, its caption and its position.
+
+    Args:
+      inputs: one image and one caption per row.
+      shown, words, target: see `word_rows`.
+
+    Returns:
+      The inputs' rows, with "position" and "example", the row that each word came from.
+
+    Raises:
+      ValueError: see `word_rows`.
+    """
+    example, position = map(jnp.asarray, word_rows(shown, words, target))
+    rows = {name: jnp.asarray(value)[example] for name, value in inputs.items()}
+    return rows | {"position": position, "example": example}
 
 
 def word_rows(
@@ -68,7 +117,7 @@ def word_rows(
 
     Args:
       shown: by caption, how to display each token; "" for a token that stands for no word.
-      words: by caption, how many tokens there are between start and end.
+      words: by caption, the number of tokens between start and end.
       target: the positions to explain, from 1, or one; None: all that can be displayed.
 
     Raises:
@@ -77,7 +126,7 @@ def word_rows(
     words = np.asarray(words)
     if not words.all():
         raise ValueError(f"the caption of image {int(words.argmin())} has no words")
-    asked = None if target is None else positions(target)
+    asked = None if target is None else _positions(target)
     rows = []
     for example, count in enumerate(words):
         known = [i for i in range(1, count + 1) if shown[example][i]]
@@ -93,8 +142,7 @@ def word_rows(
     return example, position
 
 
-def positions(target: Any) -> Int[np.ndarray, " words"]:
-    """Return positions of words as an array; ValueError if they are none."""
+def _positions(target: Any) -> Int[np.ndarray, " words"]:
     asked = np.atleast_1d(np.asarray(target))
     if asked.ndim != 1 or not asked.size or not np.issubdtype(asked.dtype, np.integer):
         raise ValueError(
@@ -105,7 +153,7 @@ def positions(target: Any) -> Int[np.ndarray, " words"]:
 
 
 def describe_words(shown: Sequence[Sequence[str]], position: Any) -> list[str]:
-    """Return each row's word in brackets, after the words before it."""
+    """Return each row's word in brackets, after the preceding words."""
     places = np.asarray(position).tolist()
     before = [" ".join(filter(None, row[:i])) for row, i in zip(shown, places, strict=True)]
     words = [row[i] for row, i in zip(shown, places, strict=True)]

@@ -1,4 +1,4 @@
-"""Model folders in the Hugging Face layout: finding, reading, checking, writing."""
+"""Model folders in the Hugging Face layout: how they are found, read, checked and written."""
 
 import json
 import os
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax import numpy as jnp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -26,8 +27,8 @@ class Parameter:
     """Where one parameter of a model is in a file of weights.
 
     Args:
-      path: of the parameter in the model.
-      name: of the tensor in the file; "{layer}" in it stands for the layer's number, and then
+      path: path of the parameter in the model.
+      name: name of the tensor in the file; "{layer}" stands for the layer's number, and then
         the model's parameter has a leading layer axis.
       axes: axis i of the model's parameter (of one layer) is axis `axes[i]` of the tensor;
         None: the axes are the same.
@@ -202,6 +203,34 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.nd
     return _read_pickle(pickles)
 
 
+def read_file(path: Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray]:
+    """Read all tensors of one file of weights.
+
+    Args:
+      path: a safetensors file, or a pickled checkpoint.
+      allow_pickle: see `read_tensors`.
+
+    Returns:
+      The tensors by name.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      OSError, ValueError, ImportError: see `read_tensors`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; check the path of the weights")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if allow_pickle:
+        return _read_pickle([path])
+    raise ValueError(
+        f"{path} is a pickled checkpoint, and unpickling can run any code. Convert it once where "
+        f"torch is installed: safetensors.torch.save_file(torch.load({path.name!r}, "
+        f"weights_only=True), '{path.stem}.safetensors'), and pass the new file; or, if you trust "
+        "it and torch is installed, pass allow_pickle=True"
+    )
+
+
 def _how_to_convert(path: Path) -> str:
     return (
         "Convert it once where torch is installed: "
@@ -234,7 +263,7 @@ def _read_shards(folder: Path) -> dict[str, np.ndarray]:
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks {len(missing)} of the {len(files)} shards that {INDEX} names: "
-            f"{_some(missing)}; fetch them into the folder"
+            f"{some(missing)}; fetch them into the folder"
         )
     tensors: dict[str, np.ndarray] = {}
     for file in files:
@@ -242,7 +271,7 @@ def _read_shards(folder: Path) -> dict[str, np.ndarray]:
     lost = sorted(set(where) - set(tensors))
     if lost:
         raise ValueError(
-            f"{index} names tensors that its shards do not hold: {_some(lost)}; index and shards "
+            f"{index} names tensors that its shards do not hold: {some(lost)}; index and shards "
             "are of different models or a download was interrupted, fetch them again"
         )
     return tensors
@@ -270,13 +299,17 @@ def read_parameters(
     tensors: Mapping[str, np.ndarray],
     table: Sequence[Parameter],
     shapes: Mapping[tuple[str, ...], tuple[int, ...]],
+    *,
+    wanted: str = "",
 ) -> dict[tuple[str, ...], np.ndarray]:
     """Turn the tensors of a file into a model's parameters; every check comes first.
 
     Args:
-      tensors: by name. Buffers of position numbers, which old checkpoints hold, are ignored.
+      tensors: tensors by name. Buffers of position numbers, as in old checkpoints, are ignored.
       table: where each parameter is.
       shapes: the shape of each of the model's parameters, by path.
+      wanted: the model whose tensors they should be, for the messages; by default the one that
+        config.json describes.
 
     Returns:
       float32 parameters by path.
@@ -290,79 +323,108 @@ def read_parameters(
         for parameter in table
         for name in parameter.names(shapes[parameter.path])
     }
+    says, advice = f"{CONFIG} says", f"check that {CONFIG} and the weights belong together"
+    if wanted:
+        says, advice = f"{wanted} has", "give the sizes of the model in the file"
     missing = sorted(set(expected) - set(tensors))
     unexpected = sorted(n for n in set(tensors) - set(expected) if not n.endswith("position_ids"))
     if missing or unexpected:
-        parts = [f"{len(missing)} tensors are missing: {_some(missing)}"] if missing else []
+        parts = [f"{len(missing)} tensors are missing: {some(missing)}"] if missing else []
         if unexpected:
-            parts.append(f"{len(unexpected)} tensors are unexpected: {_some(unexpected)}")
+            parts.append(f"{len(unexpected)} tensors are unexpected: {some(unexpected)}")
         raise ValueError(
-            f"these weights are not those of the model that {CONFIG} describes. "
-            f"{'. '.join(parts)}. Check that {CONFIG} and the weights belong together"
+            f"these weights are not those of {wanted or f'the model that {CONFIG} describes'}. "
+            f"{'. '.join(parts)}. {advice[0].upper()}{advice[1:]}"
         )
     for name, shape in expected.items():
-        tensor = tensors[name]
-        if tensor.shape != shape:
+        if tensors[name].shape != shape:
             raise ValueError(
-                f"the tensor {name} has shape {list(tensor.shape)}, and {CONFIG} says "
-                f"{list(shape)}; check that {CONFIG} and the weights belong together"
+                f"the tensor {name} has shape {list(tensors[name].shape)}, and {says} "
+                f"{list(shape)}; {advice}"
             )
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ValueError(
-                f"the tensor {name} has dtype {tensor.dtype}; quantised weights cannot be loaded, "
-                "use a float32, float16 or bfloat16 checkpoint"
-            )
-        bad = np.size(tensor) - np.count_nonzero(np.isfinite(np.asarray(tensor, np.float32)))
-        if bad:
-            raise ValueError(
-                f"the tensor {name} has {bad} values of {tensor.size} that are NaN or infinite; "
-                "the checkpoint is damaged, or its training diverged"
-            )
+        _check_values(name, tensors[name])
     return {
         p.path: p.from_tensors([tensors[name] for name in p.names(shapes[p.path])]) for p in table
     }
 
 
-def write_tensors(
+def _check_values(name: str, tensor: np.ndarray) -> None:
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise ValueError(
+            f"the tensor {name} has dtype {tensor.dtype}; quantised weights cannot be loaded, "
+            "use a float32, float16 or bfloat16 checkpoint"
+        )
+    bad = np.size(tensor) - np.count_nonzero(np.isfinite(np.asarray(tensor, np.float32)))
+    if bad:
+        raise ValueError(
+            f"the tensor {name} has {bad} values of {tensor.size} that are NaN or infinite; "
+            "the checkpoint is damaged, or its training diverged"
+        )
+
+
+def variables(model: nnx.Module) -> dict[tuple[str, ...], nnx.Variable]:
+    """Return a model's parameters and its statistics of batch normalisation, by path."""
+    found = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    return {tuple(map(str, path)): variable for path, variable in found}
+
+
+def shapes_of(model: nnx.Module) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Return the shapes of a model's `variables`, by path."""
+    return {path: variable.shape for path, variable in variables(model).items()}
+
+
+def parameters_by_path(paths: Iterable[tuple[str, ...]]) -> list[Parameter]:
+    """Tensors named by their paths, stacked as they are: for models that no other library has."""
+    return [Parameter(path, ".".join(path)) for path in paths]
+
+
+def read_values(
     folder: Path,
-    parameters: Mapping[tuple[str, ...], np.ndarray],
-    table: Sequence[Parameter],
+    model: nnx.Module,
+    table: Sequence[Parameter] | None = None,
+    *,
+    allow_pickle: bool = False,
+) -> dict[tuple[str, ...], np.ndarray]:
+    """Read the values of a model's `variables` from a folder.
+
+    Args:
+      folder: with config.json and the weights.
+      model: a model, of which only the shapes count.
+      table: where each parameter is in the file; None: named by its path.
+      allow_pickle: see `read_tensors`.
+
+    Raises:
+      FileNotFoundError, OSError, ValueError, ImportError: see `read_tensors` and
+        `read_parameters`.
+    """
+    shapes = shapes_of(model)
+    tensors = read_tensors(folder, allow_pickle=allow_pickle)
+    return read_parameters(tensors, table or parameters_by_path(shapes), shapes)
+
+
+def fill(model: nnx.Module, parameters: Mapping[tuple[str, ...], np.ndarray]) -> None:
+    """Give a model's `variables` these values, in place; those that have none stay."""
+    for path, variable in variables(model).items():
+        if path in parameters:
+            variable.set_value(jnp.asarray(parameters[path]))
+
+
+def save_model(
+    model: Any,
+    folder: str | os.PathLike,
+    table: Sequence[Parameter] | None = None,
     *,
     dtype: str = "float32",
-) -> None:
-    """Write model.safetensors with the names of the table, in this dtype."""
-    tensors: dict[str, np.ndarray] = {}
-    for parameter in table:
-        value = np.asarray(parameters[parameter.path])
-        names = parameter.names(value.shape)
-        written = [tensor.astype(dtype) for tensor in parameter.to_tensors(value)]
-        tensors |= zip(names, written, strict=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def parameters_by_path(paths: Iterable[tuple[Any, ...]]) -> list[Parameter]:
-    """Tensors named by their paths, stacked as they are: for models that no other library has."""
-    return [Parameter(path, ".".join(map(str, path))) for path in paths]
-
-
-def write_model(
-    folder: str | os.PathLike,
-    config: Mapping[str, Any],
-    parameters: Mapping[tuple[Any, ...], np.ndarray],
-    processor: Any,
-    *,
-    dtype: str,
 ) -> None:
     """Write config.json, model.safetensors and the processor's files.
 
     The folder appears as a whole, or, when something fails, not at all.
 
     Args:
+      model: has a `config` with `to_dict`, and a `processor`.
       folder: a new folder, or an older model folder, which is replaced.
-      config: the content of config.json.
-      parameters: by path, which names them.
-      processor: the model's.
-      dtype: of the file: "float32", or "float16" for half the size.
+      table: where each parameter is in the file; None: named by its path.
+      dtype: dtype of the file, "float32", or "float16" for half the size.
 
     Raises:
       FileExistsError: the folder exists and is no model folder.
@@ -370,11 +432,17 @@ def write_model(
     """
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
+    parameters = {path: np.asarray(value[...]) for path, value in variables(model).items()}
+    tensors: dict[str, np.ndarray] = {}
+    for parameter in table or parameters_by_path(parameters):
+        value = parameters[parameter.path]
+        written = [tensor.astype(dtype) for tensor in parameter.to_tensors(value)]
+        tensors |= zip(parameter.names(value.shape), written, strict=True)
     with new_folder(folder) as draft:
-        text = json.dumps(config, indent=2)
+        text = json.dumps(model.config.to_dict(), indent=2)
         (draft / CONFIG).write_text(text + "\n", encoding="utf-8")
-        write_tensors(draft, parameters, parameters_by_path(parameters), dtype=dtype)
-        processor.save(draft)
+        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        model.processor.save(draft)
 
 
 @contextmanager
@@ -436,6 +504,7 @@ def _keep_other_files(old: Path, new: Path) -> None:
             shutil.copy2(path, new / path.name)
 
 
-def _some(names: Sequence[str], count: int = 5) -> str:
+def some(names: Sequence[str], count: int = 5) -> str:
+    """Return the first names and the number of others, for a message."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more

@@ -1,16 +1,17 @@
-"""Writing captions with any step function: greedy, beam, diverse beam search and sampling.
+"""Writing captions with any step function: greedy, by beam search, and by sampling.
 
 A step function `(state, ids [rows]) -> (state, logits [rows, vocabulary])` reads one word per row.
 The leaves of its state have the rows as their first axis; rows are captions that do not depend
 on each other. Everything is pure and has static shapes, for `jax.jit`: one scan over the words
 writes the captions of all images.
 
-At the last place of a full context only the end may stand, and its probability counts as that of
-any word. `Decoded.ended` tells such captions from those that came to an end.
+At the last place of a full context only the end is possible, and its probability counts like that
+of any word. `Decoded.ended` is False for such captions.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +27,10 @@ class Format:
     """How captions are written as ids.
 
     Args:
-      start: the id that each caption begins with, and which is not in it again.
+      start: the id at the start of each caption, which is not written again.
       end: the id that ends it.
       pad: the id after the end; it may be the end's.
-      context: the length of the longest caption, with start and end.
+      context: number of tokens of the longest caption, with start and end.
       never: more ids that are not written, such as that of unknown words.
 
     Raises:
@@ -58,11 +59,11 @@ class Decoded(NamedTuple):
     """Captions that were written.
 
     Attributes:
-      ids: with start and end, padded.
-      log_probability: of the words and the end, given the image: a sum of log-softmax values
-        over the whole vocabulary.
-      ended: False where the end is there only because the context was full, and another word
-        would have been more probable.
+      ids: int32 token ids with start and end, padded.
+      log_probability: float32; of the words and the end, given the image: a sum of log-softmax
+        values over the whole vocabulary.
+      ended: False where a caption ends only because the context was full, although another word
+        was more probable.
     """
 
     ids: Int[Array, "*batch context"]
@@ -75,7 +76,7 @@ def greedy(step: Step, state: State, form: Format) -> Decoded:
 
     Args:
       step: the step function.
-      state: before the first word, one row per caption.
+      state: state before the first word, one row per caption.
       form: how captions are written.
 
     Returns:
@@ -102,13 +103,13 @@ def sample(
 
     Args:
       step: the step function.
-      state: before the first word, one row per caption.
+      state: state before the first word, one row per caption.
       form: how captions are written.
       key: one key, or one per row; a row's caption depends on its own key alone.
       temperature: divides the logits.
-      top_k: draw from this many most probable words alone (Fan et al. 2018).
-      top_p: draw from the fewest most probable words whose probabilities sum to this at least
-        (the nucleus, Holtzman et al. 2020); after `top_k`.
+      top_k: draw only from this number of most probable words (Fan et al. 2018).
+      top_p: draw only from the smallest set of most probable words whose probabilities sum to at
+        least this (the nucleus, Holtzman et al. 2020); applied after `top_k`.
 
     Returns:
       One caption per row of the state. Its log-probability is the model's own, at temperature 1.
@@ -145,15 +146,15 @@ def beam_search(
 ) -> Decoded:
     """Search for the most probable caption, with several open ones at a time.
 
-    A caption that ends is set aside, and its place is not filled again: of `beams` captions that
-    are open at first, fewer and fewer go on. The result is the best of those set aside.
+    A caption that ends is set aside, and its place is not filled again: `beams` captions are open
+    at first, and fewer later. The result is the best of those set aside.
 
     Args:
       step: the step function.
-      state: before the first word, one row per image; rows of `step` are then
+      state: state before the first word, one row per image; rows of `step` are then
         `image * beams + beam`.
       form: how captions are written.
-      beams: how many captions are open at first.
+      beams: number of captions that are open at first.
       length_penalty: the exponent of ((5 + length) / 6), which divides a caption's
         log-probability when the best is chosen (Wu et al. 2016, eq. 14); None: 0, as Sun et al.
         2022 have it.
@@ -165,48 +166,22 @@ def beam_search(
       ValueError: `beams` is no positive integer.
     """
     _check_count("beams", beams)
-    found = _search(step, state, form, 1, beams, 0.0, length_penalty)
-    return jax.tree.map(lambda x: x[:, 0], found)
+    images = _rows(state)
+    state = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), state)
+    first_rows = jnp.arange(images)[:, None] * beams
 
+    def extend(carry: Any, position: Array) -> Any:
+        state, open_ = carry
+        state, logits = step(state, open_.ids[..., position - 1].reshape(-1))
+        log_p, own_end = _log_probabilities(logits.reshape(images, beams, -1), form, position)
+        grow = jax.vmap(partial(_grow, position=position, form=form, exponent=length_penalty))
+        open_, parents = grow(open_, log_p, own_end)
+        taken = (first_rows + parents).reshape(-1)
+        return (jax.tree.map(lambda x: x[taken], state), open_), None
 
-def diverse_beam_search(
-    step: Step,
-    state: State,
-    form: Format,
-    *,
-    groups: int,
-    beams: int,
-    penalty: float,
-    length_penalty: float | None = None,
-) -> Decoded:
-    """Search for several captions that differ (Vijayakumar et al. 2018, algorithm 1).
-
-    Groups of beams are extended one after the other. A word that a group chooses is worth
-    `penalty` less for each beam of an earlier group that has chosen it at the same step (Hamming
-    diversity). A group's captions are compared by their log-probability with all such losses.
-
-    Args:
-      step: the step function.
-      state: before the first word, one row per image; rows of `step` are then
-        `(image * groups + group) * beams + beam`.
-      form: how captions are written.
-      groups: how many captions are wanted.
-      beams: of each group.
-      penalty: the weight of diversity, in units of log-probability; 0 makes all groups alike.
-      length_penalty: as in `beam_search`.
-
-    Returns:
-      One caption per image and group, `[images, groups, ...]`; the first is that of
-      `beam_search`.
-
-    Raises:
-      ValueError: a number is no positive integer, or the penalty is negative.
-    """
-    _check_count("groups", groups)
-    _check_count("beams", beams)
-    if not penalty >= 0:
-        raise ValueError(f"penalty must be at least 0, got {penalty}")
-    return _search(step, state, form, groups, beams, penalty, length_penalty)
+    empty = jax.tree.map(lambda x: jnp.broadcast_to(x, (images, *x.shape)), _empty(form, beams))
+    (_, open_), _ = jax.lax.scan(extend, (state, empty), jnp.arange(1, form.context))
+    return open_.best
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -221,7 +196,10 @@ def _rows(state: State) -> int:
 def _log_probabilities(
     logits: Float[Array, "*rows vocabulary"], form: Format, position: Array
 ) -> tuple[Float[Array, "*rows vocabulary"], Bool[Array, "*rows"]]:
-    """Of the words that may be written, others -inf; and whether an end is the model's own."""
+    """Log-probabilities, -inf for words that may not be written; and whether an end is free.
+
+    An end is the model's own, and not that of a full context, where no word is more probable.
+    """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     words = jnp.arange(log_p.shape[-1])
     end, last = words == form.end, position == form.context - 1
@@ -234,7 +212,7 @@ def _log_probabilities(
 def _most_probable(
     log_p: Float[Array, "rows vocabulary"], top_k: int | None, top_p: float | None
 ) -> Float[Array, "rows vocabulary"]:
-    """Logits with -inf for the words that are not among the most probable."""
+    """Log-probabilities, -inf for words that are not among the most probable."""
     if top_k is not None:
         lowest = jax.lax.top_k(log_p, min(top_k, log_p.shape[-1]))[0][..., -1:]
         log_p = jnp.where(log_p < lowest, -jnp.inf, log_p)
@@ -249,7 +227,7 @@ def _most_probable(
 def _word_by_word(
     step: Step, state: State, form: Format, choose: Callable[[Array, Any], Array], keys: Any
 ) -> Decoded:
-    """One caption per row, each word chosen from the logits alone."""
+    """Write one caption per row, with each word chosen from the log-probabilities."""
     rows = _rows(state)
 
     def write(carry: Any, now: Any) -> Any:
@@ -273,97 +251,52 @@ def _word_by_word(
 
 
 class _Beams(NamedTuple):
-    """The captions of one image and group: those that are open, and the best one set aside.
+    """The captions of one image: those that are open, and the best one set aside.
 
-    Captions are compared by their score, the log-probability with what diversity takes from it; a
-    closed beam's is -inf. `open` says how many may be open.
+    The log-probability of a closed beam is -inf. `open` is the number of beams that may be open.
     """
 
     ids: Array
     log_probability: Array
-    score: Array
     open: Array
     best: Decoded
     best_score: Array
 
 
-def _search(
-    step: Step,
-    state: State,
-    form: Format,
-    groups: int,
-    beams: int,
-    penalty: float,
-    exponent: float | None,
-) -> Decoded:
-    """Diverse beam search; with one group it is beam search."""
-    images, rows = _rows(state), groups * beams
-    state = jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), state)
-    first_rows = jnp.arange(images * groups).reshape(images, groups, 1) * beams
-
-    def extend(carry: Any, position: Array) -> Any:
-        state, open_ = carry
-        state, logits = step(state, open_.ids[..., position - 1].reshape(-1))
-        logits = logits.reshape(images, groups, beams, -1)
-        log_p, own_end = _log_probabilities(logits, form, position)
-
-        def grow(counts: Array, open_: _Beams, log_p: Array, own_end: Array) -> Any:
-            return _grow(open_, log_p - penalty * counts, log_p, own_end, position, form, exponent)
-
-        def next_group(counts: Array, of_group: Any) -> Any:
-            grown, parents, chosen = jax.vmap(grow)(counts, *of_group)
-            return counts + chosen, (grown, parents)
-
-        by_group = jax.tree.map(lambda x: x.swapaxes(0, 1), (open_, log_p, own_end))
-        none = jnp.zeros((images, log_p.shape[-1]))
-        _, grown = jax.lax.scan(next_group, none, by_group)
-        open_, parents = jax.tree.map(lambda x: x.swapaxes(0, 1), grown)
-        taken = (first_rows + parents).reshape(-1)
-        return (jax.tree.map(lambda x: x[taken], state), open_), None
-
-    empty = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (images, groups, *x.shape)), _empty(form, beams)
-    )
-    (_, open_), _ = jax.lax.scan(extend, (state, empty), jnp.arange(1, form.context))
-    return open_.best
-
-
 def _empty(form: Format, beams: int) -> _Beams:
-    """One open caption without words: all beams alike would find the same captions."""
+    """One open caption without words: several equal beams would find the same captions."""
     ids = jnp.full((beams, form.context), form.pad, jnp.int32).at[:, 0].set(form.start)
-    score = jnp.full(beams, -jnp.inf).at[0].set(0)
+    log_probability = jnp.full(beams, -jnp.inf).at[0].set(0)
     best = Decoded(ids[0], jnp.array(-jnp.inf), jnp.array(False))
-    return _Beams(ids, jnp.zeros(beams), score, jnp.array(beams), best, jnp.array(-jnp.inf))
+    return _Beams(ids, log_probability, jnp.array(beams), best, jnp.array(-jnp.inf))
 
 
 def _grow(
     open_: _Beams,
-    worth: Float[Array, "beams vocabulary"],
     log_p: Float[Array, "beams vocabulary"],
     own_end: Bool[Array, " beams"],
+    *,
     position: Array,
     form: Format,
     exponent: float | None,
-) -> tuple[_Beams, Int[Array, " beams"], Float[Array, " vocabulary"]]:
-    """The beams with one more word, where each comes from, and how often each word was chosen."""
+) -> tuple[_Beams, Int[Array, " beams"]]:
+    """Add one word to the beams; return them, and the beam that each comes from."""
     beams, vocabulary = log_p.shape
-    score, best = jax.lax.top_k((open_.score[:, None] + worth).ravel(), beams)
+    total, best = jax.lax.top_k((open_.log_probability[:, None] + log_p).ravel(), beams)
     parent, word = best // vocabulary, best % vocabulary
-    log_probability = open_.log_probability[parent] + log_p[parent, word]
-    kept = (jnp.arange(beams) < open_.open) & (score > -jnp.inf)
+    kept = (jnp.arange(beams) < open_.open) & (total > -jnp.inf)
     ids = open_.ids[parent].at[:, position].set(word)
     aside = kept & (word == form.end)
     length = 1.0 if exponent is None else ((5 + position) / 6) ** exponent
-    of_aside = jnp.where(aside, score / length, -jnp.inf)
+    of_aside = jnp.where(aside, total / length, -jnp.inf)
     top = of_aside.argmax()
-    candidate = Decoded(ids[top], log_probability[top], own_end[parent[top]])
+    candidate = Decoded(ids[top], total[top], own_end[parent[top]])
     better = of_aside[top] > open_.best_score
     grown = _Beams(
         ids,
-        log_probability,
-        jnp.where(kept & ~aside, score, -jnp.inf),
+        jnp.where(kept & ~aside, total, -jnp.inf),
         open_.open - aside.sum(),
         jax.tree.map(lambda new, old: jnp.where(better, new, old), candidate, open_.best),
         jnp.maximum(of_aside[top], open_.best_score),
     )
-    return grown, parent, jnp.zeros(vocabulary).at[word].add(kept.astype(jnp.float32))
+    return grown, parent

@@ -30,12 +30,15 @@ class Layout:
     Args:
       streams: the streams.
       schedule: for two streams that attend to each other, in the terms of
-        `jaxrel.attention.two_streams`: tags of attention maps in the place of `Layers`. Stream s
-        is the one that is read out. Empty where every stream attends to itself alone.
+        `jaxrel.attention.bimodal_accumulation`: tags of attention maps in the place of `Layers`.
+        Stream s holds the target token. Empty where every stream attends to itself alone.
+      by_word: whether `jaxrel.explain` explains captions word by word in the image's pixels, with
+        one forward pass per caption: see `jaxrel.explanations.words.Captions`.
     """
 
     streams: tuple[Stream, ...]
     schedule: tuple[tuple[tuple[tuple[str, str], ...], ...], ...] = ()
+    by_word: bool = False
 
     def __getitem__(self, name: str) -> Stream:
         """Return the stream called `name`; KeyError names the streams there are."""

@@ -4,7 +4,7 @@ import json
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,10 @@ from PIL import Image
 
 TOKENIZER_FILES = "tokenizer.json (or vocab.json and merges.txt)"
 IMAGE_FILES = "preprocessor_config.json"
+
+# Of the images that the published encoders were trained on, for each channel in 0..1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @contextmanager
@@ -68,6 +72,20 @@ class Processor:
                 if part is not None:
                     part.save_pretrained(folder)
 
+    def check_vocabulary(self, size: int, *, exact: bool = False) -> None:
+        """Raise ValueError if the tokenizer, if there is one, is not that of a model.
+
+        Args:
+          size: the number of tokens of the model.
+          exact: whether the tokenizer must have as many tokens; otherwise it may have fewer.
+        """
+        count = size if self.tokenizer is None else len(self.tokenizer)
+        if count > size or (exact and count != size):
+            raise ValueError(
+                f"the tokenizer has {count} tokens and the model {size}: this is the tokenizer of "
+                "another model"
+            )
+
     def image(self, image: Any) -> Float[np.ndarray, "batch height width 3"]:
         """Resize, crop and normalise images.
 
@@ -117,12 +135,15 @@ class Processor:
         left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
         return image.crop((left, top, left + kept[0], top + kept[1]))
 
-    def text(self, text: Any, context: int) -> Int[np.ndarray, "batch tokens"]:
+    def text(
+        self, text: Any, context: int, *, unknown: str = "warn"
+    ) -> Int[np.ndarray, "batch tokens"]:
         """Turn sentences into token ids, padded to `context`.
 
         Args:
           text: a sentence or a list of sentences.
           context: the number of tokens the model reads.
+          unknown: what to do about unknown words: "warn", or "raise".
 
         Returns:
           int32 token ids.
@@ -144,23 +165,33 @@ class Processor:
         texts = _texts(text)
         with quiet_transformers():
             out = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
-        ids, spans = out["input_ids"], out["offset_mapping"]
+        ids = out["input_ids"]
         for sentence, row in zip(texts, ids, strict=True):
             self._check(sentence, row, context)
-        self._check_unknown(texts, ids, spans)
+        rows = zip(texts, ids, out["offset_mapping"], strict=True)
+        self._check_words(texts, [self._known_words(*row) for row in rows], unknown)
         padded = np.full((len(ids), context), self._pad, np.int32)
         for row, values in zip(padded, ids, strict=True):
             row[: len(values)] = values
         return padded
 
-    def tokens(self, ids: Int[np.ndarray, "batch tokens"]) -> list[list[str]]:
-        """One string to display per token; "##" starts a token that continues a word.
+    def tokens(
+        self, ids: Int[np.ndarray, "batch tokens"], *, known: bool = False
+    ) -> list[list[str]]:
+        """Return one string to display per token; "##" starts a token that continues a word.
 
-        Special and padding tokens are "".
+        Args:
+          ids: token ids.
+          known: whether unknown tokens are "" too, as special and padding tokens are.
+
+        Raises:
+          ValueError: the model has no tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError(f"this model has no tokenizer: its folder holds no {TOKENIZER_FILES}")
-        return [self._row_tokens(row) for row in ids.tolist()]
+        rows = [self._row_tokens(row) for row in ids.tolist()]
+        hidden = self.tokenizer.unk_token if known else None
+        return [["" if token == hidden else token for token in row] for row in rows]
 
     @property
     def _pad(self) -> int:
@@ -189,33 +220,44 @@ class Processor:
                 "model's tokenizer: take it out"
             )
 
-    def _check_unknown(
-        self, texts: Sequence[str], ids: list[list[int]], spans: list[list[tuple[int, int]]]
+    def _known_words(
+        self, text: str, ids: list[int], spans: list[tuple[int, int]]
+    ) -> dict[str, bool]:
+        """Whether the tokenizer knows each word of a text; a word holds a letter or a digit."""
+        words = [text[start:stop] for start, stop in spans]
+        return {
+            word: index != self.tokenizer.unk_token_id
+            for word, index in zip(words, ids, strict=True)
+            if any(map(str.isalnum, word))
+        }
+
+    def _check_words(
+        self, texts: Sequence[str], known: Sequence[Mapping[str, bool]], unknown: str
     ) -> None:
-        unknown = self.tokenizer.unk_token_id
         # CLIP's byte-level tokenizer knows every byte, and names its end token as unknown.
-        if unknown is None or unknown in self._specials:
+        if self.tokenizer.unk_token_id in {None, *self._specials}:
             return
         missing: dict[str, None] = {}
-        for text, row, row_spans in zip(texts, ids, spans, strict=True):
-            words = {
-                text[start:stop]: i == unknown
-                for i, (start, stop) in zip(row, row_spans, strict=True)
-                # Unknown punctuation is no loss; what holds a letter or digit is a word.
-                if any(letter.isalnum() for letter in text[start:stop])
-            }
-            if all(words.values()):
+        for text, words in zip(texts, known, strict=True):
+            here = [word for word, is_known in words.items() if not is_known]
+            if here and unknown == "raise":
+                raise ValueError(
+                    f"this model does not know {', '.join(map(repr, here))} in the caption "
+                    f"{text!r}; it knows {len(self.tokenizer)} tokens, see "
+                    "model.processor.tokenizer.get_vocab()"
+                )
+            if not any(words.values()):
                 raise ValueError(
                     f"this model knows none of the words of {text!r}; its vocabulary has "
                     f"{len(self.tokenizer)} tokens, such as {self._examples()}"
                 )
-            missing.update(dict.fromkeys(word for word, is_unknown in words.items() if is_unknown))
+            missing.update(dict.fromkeys(here))
         if missing:
             warnings.warn(
                 f"this model does not know {', '.join(map(repr, missing))}; the text is read "
                 "without the meaning of these words",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,  # the caller of the model's `prepare`
             )
 
     def _examples(self) -> str:
@@ -282,6 +324,27 @@ def image_processing(
         crop_size={"height": image_size, "width": image_size},
         image_mean=list(mean),
         image_std=list(std),
+    )
+
+
+def imagenet_processing(image_size: int = 224) -> Any:
+    """Image preprocessing of encoders trained on ImageNet, as captioners use it.
+
+    The whole image is resized to a square, without keeping the aspect, and normalised (Sun et
+    al. 2022); `image_processing` crops instead.
+
+    Args:
+      image_size: pixels of a side of the square the model sees.
+
+    Returns:
+      A `transformers` image processor for PIL images, for `Processor`.
+    """
+    return _image_processor(
+        size={"height": image_size, "width": image_size},
+        resample=Image.Resampling.BILINEAR,
+        do_center_crop=False,
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
     )
 
 

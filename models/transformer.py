@@ -10,6 +10,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrel import tag
+from jaxrel.models.sizes import check_heads, check_sizes
 
 # [..., query, key], True where a query sees a key; what is left out in front broadcasts.
 Mask = Bool[Array, "..."]
@@ -24,6 +25,22 @@ ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": quick_gelu,
     "gelu": partial(jax.nn.gelu, approximate=False),
 }
+
+
+def check_transformer(config: Any, part: str, *more: str) -> None:
+    """Raise ValueError if the sizes of a transformer do not make one.
+
+    Args:
+      config: has width, layers, heads, mlp_width and activation.
+      part: the part of the model that it is of, for the message.
+      *more: names of further sizes that it has.
+    """
+    check_sizes(part, config, ("width", "layers", "heads", "mlp_width", *more))
+    check_heads(part, "width", config.width, config.heads)
+    if config.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{part}: unknown activation {config.activation!r}, known are {', '.join(ACTIVATIONS)}"
+        )
 
 
 def layer_norm(width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -43,7 +60,7 @@ def _linear(inputs: int, outputs: int, std: float, dtype: jnp.dtype, rngs: nnx.R
 class Memory(NamedTuple):
     """The keys and values of tokens that an attention has read; of stacked layers stacked.
 
-    Who writes word by word keeps them, so that a word costs one token.
+    A text that is written word by word keeps them, so that each word costs one token.
     """
 
     key: Float[Array, "*layers batch keys heads features"]
@@ -55,31 +72,29 @@ class Memory(NamedTuple):
         return Memory(*(write(old, new, position, 1) for old, new in zip(self, token, strict=True)))
 
     def until(self, position: Int[Array, ""]) -> Mask:
-        """A mask that hides the places after a position, which are not written yet."""
+        """Return a mask that hides the places after a position, which are not written yet."""
         return jnp.arange(self.key.shape[1]) <= position
 
 
 class Attention(nnx.Module):
     """Multi-head attention that returns its maps (Vaswani et al. 2017, section 3.2).
 
-    It attends to what it has read: all tokens at once, or a memory of one after the other.
+    It attends to a memory, of all tokens at once or of one after the other.
     """
 
-    def __init__(
-        self, width: int, heads: int, *, out_std: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ) -> None:
-        self.heads = heads
+    def __init__(self, config: Any, out_std: float, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.heads, width = config.heads, config.width
         self.query = _linear(width, width, width**-0.5, dtype, rngs)
         self.key = _linear(width, width, width**-0.5, dtype, rngs)
         self.value = _linear(width, width, width**-0.5, dtype, rngs)
         self.out = _linear(width, width, out_std, dtype, rngs)
 
     def read(self, source: Float[Array, "batch keys width"]) -> Memory:
-        """The keys and values of tokens."""
+        """Return the keys and values of tokens."""
         return Memory(self._by_head(self.key(source)), self._by_head(self.value(source)))
 
     def empty(self, batch: int, tokens: int) -> Memory:
-        """A memory with places for so many tokens; of stacked layers all their memories."""
+        """Return a memory with places for so many tokens; of stacked layers all memories."""
         *layers, _, width = self.key.kernel.shape
         shape = (*layers, batch, tokens, self.heads, width // self.heads)
         zeros = jnp.zeros(shape, self.key.dtype)
@@ -92,7 +107,7 @@ class Attention(nnx.Module):
         mask: Mask | None,
         name: str,
     ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens keys"]]:
-        """Attend from x to what was read; maps are float32, tagged before they multiply values."""
+        """Attend from x to a memory; maps are float32, tagged before they multiply values."""
         query, (key, value) = self._by_head(self.query(x)), memory
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         logits = logits * query.shape[-1] ** -0.5
@@ -107,29 +122,26 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-LN layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-LN layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_width: int,
-        *,
-        depth: int,
-        activation: str,
-        eps: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
-        # Each of the 2 x depth residual additions starts small, so that their sum does not
-        # grow with the depth (Radford et al. 2019, section 2.3).
-        residual_std = width**-0.5 * (2 * depth) ** -0.5
-        self.activation = activation
+    Args:
+      config: the sizes, as of `Transformer`.
+      additions: to the residual stream in all layers.
+      dtype: dtype of the computation.
+      rngs: keys for the initial parameters.
+    """
+
+    def __init__(self, config: Any, additions: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        width, eps = config.width, config.layer_norm_eps
+        # Each addition to the residual stream starts small, so that their sum does not grow with
+        # the depth (Radford et al. 2019, section 2.3).
+        residual_std = width**-0.5 * additions**-0.5
+        self.activation = config.activation
         self.norm1 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
-        self.attention = Attention(width, heads, out_std=residual_std, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, residual_std, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
-        self.expand = _linear(width, mlp_width, (2 * width) ** -0.5, dtype, rngs)
-        self.contract = _linear(mlp_width, width, residual_std, dtype, rngs)
+        self.expand = _linear(width, config.mlp_width, (2 * width) ** -0.5, dtype, rngs)
+        self.contract = _linear(config.mlp_width, width, residual_std, dtype, rngs)
 
     def __call__(
         self,
@@ -169,46 +181,17 @@ class Transformer(nnx.Module):
     One scan runs them, so that depth grows neither the trace nor the compile time.
 
     Args:
-      width: features per token.
-      layers: number of layers.
-      heads: attention heads; divides `width`.
-      mlp_width: hidden features of the MLP.
-      activation: a key of `ACTIVATIONS`.
-      eps: added to the variance in layer norms.
-      dtype: of the computation; parameters are float32.
+      config: the sizes: width (features per token), layers, heads, mlp_width (hidden features of
+        the MLP), activation (a key of `ACTIVATIONS`) and layer_norm_eps.
       name: the tag of the attention maps.
-      rngs: for the initial parameters.
+      dtype: dtype of the computation; parameters are float32.
+      rngs: keys for the initial parameters.
     """
 
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int,
-        *,
-        activation: str,
-        eps: float,
-        dtype: jnp.dtype,
-        name: str,
-        rngs: nnx.Rngs,
-    ) -> None:
-        @nnx.split_rngs(splits=layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(
-                width,
-                heads,
-                mlp_width,
-                depth=layers,
-                activation=activation,
-                eps=eps,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
+    def __init__(self, config: Any, name: str, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        stack = nnx.vmap(lambda rngs: Block(config, 2 * config.layers, dtype=dtype, rngs=rngs))
         self.name = name
-        self.blocks = stack(rngs)
+        self.blocks = nnx.split_rngs(splits=config.layers)(stack)(rngs)
 
     def __call__(
         self,
@@ -240,7 +223,7 @@ class Transformer(nnx.Module):
         return scan_layers(layer, self.blocks, x, remat=remat)
 
     def empty(self, batch: int, tokens: int) -> Memory:
-        """The memory of all layers before the first of so many tokens."""
+        """Return the empty memory of all layers, with places for so many tokens."""
         return self.blocks.attention.empty(batch, tokens)
 
     def step(
@@ -250,8 +233,8 @@ class Transformer(nnx.Module):
 
         Args:
           x: the residual stream of the token.
-          memory: of the tokens before it, as `empty` or the step before returned it.
-          position: of the token.
+          memory: memory of the preceding tokens, from `empty` or the last call.
+          position: position of the token.
 
         Returns:
           The residual stream after the last layer, and the memory with this token.
@@ -271,12 +254,12 @@ def scan_layers(
     Args:
       apply: `(layer, carry, x) -> (carry, y)`.
       blocks: layers whose parameters have a leading layer axis.
-      carry: what goes from layer to layer, such as the residual stream.
-      xs: what each layer has of its own, with a leading layer axis.
+      carry: values that go from layer to layer, such as the residual stream.
+      xs: inputs of each layer, with a leading layer axis.
       remat: recompute each layer in the backward pass instead of storing it.
 
     Returns:
-      What the last layer hands on, and what each layer keeps, stacked.
+      The carry after the last layer, and the `y` of all layers, stacked.
     """
     graph, parameters = nnx.split(blocks)
 
@@ -291,12 +274,12 @@ def scan_layers(
 
 
 def key_mask(keep: Bool[Array, "batch keys"]) -> Mask:
-    """A mask that hides the keys that are not kept from every query."""
+    """Return a mask that hides the keys that are not kept from every query."""
     return keep[:, None, None]
 
 
 def look_up(embedding: nnx.Embed, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
-    """The embeddings of token ids, sharded over an explicit mesh as the ids are."""
+    """Return the embeddings of token ids, sharded over an explicit mesh as the ids are."""
     spec = jax.typeof(jnp.asarray(ids)).sharding.spec
     if all(axis is None for axis in spec):
         return embedding(ids)
@@ -308,11 +291,11 @@ def look_up(embedding: nnx.Embed, ids: Int[Array, "*batch"]) -> Float[Array, "*b
 
 
 def read_at(x: Shaped[Array, "batch tokens *rest"], index: Any) -> Shaped[Array, "batch *rest"]:
-    """One token of each example: `x[i, index[i]]`; one index may serve all."""
+    """Return one token of each example, `x[i, index[i]]`; one index may serve all."""
     index = jnp.broadcast_to(jnp.asarray(index), len(x))
     return jnp.take_along_axis(x, index.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
 
 
 def causal_mask(tokens: int) -> Bool[Array, "tokens tokens"]:
-    """True where the key is not after the query."""
+    """Return a mask that is True where the key is not after the query."""
     return jnp.tril(jnp.ones((tokens, tokens), bool))

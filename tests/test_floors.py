@@ -14,12 +14,14 @@ FOLDERS = {"jaxrel": "jaxrel", "models": "jaxrel.models", "train": "jaxrel.train
 # What each room may import besides itself, ground floor first.
 CORE = ("jaxrel.tracing", "jaxrel.versions")
 RELEVANCE = (*CORE, "jaxrel.propagation")
-EXPLAIN = (*RELEVANCE, "jaxrel.attention", "jaxrel.gradients", "jaxrel.images", "jaxrel.files")
-OLD_NAMES = ("explainer", "explanation", "pictures", "word_relevance")
+ROOT_FILES = ("jaxrel.images", "jaxrel.files", "jaxrel.flags", "jaxrel.renamed")
+EXPLAIN = (*RELEVANCE, "jaxrel.attention", "jaxrel.gradients", *ROOT_FILES)
+OLD_NAMES = ("explainer", "explanation", "pictures", "verdict", "word_relevance")
 FLOORS = {
     "jaxrel.versions": (),
     "jaxrel.files": (),
     "jaxrel.renamed": (),
+    "jaxrel.flags": ("jaxrel.renamed",),
     **{f"jaxrel.{name}": ("jaxrel.renamed",) for name in OLD_NAMES},
     "jaxrel.images": ("jaxrel.files",),
     "jaxrel.tracing": CORE,

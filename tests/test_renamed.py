@@ -8,6 +8,7 @@ OLD = {
     "jaxrel.pictures.read_picture": "jaxrel.images.read_image",
     "jaxrel.explainer.METHODS": "jaxrel.explanations.explain.METHODS",
     "jaxrel.explanation.Explanation": "jaxrel.explanations.result.Explanation",
+    "jaxrel.verdict.Verdict": "jaxrel.flags.Flag",
     "jaxrel.word_relevance.WORD_METHODS": "jaxrel.explanations.words.WORD_METHODS",
     "jaxrel.models.weights.PRETRAINED": "jaxrel.models.checkpoint.PRETRAINED",
     "jaxrel.metrics.hits": "jaxrel.metrics.localisation.pointing_game",

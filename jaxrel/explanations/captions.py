@@ -1,17 +1,17 @@
-"""`explain` for models that score the words of captions: see `jaxrel.explanations.words`."""
+"""`explain` for models of captions: each word, in the image's pixels and the preceding words.
 
-from collections.abc import Sequence
+The relevance itself is that of `jaxrel.explanations.words`.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxrel.attention.transformation import check_methods
-from jaxrel.explanations.result import Explanation
-from jaxrel.explanations.words import SIGNED_WORDS, WORD_METHODS, in_pixels, word_relevance
-from jaxrel.images import seen_images
-from jaxrel.metrics.detector import Detector
+from jaxrel.explanations.methods import Request
+from jaxrel.explanations.words import in_pixels, word_relevance
 from jaxrel.tracing.sharding import shard_rows
 
 # So many backward passes of one image go together: more would need more memory, not less time.
@@ -20,82 +20,79 @@ _TOGETHER = 32
 _LENGTHS = 4
 
 
-def explain_captions(
-    model: Any,
-    *,
-    image: Any,
-    text: Any,
-    target: Any,
-    method: str | Sequence[str],
-    layers: Any,
-    heads: Sequence[int] | None,
-    lrp: Any,
-    name: str,
-    detector: Detector | None = None,
-) -> Any:
-    """Explain each word of the captions of images; one row per word.
-
-    The arguments, results and errors are those of `jaxrel.explain`.
-    """
-    methods = check_methods(method, WORD_METHODS, "method")
-    if layers is not None:
+def check(model: Any, request: Request) -> None:
+    """Raise ValueError where the model cannot be explained as asked."""
+    if request.layers is not None:
         raise ValueError(
             f"layers choose attention maps, and {type(model).__name__} has one layer of attention"
         )
-    if getattr(model.layout.streams[0], "grid", None) is None:
+    if model.layout.streams[0].grid is None:
         raise ValueError(
             "this model reads features of regions and not images, and there is no map to draw; "
             "jaxrel.lrp with argnums=None, at='features/tokens' gives the relevance of regions"
         )
-    prepared = dict(model.prepare(image=image, text=text))
-    rows = model.pairs(prepared, target)
+
+
+def relevance(
+    model: Any, prepared: Mapping[str, Any], rows: Mapping[str, Any], request: Request
+) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
+    """Explain each row, a word of a caption.
+
+    Args:
+      model: a model that speaks the protocols `Explainable` and `Captions`.
+      prepared: images and captions, one caption per image, as `prepare` returns them.
+      rows: the same with one row per word, as `pairs` returns them.
+      request: the methods and their settings.
+
+    Returns:
+      The score of each row, and by method the fields of an `Explanation` that depend on it.
+    """
     example, position = (np.asarray(rows[key]) for key in ("example", "position"))
     places, column = _by_caption(example, position, len(prepared["text"]))
-    if heads is not None:
-        prepared["heads"] = _chosen_heads(model, heads, len(places))
-    words = prepared["text"].shape[1]
-    length = min(words, -(-(int(position.max()) + 1) // _LENGTHS) * _LENGTHS)
-    score, relevance = jax.device_get(
-        word_relevance(
-            model,
-            *shard_rows((prepared | {"text": prepared["text"][:, :length]}, places)),
-            method=methods,
-            lrp=lrp,
-            at_once=max(1, _TOGETHER // len(places)),
-        )
-    )
+    score, found = _by_word(model, prepared, places, request)
     content = np.asarray(model.content(rows)["text"])
-    tokens = tuple(map(tuple, model.tokens(rows)))
-    asked = [row[i] for row, i in zip(tokens, position, strict=True)]
-    # Its maps were those of all heads and of the usual rules.
-    judges = detector if heads is None and lrp is None else None
-    side = prepared["image"].shape[1]
-    shared: dict[str, Any] = {
-        "target": tuple(model.describe(rows)),
-        "score": score[example, column],
-        "tokens": tokens,
-        "pixels": seen_images(model, image, len(example), example),
-        "model": name,
-    }
+    asked = [row[i] for row, i in zip(model.tokens(rows), position, strict=True)]
+    heads = request.heads
     chosen = "all heads" if heads is None else f"heads {', '.join(map(str, heads))}"
-    explanations = []
-    for one in methods:
-        of_image, of_text = (x[example, column] for x in relevance[one])
-        of_text = np.where(content, np.pad(of_text, ((0, 0), (0, words - length))), 0)
+    # A detector was measured on maps of all heads and of the usual rules.
+    judge = request.detector if heads is None and request.lrp is None else None
+    fields = {}
+    for one in request.methods:
+        of_image, of_text = (x[example, column] for x in found[one])
+        of_text = np.where(content, _padded(of_text, content.shape[1]), 0)
         summary = {"image": of_image.sum((1, 2)).tolist(), "text": of_text.sum(1).tolist()}
-        explanations.append(
-            Explanation(
-                **shared,
-                image=of_image,
-                text=of_text,
-                method=one,
-                signed=one in SIGNED_WORDS,
-                settings=f"summed over the features of each pixel and word, {chosen}",
-                report={"example": example.tolist(), "relevance": summary},
-                flags=judges.flags(one, asked, in_pixels(of_image, side)) if judges else (),
-            )
-        )
-    return explanations[0] if isinstance(method, str) else explanations
+        fields[one] = {
+            "image": of_image,
+            "text": of_text,
+            "settings": f"summed over the features of each pixel and word, {chosen}",
+            "report": {"example": example.tolist(), "relevance": summary},
+        }
+        if judge is not None:
+            maps = in_pixels(of_image, prepared["image"].shape[1])
+            fields[one]["flags"] = judge.flags(one, asked, maps)
+    return score[example, column], fields
+
+
+def _by_word(
+    model: Any, prepared: Mapping[str, Any], places: np.ndarray, request: Request
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Scores and relevance by caption and word, of captions that are cut after the last word."""
+    length = -(-(int(places.max()) + 1) // _LENGTHS) * _LENGTHS
+    inputs = {**prepared, "text": prepared["text"][:, :length]}
+    if request.heads is not None:
+        inputs["heads"] = _chosen_heads(model, request.heads, len(places))
+    explained = word_relevance(
+        model,
+        *shard_rows((inputs, places)),
+        method=request.methods,
+        lrp=request.lrp,
+        at_once=max(1, _TOGETHER // len(places)),
+    )
+    return jax.device_get(explained)
+
+
+def _padded(of_text: np.ndarray, tokens: int) -> np.ndarray:
+    return np.pad(of_text, ((0, 0), (0, tokens - of_text.shape[1])))
 
 
 def _by_caption(

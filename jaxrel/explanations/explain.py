@@ -4,43 +4,27 @@ Nothing here knows a particular model. What a model must answer is `Explainable`
 that is no such model is explained with `jaxrel.attention.relevance` directly.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import numpy as np
-from jax import numpy as jnp
 from PIL import Image
 
-from jaxrel import attention
-from jaxrel.attention.bimodal_methods import (
-    TWO_STREAM_METHODS,
-    value_and_two_stream_relevance,
+from jaxrel.attention.transformation import check_methods
+from jaxrel.explanations import captions, tokens
+from jaxrel.explanations.methods import (
+    METHODS,
+    SIGNED,
+    TWO_STREAM,
+    WORD_BY_WORD,
+    Detector,
+    Request,
+    family,
 )
-from jaxrel.attention.importance import measure
-from jaxrel.attention.transformation import check_methods, value_and_relevance
-from jaxrel.explanations.captions import explain_captions
 from jaxrel.explanations.result import Explanation
-from jaxrel.images import seen_images
-from jaxrel.metrics.detector import Detector
-from jaxrel.propagation import composites, rules
-from jaxrel.propagation.composites import Composite, as_composite, everything
-from jaxrel.propagation.conservation import value_and_measured_lrp
-from jaxrel.tracing.sharding import compiler_sharded, shard_rows
+from jaxrel.explanations.tokens import token_relevance
 
-# What is propagated to the embedded tokens, and there summed over features.
-BY_RULES = {
-    "lrp": composites.attn_lrp(),
-    "cp_lrp": composites.cp_lrp(),
-    "input_x_gradient": Composite([(everything(), rules.Gradient())]),
-}
-METHODS = (*attention.METHODS, *BY_RULES)
-# Of models whose streams attend to each other.
-TWO_STREAM = (*TWO_STREAM_METHODS, *BY_RULES)
-# These look at the last layer alone.
-_LAST = frozenset({"raw", "grad_cam", "partial_lrp"})
-SIGNED = frozenset({"partial_lrp", *BY_RULES})
+__all__ = ["METHODS", "SIGNED", "TWO_STREAM", "Explainable", "explain", "token_relevance"]
 
 
 class Explainable(Protocol):
@@ -52,10 +36,12 @@ class Explainable(Protocol):
 
     @property
     def layout(self) -> Any:
-        """The streams of tokens: name, modality, tokens, grid and prefix of each.
+        """The `streams` of tokens: name, modality, tokens, grid and prefix of each.
 
-        A `schedule` that is not empty says how two streams attend to each other, the first of
-        them read out: see `attention.value_and_two_stream_relevance`.
+        A `schedule` that is not empty says how two streams attend to each other; the score is
+        read from the first of them: see `attention.value_and_two_stream_relevance`. `by_word`
+        says that captions are explained word by word in the image's pixels; the model then
+        speaks the protocol `jaxrel.explanations.words.Captions` too. Either may be left out.
         """
 
     def prepare(self, *, image: Any, text: Any) -> Mapping[str, Any]:
@@ -142,217 +128,33 @@ def explain(
       TypeError, ValueError: bad images, text, target, method, layers or measure; the message
         says what was expected. Relevance that is not finite (a model with NaN weights).
     """
-    if hasattr(model, "word_scores"):
-        return explain_captions(
-            model,
-            image=image,
-            text=text,
-            target=target,
-            method="lrp" if method is None else method,
-            layers=layers,
-            heads=heads,
-            lrp=lrp,
-            name=name,
-            detector=detector,
-        )
-    if detector is not None:
-        raise ValueError(
-            "detector judges words of captions by maps in pixels, which models that score words "
-            f"have, such as Captioner; {type(model).__name__} does not"
-        )
-    method = "weighted" if method is None else method
-    layout = model.layout
-    schedule = getattr(layout, "schedule", ())
-    methods = check_methods(method, TWO_STREAM if schedule else METHODS, "method")
-    measure(importance)
-    propagated = {one: BY_RULES[one] for one in methods if one in BY_RULES}
-    if lrp is not None:
-        propagated = {
-            one: as_composite(lrp) if one == "lrp" else c for one, c in propagated.items()
-        }
-    if schedule and (layers is not None or heads is not None):
-        raise ValueError(
-            "layers and heads choose attention maps of a model whose streams attend to "
-            f"themselves; in {type(model).__name__} they attend to each other, and all maps count"
-        )
-    if set(methods) <= set(BY_RULES) and (layers is not None or heads is not None):
-        raise ValueError(
-            "layers and heads choose attention maps; method "
-            f"{', '.join(methods)} goes through all of the model"
-        )
-    inputs = model.pairs(model.prepare(image=image, text=text), target)
-    streams = {stream.name: stream for stream in layout.streams}
-    score, relevance, reports = _explained(
-        model,
-        *shard_rows((inputs, model.target_tokens(inputs))),
-        methods=tuple(one for one in methods if one not in BY_RULES),
-        propagated=tuple(propagated.items()),
-        streams=tuple(streams.values()),
-        schedule=schedule,
-        layers=None if layers is None else tuple(layers),
-        heads=None if heads is None else tuple(heads),
-        importance=importance,
-    )
-    score, relevance, reports = jax.device_get((score, relevance, reports))
-    content = jax.device_get(model.content(inputs))
+    kind = family(model)
+    method = kind.usual if method is None else method
+    methods = check_methods(method, kind.methods, "method")
+    request = Request(methods, layers, heads, importance, lrp, detector)
+    way = captions if kind is WORD_BY_WORD else tokens
+    way.check(model, request)
+    prepared = model.prepare(image=image, text=text)
+    rows = model.pairs(prepared, target)
+    score, found = way.relevance(model, prepared, rows, request)
     shared: dict[str, Any] = {
-        "target": tuple(model.describe(inputs)),
+        "target": tuple(model.describe(rows)),
         "score": score,
-        "tokens": tuple(map(tuple, model.tokens(inputs))),
-        "pixels": seen_images(model, image, len(score), inputs.get("example")),
+        "tokens": tuple(map(tuple, model.tokens(rows))),
+        "pixels": _seen(model, image, len(score), rows.get("example")),
         "model": name,
     }
-    where = {"example": np.asarray(inputs["example"]).tolist()} if "example" in inputs else {}
     explanations = [
-        Explanation(
-            **shared,
-            **_modalities(streams.values(), relevance[one], content),
-            method=one,
-            signed=one in SIGNED,
-            settings=_settings(one, layers, heads, importance),
-            report=where
-            | {stream: _summary(relevance[one][stream], content[stream]) for stream in streams}
-            | jax.tree.map(np.ndarray.item, reports.get(one, {})),
-        )
+        Explanation(**shared, **found[one], method=one, signed=one in kind.signed)
         for one in methods
     ]
     return explanations[0] if isinstance(method, str) else explanations
 
 
-def token_relevance(
-    model: Any,
-    inputs: Mapping[str, Any],
-    *,
-    method: Sequence[str],
-    importance: str = "grad_value",
-) -> dict[str, dict[str, Any]]:
-    """What `explain` computes, for inputs that are prepared already: arrays in, arrays out.
-
-    Args:
-      model: as in `explain`.
-      inputs: as `model.pairs` returns them.
-      method: the methods.
-      importance: the measure of the weighted method.
-
-    Returns:
-      {method: {stream: relevance [rows, tokens]}}, special tokens and padding included; sharded
-      as the inputs' rows are.
-
-    Raises:
-      ValueError: unknown method or measure.
-    """
-    layout = model.layout
-    schedule = getattr(layout, "schedule", ())
-    methods = check_methods(method, TWO_STREAM if schedule else METHODS, "method")
-    measure(importance)
-    _, relevance, _ = _explained(
-        model,
-        inputs,
-        model.target_tokens(inputs),
-        methods=tuple(one for one in methods if one not in BY_RULES),
-        propagated=tuple((one, BY_RULES[one]) for one in methods if one in BY_RULES),
-        streams=tuple(layout.streams),
-        schedule=schedule,
-        layers=None,
-        heads=None,
-        importance=importance,
-    )
-    return relevance
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "methods",
-        "propagated",
-        "streams",
-        "schedule",
-        "layers",
-        "heads",
-        "importance",
-    ),
-)
-def _explained(model: Any, inputs: Any, target_token: Any, **options: Any) -> Any:
-    explained = functools.partial(_explained_rows, **options)
-    return compiler_sharded(explained, inputs, (0, 0, None))(model, inputs, target_token)
-
-
-def _explained_rows(
-    model: Any,
-    inputs: Any,
-    target_token: Any,
-    *,
-    methods: tuple[str, ...],
-    propagated: tuple[tuple[str, Composite], ...],
-    streams: tuple[Any, ...],
-    schedule: tuple[Any, ...],
-    layers: tuple[int, ...] | None,
-    heads: tuple[int, ...] | None,
-    importance: str,
-) -> Any:
-    score, relevance, reports = None, {}, {}
-    if methods and schedule:
-        (name,) = target_token
-        explained = value_and_two_stream_relevance(
-            _score, schedule, method=methods, target_token=target_token[name], importance=importance
-        )
-        score, found = explained(model, inputs)
-        names = [stream.name for stream in streams]
-        relevance = {one: dict(zip(names, rows, strict=True)) for one, rows in found.items()}
-    elif methods:
-        explained = value_and_relevance(
-            _score,
-            method=methods,
-            target_token=target_token,
-            attention=tuple(stream.name for stream in streams),
-            layers=layers,
-            heads=heads,
-            importance=importance,
-        )
-        score, relevance = explained(model, inputs)
-    for name, composite in propagated:
-        tags = tuple(f"{stream.name}/tokens" for stream in streams)
-        explained = value_and_measured_lrp(_score, composite, argnums=None, at=tags)
-        score, found, reports[name] = explained(model, inputs)
-        relevance[name] = {stream.name: _by_token(stream, found) for stream in streams}
-    return score, relevance, reports
-
-
-def _score(model: Any, inputs: Any) -> Any:
-    return model.score(inputs)
-
-
-def _by_token(stream: Any, found: Mapping[str, Any]) -> Any:
-    """Relevance of each token of a stream; those before the tagged content have none."""
-    relevance = found[f"{stream.name}/tokens"].sum(-1)
-    return jnp.pad(relevance, ((0, 0), (stream.tokens - relevance.shape[1], 0)))
-
-
-def _modalities(streams: Any, relevance: Mapping, content: Mapping) -> dict[str, Any]:
-    """Relevance of the content tokens: an image's as a grid, a text's with zeros elsewhere."""
-    maps = {}
-    for stream in streams:
-        kept = np.where(content[stream.name], relevance[stream.name], 0)
-        if stream.grid is not None:
-            kept = kept[:, stream.prefix :].reshape(-1, *stream.grid)
-        maps[stream.modality] = kept
-    return maps
-
-
-def _settings(
-    method: str, layers: Sequence[int] | None, heads: Sequence[int] | None, importance: str
-) -> str:
-    if method in BY_RULES:
-        return "summed over the features of each token"
-    chosen = [
-        f"all {what}" if some is None else f"{what} {', '.join(map(str, some))}"
-        for what, some in (("layers", layers), ("heads", heads))
-    ]
-    if method in _LAST:
-        chosen[0] = "last layer" if layers is None else f"last of {chosen[0]}"
-    return ", ".join([*chosen, f"importance {importance}"] if method == "weighted" else chosen)
-
-
-def _summary(relevance: np.ndarray, content: np.ndarray) -> dict[str, Any]:
-    kept = np.where(content, relevance, 0).sum(-1)
-    return {"tokens": content.sum(-1).tolist(), "relevance of content tokens": kept.tolist()}
+def _seen(model: Any, image: Any, rows: int, example: Any) -> tuple[np.ndarray, ...]:
+    """By row, the part of its image that the model sees."""
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    seen = [np.asarray(model.seen(one)) for one in images]
+    if example is not None:
+        return tuple(seen[i] for i in np.asarray(example))
+    return tuple(seen) if len(seen) == rows else tuple(seen * rows)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import io
 import json
 import operator
 import os
@@ -16,12 +15,12 @@ from jaxtyping import Float32, UInt8
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from jaxrel.explanations.flags import Flag
+from jaxrel import report
+from jaxrel.explanations import archive, panels
 from jaxrel.files import write_atomically
-
-# Written into every .npz file, so that a later layout can be told from this one.
-FORMAT = 1
-_HEADER = "jaxrel_explanation"
+from jaxrel.flags import Flag
+from jaxrel.renamed import renamed_attribute, renamed_keywords
+from jaxrel.report.panels import Column
 
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -69,6 +68,7 @@ class Explanation:
     flags: tuple[Flag | None, ...]
 
     # Written out, since what may be given is wider than what is kept.
+    @renamed_keywords(pictures="pixels", verdicts="flags")
     def __init__(
         self,
         *,
@@ -104,7 +104,7 @@ class Explanation:
             "image": image,
             "text": text,
             "tokens": _tokens(tokens, text),
-            "pixels": None if pixels is None else _pixels(pixels, batch),
+            "pixels": None if pixels is None else _images(pixels, batch),
             "model": model,
             "settings": settings,
             "report": _plain({} if report is None else report),
@@ -112,6 +112,9 @@ class Explanation:
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
+
+    pictures = renamed_attribute("pictures", "pixels")
+    verdicts = renamed_attribute("verdicts", "flags")
 
     def __len__(self) -> int:
         return len(self.target)
@@ -184,6 +187,10 @@ class Explanation:
             after_word = bool(token)
         return words
 
+    def column(self) -> Column:
+        """What `jaxrel.report` draws: a panel per example."""
+        return panels.column(self)
+
     def show(self) -> Image.Image | None:
         """Show the explanation as an image; never opens a window.
 
@@ -191,8 +198,6 @@ class Explanation:
           The image, an `PIL.Image.Image`. In a notebook the image is displayed instead and
           nothing is returned, since a notebook would show a returned image a second time.
         """
-        from jaxrel import report
-
         drawn = report.figure([self])
         if not _in_notebook():
             return drawn
@@ -200,8 +205,6 @@ class Explanation:
         return None
 
     def _repr_html_(self) -> str:
-        from jaxrel import report
-
         return report.fragment([self])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -216,11 +219,9 @@ class Explanation:
           ValueError: another suffix.
           OSError: the file cannot be written there.
         """
-        from jaxrel import report
-
         match suffix := Path(path).suffix.lower():
             case ".npz":
-                write_atomically(path, self._to_npz())
+                write_atomically(path, archive.encode(vars(self)))
             case ".png" | ".html":
                 report.save([self], path)
             case _:
@@ -228,26 +229,6 @@ class Explanation:
                     f"cannot save an explanation as {str(path)!r}: the suffix is {suffix!r}; "
                     "use .png (image), .html (page) or .npz (numbers)"
                 )
-
-    def _to_npz(self) -> bytes:
-        header: dict[str, Any] = {
-            "format": FORMAT,
-            "pixels": None if self.pixels is None else len(self.pixels),
-        }
-        for name in ("target", "method", "signed", "tokens", "model", "settings", "report"):
-            header[name] = getattr(self, name)
-        if self.flags:
-            header["verdicts"] = [one and dataclasses.asdict(one) for one in self.flags]
-        arrays = {_HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8)}
-        arrays["score"] = self.score
-        for name in ("image", "text"):
-            if getattr(self, name) is not None:
-                arrays[name] = getattr(self, name)
-        for i, shown in enumerate(self.pixels or ()):
-            arrays[f"picture_{i}"] = shown
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-        return buffer.getvalue()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Explanation":
@@ -270,26 +251,9 @@ class Explanation:
             raise IsADirectoryError(f"{path} is a folder; give the .npz file of an explanation")
         if not path.exists():
             raise FileNotFoundError(f"{path}: there is no such file; give a saved explanation")
-        arrays = _read_npz(path)
-        if _HEADER not in arrays:
-            held = ", ".join(sorted(arrays)[:5]) or "nothing"
-            raise ValueError(f"{path} is an .npz file but no saved explanation; it holds: {held}")
+        arrays = archive.read(path)
         try:
-            header = json.loads(arrays[_HEADER].tobytes())
-            version = header.pop("format")
-            if version != FORMAT:
-                raise ValueError(f"format {version} is not known here; this is format {FORMAT}")
-            count = header.pop("pictures")
-            images = None if count is None else tuple(arrays[f"picture_{i}"] for i in range(count))
-            flags = [None if one is None else Flag(**one) for one in header.pop("verdicts", ())]
-            return cls(
-                **header,
-                flags=flags,
-                score=arrays["score"],
-                image=arrays.get("image"),
-                text=arrays.get("text"),
-                pixels=images,
-            )
+            return cls(**archive.decode(arrays))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a usable explanation: {error}") from error
 
@@ -359,7 +323,7 @@ def _tokens(tokens: Sequence[Sequence[str]], text: np.ndarray | None) -> tuple:
     return rows
 
 
-def _pixels(pixels: Sequence[Any] | np.ndarray, batch: int) -> tuple[np.ndarray, ...]:
+def _images(pixels: Sequence[Any] | np.ndarray, batch: int) -> tuple[np.ndarray, ...]:
     if len(pixels) != batch:
         raise ValueError(f"Explanation: {batch} examples, but {len(pixels)} images")
     copies = tuple(np.array(shown) for shown in pixels)
@@ -393,19 +357,6 @@ def _plain(report: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(
             f"Explanation: report must hold what JSON can (strings, finite numbers, lists, "
             f"dicts, None): {error}"
-        ) from error
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    data = path.read_bytes()
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return {name: np.asarray(arrays[name]) for name in arrays.files}
-    # Damage shows as an error of zipfile, zlib, struct or NumPy, depending on the byte it hits.
-    except Exception as error:
-        raise ValueError(
-            f"{path} is damaged, cut short, or not an .npz file; save the explanation again "
-            f"({type(error).__name__})"
         ) from error
 
 

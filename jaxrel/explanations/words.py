@@ -1,4 +1,4 @@
-"""Relevance of captions word by word: in the image's pixels and in the words before.
+"""Relevance of captions word by word: in the image's pixels and in the preceding words.
 
 What a model must answer is `Captions`. The forward pass is run once for all words; each word
 costs one backward pass more, and all of them are one compiled program.
@@ -14,23 +14,14 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrel.explanations.methods import SIGNED_WORDS, WORD_METHODS
 from jaxrel.propagation import composites, rules
 from jaxrel.propagation.composites import Composite, as_composite, everything
 from jaxrel.propagation.lrp import lrp_vjp
 from jaxrel.tracing.capture import capture
 from jaxrel.tracing.sharding import compiler_sharded
 
-WORD_METHODS = (
-    "lrp",
-    "gradient",
-    "input_x_gradient",
-    "guided_backprop",
-    "grad_cam",
-    "guided_grad_cam",
-    "attention",
-)
-# The maps of "grad_cam" are not negative, its words may be.
-SIGNED_WORDS = frozenset(WORD_METHODS) - {"attention"}
+__all__ = ["SIGNED_WORDS", "WORD_METHODS", "Captions", "in_pixels", "word_relevance"]
 
 
 def _is_relu(operation: Any) -> bool:
@@ -53,7 +44,7 @@ class Captions(Protocol):
     """
 
     def word_scores(self, inputs: Mapping[str, Any]) -> Any:
-        """Logit of each token of the captions given those before, `[batch, tokens]`.
+        """Logit of each token of the captions given the preceding ones, `[batch, tokens]`.
 
         Of inputs {"image": `[batch, height, width, 3]`, "text": `[batch, tokens]`}.
         """

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxrel.explanations.flags import Flag
 from jaxrel.files import write_atomically
+from jaxrel.flags import Flag
 from jaxrel.metrics.intervals import Interval
 from jaxrel.metrics.word_statistics import check_statistic, map_statistic
+from jaxrel.renamed import renamed_attribute
 
 PROTOCOL = "hallucination/1"
 FILE = "hallucination.json"
@@ -125,6 +126,8 @@ class Detector:
             f"on {by.images} held-out images of {self.data}{split}"
         )
         return Flag(word, by.statistic, value, by.threshold, by.precision.mean, evidence)
+
+    verdicts = renamed_attribute("verdicts", "flags")
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a file, which `from_dict` reads."""

@@ -254,15 +254,6 @@ def summary(
     return result
 
 
-def check_protocol(what: str, summary: Mapping[str, Any]) -> None:
-    """Refuse a summary that is not of this protocol."""
-    if (found := summary.get("protocol")) != PROTOCOL:
-        raise ValueError(
-            f"{what}: expected a summary of {PROTOCOL!r}, as perturbation.summary returns it, "
-            f"got protocol {found!r}"
-        )
-
-
 @functools.partial(jax.jit, static_argnames="steps")
 def _keep(
     score: Float[Array, "batch tokens"],

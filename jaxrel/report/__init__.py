@@ -5,10 +5,10 @@ from pathlib import Path
 
 from jaxrel.files import write_atomically
 from jaxrel.renamed import renamed
-from jaxrel.report.content import Explanations
-from jaxrel.report.figures import figure, png
-from jaxrel.report.heat import overlay
+from jaxrel.report.figures import figure
+from jaxrel.report.heat import overlay, png
 from jaxrel.report.html import fragment, page
+from jaxrel.report.panels import Explanations
 
 __all__ = ["figure", "fragment", "overlay", "page", "save"]
 

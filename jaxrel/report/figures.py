@@ -1,19 +1,17 @@
 """Explanations drawn as one image: a row per example, a column per method.
 
-The sheet is put together from blocks. A block is an image of its own (a line of text, an
-overlay, a colour bar); blocks are stacked into cells and set beside each other into rows.
+The figure is put together from blocks. A block is an image of its own (a line of text, an
+overlay, a colour bar). Blocks are stacked into cells, and cells stand beside each other in rows.
 """
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from jaxrel.explanations.result import Explanation
-from jaxrel.report import colours, content, fonts
-from jaxrel.report.content import Explanations
-from jaxrel.report.heat import flat, overlay
+from jaxrel.report import colours, fonts, texts
+from jaxrel.report.heat import drawn_map, fit
+from jaxrel.report.panels import Explanations, Panel, columns, rows, shown_image
 
 _PAPER = (255, 255, 255)
 _INK = (28, 32, 36)
@@ -29,10 +27,10 @@ _TITLE, _HEAD, _BODY, _SMALL = 20, 17, 15, 12
 def figure(explanations: Explanations, *, cell: int = 320) -> Image.Image:
     """Draw explanations of the same inputs side by side.
 
-    The first column shows the input with its target and score, then there is a column per
-    method: the image under its heat with a colour bar, and the words as coloured boxes with
-    theirs. Each map has its own scale. A word that a method doubts is underlined, and why is
-    said below the method's map. The same explanations give the same image.
+    The first column shows the input with its target and score. A column per method follows: the
+    image under its heat, the words as coloured boxes, and a colour bar below each. Each map has
+    its own scale. A flagged word is underlined, and the reason stands below the method's map.
+    The same explanations give the same image.
 
     Args:
       explanations: one, or several of the same inputs (one per method).
@@ -45,79 +43,42 @@ def figure(explanations: Explanations, *, cell: int = 320) -> Image.Image:
       ValueError: the list is empty, they explain different inputs, or `cell` is too
         small.
     """
-    checked = content.check(explanations)
+    checked = columns(explanations)
     if cell < 80:
         raise ValueError(f"figure: cell is {cell} pixels; words need at least 80 to be legible")
-    columns = len(checked) + 1
-    width = columns * cell + (columns - 1) * _GAP
-    heads = ["input", *(content.clean(e.method) for e in checked)]
-    title = [_text(content.legend(checked), _SMALL, width, ink=_MUTED)]
-    if models := _models(checked):
+    width = (len(checked) + 1) * (cell + _GAP) - _GAP
+    heads = ["input", *(texts.clean(column.title) for column in checked)]
+    title = [_text(texts.legend(checked), _SMALL, width, ink=_MUTED)]
+    if models := texts.models(checked):
         title.insert(0, _text(models, _TITLE, width))
     blocks = [_stack(title, gap=2), _beside([_text(head, _HEAD, cell) for head in heads])]
-    for index in range(len(checked[0])):
-        blocks += [_rule(width), _row(checked, index, cell)]
+    for row in rows(checked):
+        blocks += [_rule(width), _row(row, cell)]
     return _framed(_stack(blocks, gap=18))
 
 
-def png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def fit(image: np.ndarray, cell: int) -> np.ndarray:
-    """The image scaled so that its longer side is `cell` pixels, each side at least one."""
-    height, width = image.shape[:2]
-    factor = cell / max(height, width)
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    # A strongly enlarged image shows its own pixels; in between, squares would be uneven.
-    how = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
-    return np.array(Image.fromarray(image).resize(size, how))
-
-
-def heat(explanation: Explanation, index: int, shown: np.ndarray | None, cell: int) -> np.ndarray:
-    """One relevance map as drawn: over its image, or alone where there is none."""
-    assert explanation.image is not None
-    relevance = explanation.image[index]
-    if shown is not None:
-        return overlay(fit(shown, cell), relevance, signed=explanation.signed)
-    height, width = relevance.shape
-    factor = cell / max(height, width)
-    size = max(1, round(height * factor)), max(1, round(width * factor))
-    return flat(relevance, *size, signed=explanation.signed)
-
-
-def _models(explanations: Sequence[Explanation]) -> str:
-    return ", ".join(dict.fromkeys(content.clean(e.model) for e in explanations if e.model))
-
-
-def _row(explanations: Sequence[Explanation], index: int, cell: int) -> Image.Image:
-    shown = content.shown_image(explanations, index)
+def _row(row: Sequence[Panel], cell: int) -> Image.Image:
+    shown = shown_image(row)
     first = [] if shown is None else [Image.fromarray(fit(shown, cell))]
-    start, flagged = content.target(explanations, index)
+    start, flagged = texts.target(row)
     first.append(_text(start + flagged, _BODY, cell, underlined=flagged))
-    score = f"score {content.score(explanations, index)}"
-    first.append(_text(score, _SMALL, cell, ink=_MUTED))
+    first.append(_text(f"score {texts.score(row)}", _SMALL, cell, ink=_MUTED))
     cells = [_stack(first, gap=8, width=cell)]
-    cells += [_cell(explanation, index, shown, cell) for explanation in explanations]
-    return _beside(cells)
+    return _beside(cells + [_cell(panel, shown, cell) for panel in row])
 
 
-def _cell(explanation: Explanation, index: int, shown: np.ndarray | None, cell: int) -> Image.Image:
+def _cell(panel: Panel, shown: np.ndarray | None, cell: int) -> Image.Image:
     blocks = []
-    if explanation.image is not None:
-        limit = colours.scale(explanation.image[index])
-        blocks.append(Image.fromarray(heat(explanation, index, shown, cell)))
-        blocks.append(_bar(limit, explanation.signed, cell))
-    if words := explanation.words(index):
-        values = np.array([relevance for _, relevance in words])
-        blocks.append(_words([word for word, _ in words], values, explanation.signed, cell))
-        blocks.append(_bar(colours.scale(values), explanation.signed, cell))
-    if (flag := content.flag(explanation, index)) is not None:
-        ink = _FLAGGED if flag.flagged else _MUTED
-        blocks.append(_text(content.clean(str(flag)), _SMALL, cell, ink=ink))
+    if panel.map is not None:
+        blocks.append(Image.fromarray(drawn_map(panel.map, shown, cell, signed=panel.signed)))
+        blocks.append(_bar(colours.scale(panel.map), panel.signed, cell))
+    if panel.words:
+        words, values = zip(*panel.words, strict=True)
+        blocks.append(_words(words, np.array(values), panel.signed, cell))
+        blocks.append(_bar(colours.scale(np.array(values)), panel.signed, cell))
+    if panel.flag:
+        ink = _FLAGGED if panel.flagged else _MUTED
+        blocks.append(_text(texts.clean(panel.flag), _SMALL, cell, ink=ink))
     return _stack(blocks, gap=12, width=cell)
 
 
@@ -125,7 +86,7 @@ def _bar(limit: float, signed: bool, width: int) -> Image.Image:
     """The colour table with its numbers beneath."""
     ramp = np.linspace(-1 if signed else 0, 1, width - 2)
     strip = np.broadcast_to(colours.colour(ramp, signed=signed), (8, width - 2, 3))
-    ticks = content.ticks(limit, signed=signed)
+    ticks = texts.ticks(limit, signed=signed)
     font = fonts.choose("".join(ticks), _SMALL)
     block = Image.new("RGB", (width, 10 + 4 + _line_height(_SMALL)), _PAPER)
     draw = ImageDraw.Draw(block)
@@ -138,11 +99,11 @@ def _bar(limit: float, signed: bool, width: int) -> Image.Image:
     return block
 
 
-def _words(words: list[str], values: np.ndarray, signed: bool, width: int) -> Image.Image:
+def _words(words: Sequence[str], values: np.ndarray, signed: bool, width: int) -> Image.Image:
     """Words as boxes in reading order, coloured by relevance."""
     pad, gap, height = 6, 4, 26
     shades = colours.colour(colours.normalise(values, colours.scale(values)), signed=signed)
-    words = [content.clean(word) for word in words]
+    words = [texts.clean(word) for word in words]
     font = fonts.choose("".join(words), _BODY)
     boxes = []
     x = y = 0
@@ -190,7 +151,7 @@ def _text(
 
 
 def _dashes(draw: ImageDraw.ImageDraw, left: int, right: int, y: int) -> None:
-    """A dashed line of doubt, two pixels thick."""
+    """A dashed line below a flagged word, two pixels thick."""
     for x in range(left, right, 7):
         draw.rectangle((x, y, min(x + 3, right), y + 1), fill=_FLAGGED)
 

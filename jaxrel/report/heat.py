@@ -1,4 +1,6 @@
-"""A relevance map laid over its image."""
+"""Images and relevance maps as pixels: scaled, laid over each other, written as PNG."""
+
+import io
 
 import numpy as np
 from jaxtyping import Float, Float32, Real, UInt8
@@ -57,6 +59,41 @@ def flat(
     values = colours.normalise(relevance, colours.scale(relevance))
     image = Image.fromarray(colours.colour(values, signed=signed))
     return np.array(image.resize((width, height), Image.Resampling.NEAREST))
+
+
+def png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def fit(image: UInt8[np.ndarray, "_ _ 3"], cell: int) -> UInt8[np.ndarray, "_ _ 3"]:
+    """The image scaled so that its longer side is `cell` pixels, each side at least one."""
+    height, width = _fitted(image.shape, cell)
+    # A strongly enlarged image shows its own pixels; in between, squares would be uneven.
+    large = cell >= 2 * max(image.shape[:2])
+    how = Image.Resampling.NEAREST if large else Image.Resampling.LANCZOS
+    return np.array(Image.fromarray(image).resize((width, height), how))
+
+
+def drawn_map(
+    relevance: Real[np.ndarray, "rows columns"],
+    shown: UInt8[np.ndarray, "_ _ 3"] | None,
+    cell: int,
+    *,
+    signed: bool,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """One relevance map as a report shows it: over its image, or alone where there is none."""
+    if shown is not None:
+        return overlay(fit(shown, cell), relevance, signed=signed)
+    return flat(relevance, *_fitted(relevance.shape, cell), signed=signed)
+
+
+def _fitted(shape: tuple[int, ...], cell: int) -> tuple[int, int]:
+    """Height and width of an image or a map whose longer side becomes `cell` pixels."""
+    factor = cell / max(shape[:2])
+    return max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
 
 
 def _grey(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width"]:

@@ -7,10 +7,9 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from jaxrel.explanations.result import Explanation
-from jaxrel.report import colours, content
-from jaxrel.report.content import Explanations
-from jaxrel.report.figures import fit, heat, png
+from jaxrel.report import colours, texts
+from jaxrel.report.heat import drawn_map, fit, png
+from jaxrel.report.panels import Column, Explanations, Panel, columns, rows, shown_image
 
 _CELL = 320
 
@@ -92,7 +91,7 @@ def page(explanations: Explanations, *, title: str = "Relevance") -> str:
     Raises:
       ValueError: the list is empty, or they explain different inputs.
     """
-    checked = content.check(explanations)
+    checked = columns(explanations)
     heading = _escape(title)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -100,7 +99,7 @@ def page(explanations: Explanations, *, title: str = "Relevance") -> str:
         f"<title>{heading}</title>\n<style>{_STYLE}{_PAGE_STYLE}</style>\n</head>\n"
         f'<body class="jaxrel">\n<main>\n<header>\n<h1>{heading}</h1>\n'
         f"{_summary(checked)}</header>\n"
-        f"{_examples(checked, len(checked[0]))}{_table(checked)}"
+        f"{_examples(rows(checked))}{_table(checked)}"
         "</main>\n</body>\n</html>\n"
     )
 
@@ -117,60 +116,61 @@ def fragment(explanations: Explanations) -> str:
     Raises:
       ValueError: the list is empty, or they explain different inputs.
     """
-    checked = content.check(explanations)
-    count = len(checked[0])
-    shown = min(count, _FRAGMENT_EXAMPLES)
-    rest = "" if shown == count else f'<p class="muted">The first {shown} of {count} examples.</p>'
+    checked = columns(explanations)
+    every = rows(checked)
+    first = every[:_FRAGMENT_EXAMPLES]
+    rest = f'<p class="muted">The first {len(first)} of {len(every)} examples.</p>'
     return (
         f'<div class="jaxrel"><style>{_STYLE}</style>{_summary(checked)}'
-        f"{_examples(checked, shown)}{rest}{_table(checked)}</div>"
+        f"{_examples(first)}{rest if len(first) < len(every) else ''}{_table(checked)}</div>"
     )
 
 
-def _summary(explanations: Sequence[Explanation]) -> str:
-    methods = ", ".join(dict.fromkeys(e.method for e in explanations))
-    models = ", ".join(dict.fromkeys(e.model for e in explanations if e.model))
-    about = [("Model", models), ("Method" if len(explanations) == 1 else "Methods", methods)]
+def _summary(columns: Sequence[Column]) -> str:
+    methods = ", ".join(dict.fromkeys(column.title for column in columns))
+    about = [
+        ("Model", texts.models(columns)),
+        ("Method" if len(columns) == 1 else "Methods", methods),
+    ]
     text = " · ".join(f"{name}: {_escape(value)}" for name, value in about if value)
-    legend = content.legend(explanations)
+    legend = texts.legend(columns)
     return f'<p class="muted">{text}</p>\n<p class="muted">{legend}</p>\n'
 
 
-def _examples(explanations: Sequence[Explanation], count: int) -> str:
-    return "".join(_example(explanations, index) for index in range(count))
+def _examples(every: Sequence[Sequence[Panel]]) -> str:
+    return "".join(map(_example, every))
 
 
-def _example(explanations: Sequence[Explanation], index: int) -> str:
-    start, flagged = map(escape, content.target(explanations, index))
-    target = start + flagged
+def _example(row: Sequence[Panel]) -> str:
+    start, flagged = map(escape, texts.target(row))
     marked = f"<mark>{flagged}</mark>" if flagged else ""
-    shown = content.shown_image(explanations, index)
-    columns = [_column(explanation, index, shown) for explanation in explanations]
+    shown = shown_image(row)
+    cells = [_cell(panel, shown) for panel in row]
     if shown is not None:
-        image = _img(fit(shown, _CELL), f"The image explained for: {target}")
-        columns.insert(0, _titled("input", image))
-    score = _escape(content.score(explanations, index))
+        image = _img(fit(shown, _CELL), f"The image explained for: {start}{flagged}")
+        cells.insert(0, _titled("input", image))
+    score = _escape(texts.score(row))
     return (
         f'<section>\n<h2>{start}{marked}</h2>\n<p class="muted">score {score}</p>\n'
-        f'<div class="columns">\n{"".join(columns)}</div>\n</section>\n'
+        f'<div class="columns">\n{"".join(cells)}</div>\n</section>\n'
     )
 
 
-def _column(explanation: Explanation, index: int, shown: np.ndarray | None) -> str:
-    method = _escape(explanation.method)
+def _cell(panel: Panel, shown: np.ndarray | None) -> str:
+    method = _escape(panel.title)
     parts = []
-    if explanation.image is not None:
-        drawn = heat(explanation, index, shown, _CELL)
-        alt = f"Relevance of the image by {method}, for: {_escape(explanation.target[index])}"
+    if panel.map is not None:
+        drawn = drawn_map(panel.map, shown, _CELL, signed=panel.signed)
+        alt = f"Relevance of the image by {method}, for: {_escape(panel.target)}"
         parts.append(_img(drawn, alt))
-        parts.append(_bar(colours.scale(explanation.image[index]), explanation.signed))
-    if words := explanation.words(index):
-        values = np.array([relevance for _, relevance in words])
-        parts.append(_words(words, values, explanation.signed))
-        parts.append(_bar(colours.scale(values), explanation.signed))
-    if (flag := content.flag(explanation, index)) is not None:
-        look = "flagged" if flag.flagged else "muted"
-        parts.append(f'<p class="flag {look}">{_escape(str(flag))}</p>')
+        parts.append(_bar(colours.scale(panel.map), panel.signed))
+    if panel.words:
+        values = np.array([relevance for _, relevance in panel.words])
+        parts.append(_words(panel.words, values, panel.signed))
+        parts.append(_bar(colours.scale(values), panel.signed))
+    if panel.flag:
+        look = "flagged" if panel.flagged else "muted"
+        parts.append(f'<p class="flag {look}">{_escape(panel.flag)}</p>')
     return _titled(method, "".join(parts))
 
 
@@ -178,10 +178,10 @@ def _titled(head: str, body: str) -> str:
     return f'<div class="column"><h3>{head}</h3><div>{body}</div></div>\n'
 
 
-def _words(words: list[tuple[str, float]], values: np.ndarray, signed: bool) -> str:
+def _words(words: Sequence[tuple[str, float]], values: np.ndarray, signed: bool) -> str:
     shades = colours.colour(colours.normalise(values, colours.scale(values)), signed=signed)
     spans = [
-        f'<span class="word" title="{content.number(relevance, 3)}" style="background:'
+        f'<span class="word" title="{texts.number(relevance, 3)}" style="background:'
         f'{colours.hex_code(shade)};color:{colours.ink(shade)}">{_escape(word)}</span>'
         for (word, relevance), shade in zip(words, shades, strict=True)
     ]
@@ -189,22 +189,22 @@ def _words(words: list[tuple[str, float]], values: np.ndarray, signed: bool) -> 
 
 
 def _bar(limit: float, signed: bool) -> str:
-    ticks = "".join(f"<span>{tick}</span>" for tick in content.ticks(limit, signed=signed))
+    ticks = "".join(f"<span>{tick}</span>" for tick in texts.ticks(limit, signed=signed))
     return (
         f'<div class="bar" style="background:{colours.gradient(signed=signed)}"></div>'
         f'<div class="ticks">{ticks}</div>'
     )
 
 
-def _table(explanations: Sequence[Explanation]) -> str:
-    rows = content.table(explanations)
-    if not rows:
+def _table(columns: Sequence[Column]) -> str:
+    entries = texts.table(columns)
+    if not entries:
         return ""
-    heads = "".join(f'<th scope="col">{_escape(e.method)}</th>' for e in explanations)
+    heads = "".join(f'<th scope="col">{_escape(column.title)}</th>' for column in columns)
     body = "".join(
         f'<tr><th scope="row">{_escape(name)}</th>'
-        f"{''.join(f'<td>{_escape(text)}</td>' for text in texts)}</tr>\n"
-        for name, texts in rows
+        f"{''.join(f'<td>{_escape(text)}</td>' for text in cells)}</tr>\n"
+        for name, cells in entries
     )
     return (
         '<section>\n<h2>Report</h2>\n<div class="scroll"><table>\n'
@@ -221,4 +221,4 @@ def _img(pixels: np.ndarray, alt: str) -> str:
 
 
 def _escape(text: str) -> str:
-    return escape(content.clean(text))
+    return escape(texts.clean(text))

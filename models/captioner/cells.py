@@ -15,8 +15,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxrel import tag
-
-ATTENTION_FORMS = ("paper", "as coded")
+from jaxrel.models.captioner.config import CaptionerConfig
 
 # The state of an LSTM: hidden and cell values, [batch, hidden] each.
 LSTMState = tuple[Array, Array]
@@ -27,8 +26,8 @@ class Context(NamedTuple):
 
     Attributes:
       image: the whole image, part of each step's input.
-      keys: of each position, for the attention scores.
-      values: of each position, which attention averages.
+      keys: keys of each position, for the attention scores.
+      values: values of each position, which attention averages.
     """
 
     image: Float[Array, "batch width"]
@@ -40,8 +39,8 @@ class Read(NamedTuple):
     """What a step gives: the next word is predicted from the sum of the first two.
 
     Attributes:
-      attended: what attention found, with the sentinel or behind the gate.
-      hidden: of the last LSTM.
+      attended: values from attention, with the sentinel or behind the gate.
+      hidden: hidden values of the last LSTM.
       maps: "attention" [batch, heads, positions], whose rows sum to 1, and of a cell with a
         sentinel its weight, "sentinel" [batch]; float32.
     """
@@ -97,8 +96,8 @@ class LSTM(nnx.Module):
     Args:
       inputs: features of x.
       hidden: features of h and c.
-      dtype: of the computation; the cell's values are float32.
-      rngs: for the initial parameters (stream "params").
+      dtype: dtype of the computation; the cell's values are float32.
+      rngs: keys for the initial parameters (stream "params").
     """
 
     def __init__(self, inputs: int, hidden: int, *, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -135,6 +134,11 @@ class SentinelLSTM(nnx.Module):
         return state, (gate * jnp.tanh(state[1])).astype(self.lstm.dtype)
 
 
+def _mean_width(config: CaptionerConfig) -> int:
+    """The width of the mean that `start` is given: regions are projected before it is taken."""
+    return config.hidden if config.encoder is None else config.features
+
+
 class AdaptiveAttention(nnx.Module):
     """Attention to the positions and to the sentinel (Lu et al. 2017, eq. 6 to 8 and 11 to 13).
 
@@ -145,10 +149,9 @@ class AdaptiveAttention(nnx.Module):
     do not fit the other.
     """
 
-    def __init__(
-        self, positions: int, hidden: int, *, form: str, dtype: Any, rngs: nnx.Rngs
-    ) -> None:
-        self.form = form
+    def __init__(self, config: CaptionerConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.form = config.attention
+        positions, hidden = config.positions, config.hidden
         self.image = linear(hidden, positions, dtype=dtype, rngs=rngs)
         self.sentinel = linear(hidden, positions, dtype=dtype, rngs=rngs)
         self.hidden = linear(hidden, positions, use_bias=False, dtype=dtype, rngs=rngs)
@@ -179,29 +182,16 @@ class AdaptiveCell(nnx.Module):
     """Adaptive attention after one LSTM (Lu et al. 2017).
 
     Args:
-      embed: features of a word.
-      hidden: features of everything else.
-      positions: of the image.
-      width: features of the mean that `start` is given.
-      form: of the attention scores; see `AdaptiveAttention`.
-      dtype: of the computation.
-      rngs: for the initial parameters (stream "params").
+      config: the sizes of the captioner.
+      dtype: dtype of the computation.
+      rngs: keys for the initial parameters (stream "params").
     """
 
-    def __init__(
-        self,
-        embed: int,
-        hidden: int,
-        positions: int,
-        width: int,
-        *,
-        form: str,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.image = linear(width, embed, dtype=dtype, rngs=rngs)
+    def __init__(self, config: CaptionerConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        embed, hidden = config.embed, config.hidden
+        self.image = linear(_mean_width(config), embed, dtype=dtype, rngs=rngs)
         self.lstm = SentinelLSTM(2 * embed, hidden, dtype=dtype, rngs=rngs)
-        self.attention = AdaptiveAttention(positions, hidden, form=form, dtype=dtype, rngs=rngs)
+        self.attention = AdaptiveAttention(config, dtype=dtype, rngs=rngs)
 
     def start(
         self, values: Float[Array, "batch positions hidden"], mean: Float[Array, "batch width"]
@@ -210,7 +200,7 @@ class AdaptiveCell(nnx.Module):
 
         Args:
           values: the projected features of each position.
-          mean: of the features over the positions.
+          mean: mean of the features over the positions.
         """
         context = Context(jax.nn.relu(self.image(mean)), self.attention.image(values), values)
         return context, self.lstm.lstm.zeros(len(values))
@@ -235,20 +225,11 @@ class GridTDCell(nnx.Module):
     The order of the LSTMs is that of Anderson et al. 2018. Arguments as of `AdaptiveCell`.
     """
 
-    def __init__(
-        self,
-        embed: int,
-        hidden: int,
-        positions: int,
-        width: int,
-        *,
-        form: str,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.image = linear(width, embed, dtype=dtype, rngs=rngs)
+    def __init__(self, config: CaptionerConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        embed, hidden = config.embed, config.hidden
+        self.image = linear(_mean_width(config), embed, dtype=dtype, rngs=rngs)
         self.lstm = SentinelLSTM(hidden + 2 * embed, hidden, dtype=dtype, rngs=rngs)
-        self.attention = AdaptiveAttention(positions, hidden, form=form, dtype=dtype, rngs=rngs)
+        self.attention = AdaptiveAttention(config, dtype=dtype, rngs=rngs)
         self.language = LSTM(2 * hidden, hidden, dtype=dtype, rngs=rngs)
 
     def start(
@@ -278,29 +259,13 @@ class AoACell(nnx.Module):
     """Multi-head attention behind an attention-on-attention gate, after one LSTM.
 
     It is "MH-FC" of Sun et al. 2022; the gate is that of Huang et al. 2019, with a linear map of
-    the attended values alone.
-
-    Args:
-      embed: features of a word.
-      hidden: features of everything else; a multiple of `heads`.
-      heads: of the attention.
-      attention_dropout: the share of the attention maps that is dropped with a key.
-      dtype: of the computation.
-      rngs: for the initial parameters (stream "params").
+    the attended values alone. Arguments as of `AdaptiveCell`.
     """
 
-    def __init__(
-        self,
-        embed: int,
-        hidden: int,
-        heads: int,
-        *,
-        attention_dropout: float,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.heads, self.attention_dropout = heads, attention_dropout
-        self.lstm = LSTM(embed + hidden, hidden, dtype=dtype, rngs=rngs)
+    def __init__(self, config: CaptionerConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.heads, self.attention_dropout = config.heads, config.attention_dropout
+        hidden = config.hidden
+        self.lstm = LSTM(config.embed + hidden, hidden, dtype=dtype, rngs=rngs)
         self.query = linear(hidden, hidden, dtype=dtype, rngs=rngs)
         self.key = linear(hidden, hidden, dtype=dtype, rngs=rngs)
         self.value = linear(hidden, hidden, dtype=dtype, rngs=rngs)
@@ -317,7 +282,7 @@ class AoACell(nnx.Module):
 
         Args:
           values: the projected features of each position.
-          mean: of them over the positions.
+          mean: their mean over the positions.
           heads: those whose values have a gradient or relevance; None: all.
         """
         projected = self.value(values)
@@ -346,3 +311,10 @@ class AoACell(nnx.Module):
         found = jnp.einsum("bkp,bpkd->bkd", kept, values).reshape(len(word), -1)
         attended = jax.nn.sigmoid(self.gate(state[0])) * self.out(found)
         return state, Read(attended, state[0], {"attention": maps})
+
+
+CELLS: dict[str, type[AdaptiveCell | GridTDCell | AoACell]] = {
+    "adaptive": AdaptiveCell,
+    "gridtd": GridTDCell,
+    "aoa": AoACell,
+}

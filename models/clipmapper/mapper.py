@@ -17,15 +17,14 @@ Memories = dict[str, Memory]
 class Sublayer(nnx.Module):
     """Attention alone, added to the residual stream: x + attention(norm(x), norm(source))."""
 
-    def __init__(
-        self, width: int, heads: int, *, out_std: float, eps: float, dtype: Any, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: Any, out_std: float, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        width, eps = config.width, config.layer_norm_eps
         self.norm = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
         self.source_norm = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
-        self.attention = Attention(width, heads, out_std=out_std, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, out_std, dtype=dtype, rngs=rngs)
 
     def read(self, source: Float[Array, "batch keys width"]) -> Memory:
-        """The keys and values of tokens."""
+        """Return the keys and values of tokens."""
         return self.attention.read(self.source_norm(source))
 
     def __call__(
@@ -56,35 +55,24 @@ class MapperLayer(nnx.Module):
     """Each stream attends to itself, the streams to each other, and again each to itself.
 
     Args:
-      width, heads, mlp_width: as in `Transformer`, the same for both streams.
-      depth: of the mapper.
+      config: the sizes, as of `Mapper`.
       image_stream: what becomes of the image's stream after its own attention: "reads" the text,
         stays "apart" from it (a caption must not reach its own words through the image), or
         "ends" (in the last layer, where nothing reads it any more).
+      dtype: dtype of the computation.
+      rngs: keys for the initial parameters.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_width: int,
-        *,
-        depth: int,
-        image_stream: str,
-        activation: str,
-        eps: float,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, config: Any, image_stream: str, *, dtype: Any, rngs: nnx.Rngs) -> None:
         # Three attentions and an MLP are added to each stream in each layer.
-        common: dict[str, Any] = {"eps": eps, "dtype": dtype, "rngs": rngs}
-        std = width**-0.5 * (4 * depth) ** -0.5
+        additions = 4 * config.layers
+        std = config.width**-0.5 * additions**-0.5
 
         def sublayer() -> Sublayer:
-            return Sublayer(width, heads, out_std=std, **common)
+            return Sublayer(config, std, dtype=dtype, rngs=rngs)
 
         def block() -> Block:
-            return Block(width, heads, mlp_width, depth=2 * depth, activation=activation, **common)
+            return Block(config, additions, dtype=dtype, rngs=rngs)
 
         self.image_single = sublayer()
         self.text_single = sublayer()
@@ -166,41 +154,19 @@ class Mapper(nnx.Module):
     stream is read, and then ends.
 
     Args:
-      width, layers, heads, mlp_width, activation, eps, dtype, rngs: as in `Transformer`.
+      config: the sizes, as of `Transformer`, the same for both streams.
       co_attention: whether the image also attends to the text.
+      dtype: dtype of the computation; parameters are float32.
+      rngs: keys for the initial parameters.
     """
 
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int,
-        *,
-        co_attention: bool,
-        activation: str,
-        eps: float,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ) -> None:
-        def layer(image_stream: str, rngs: nnx.Rngs) -> MapperLayer:
-            return MapperLayer(
-                width,
-                heads,
-                mlp_width,
-                depth=layers,
-                image_stream=image_stream,
-                activation=activation,
-                eps=eps,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
-        if layers > 1:
-            stack = nnx.vmap(lambda rngs: layer("reads" if co_attention else "apart", rngs))
-            self.blocks = nnx.split_rngs(splits=layers - 1)(stack)(rngs)
-        self.last = layer("ends", rngs)
-        self.layers = layers
+    def __init__(self, config: Any, *, co_attention: bool, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.layers = config.layers
+        image_stream = "reads" if co_attention else "apart"
+        stack = nnx.vmap(lambda rngs: MapperLayer(config, image_stream, dtype=dtype, rngs=rngs))
+        if self.layers > 1:
+            self.blocks = nnx.split_rngs(splits=self.layers - 1)(stack)(rngs)
+        self.last = MapperLayer(config, "ends", dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -252,10 +218,10 @@ class Mapper(nnx.Module):
         Args:
           image: the image's tokens.
           image_mask: as in a call.
-          tokens: how many there are places for.
+          tokens: number of the text's tokens that the memory has places for.
 
         Returns:
-          What each layer's attentions have read of the image, and places for the text.
+          The memories of each layer's attentions, with the image in them and places for the text.
         """
         memories = {}
         if self.layers > 1:
@@ -276,8 +242,8 @@ class Mapper(nnx.Module):
 
         Args:
           text: the token.
-          memories: as `begin` or the step before returned them.
-          position: of the token.
+          memories: what `begin` or the last call returned.
+          position: position of the token.
           image_mask: as in `begin`.
 
         Returns:

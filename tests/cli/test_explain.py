@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxrel
 from jaxrel import attention, cli
+from jaxrel.cli import doctor
 from jaxrel.explanations.explain import METHODS
 from jaxrel.models import (
     CLIP,
@@ -111,6 +112,7 @@ def test_all_methods_side_by_side_as_json(run, scene):
     result = json.loads(printed)
     assert [one["method"] for one in result["explanations"]] == list(METHODS)
     (example,) = result["explanations"][0]["examples"]
+    assert example["file"] == example["picture"] == str(scene)
     assert np.shape(example["image"]) == (2, 2)
     assert [word for word, _ in example["words"]] == ["a", "red", "circle"]
 
@@ -208,7 +210,7 @@ def test_doctor_names_versions_devices_and_models(capsys):
 
 
 def test_doctor_says_what_is_missing(capsys, monkeypatch):
-    monkeypatch.setitem(cli.EXTRAS, "no-such-package", "report")
+    monkeypatch.setitem(doctor.EXTRAS, "no-such-package", "report")
     assert cli.main(["doctor"]) == 0
     assert "no-such-package is missing: pip install 'jaxrel[report]'" in capsys.readouterr().out
 
@@ -249,7 +251,7 @@ def bomb(path):
     Image.new("1", (20_000, 20_000)).save(path)
 
 
-IMAGES = {
+FILES = {
     "missing": (lambda path: None, "scene.png"),
     "folder": (lambda path: path.mkdir(), "folder"),
     "empty": (lambda path: path.write_bytes(b""), "empty"),
@@ -345,7 +347,7 @@ def refuse(result, text, out):
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("make", "text"), IMAGES.values(), ids=IMAGES.keys())
+@pytest.mark.parametrize(("make", "text"), FILES.values(), ids=FILES.keys())
 def test_bad_images(run, tmp_path, make, text):
     make(tmp_path / "scene.png")
     refuse(run(tmp_path / "scene.png", "--text", "a circle"), text, tmp_path / "out")

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxrel.explanations.flags import Flag
-from jaxrel.explanations.result import Explanation, write_atomically
+from jaxrel.explanations.result import Explanation
+from jaxrel.files import write_atomically
+from jaxrel.flags import Flag
+from tests.paths import FIXTURES
 
-DOUBT = Flag("circle", "mean", -0.25, 0.125, 0.75, "AUC 0.80")
+FLAG = Flag("circle", "mean", -0.25, 0.125, 0.75, "AUC 0.80")
 TOKENS = (("", "a", "red", "cir", "##cle", ""), ("", "ein", "Käse", "", "", ""))
 
 
@@ -91,10 +93,10 @@ def test_images_may_be_pil_or_one_array():
         ({"tokens": TOKENS[:1]}, ValueError, "text has 2 examples, tokens have 1"),
         ({"tokens": (("a",), ("b",))}, ValueError, "example 0 names 1; fill up"),
         ({"tokens": ("abcdef", "abcdef")}, TypeError, "tokens of an example must be"),
-        ({"images": [np.zeros((2, 2, 3), np.uint8)]}, ValueError, "2 examples, but 1 images"),
-        ({"images": np.zeros((2, 4, 4, 3))}, ValueError, "must be uint8 .* got float64"),
-        ({"images": np.zeros((2, 4, 4), np.uint8)}, ValueError, r"\[4, 4\] for example 0"),
-        ({"flags": [DOUBT]}, ValueError, "2 examples, but 1 flags"),
+        ({"pixels": [np.zeros((2, 2, 3), np.uint8)]}, ValueError, "2 examples, but 1 images"),
+        ({"pixels": np.zeros((2, 4, 4, 3))}, ValueError, "must be uint8 .* got float64"),
+        ({"pixels": np.zeros((2, 4, 4), np.uint8)}, ValueError, r"\[4, 4\] for example 0"),
+        ({"flags": [FLAG]}, ValueError, "2 examples, but 1 flags"),
         ({"report": {"a": object()}}, TypeError, "report must hold what JSON can"),
         ({"report": {"a": float("nan")}}, TypeError, "report must hold what JSON can"),
     ],
@@ -168,7 +170,7 @@ def test_indexing_gives_one_example():
         {"pixels": None},
         {"text": None, "tokens": ()},
         {"image": None, "pixels": None},
-        {"flags": [None, DOUBT]},
+        {"flags": [None, FLAG]},
     ],
 )
 def test_npz_round_trip_is_exact(tmp_path, changes):
@@ -182,10 +184,29 @@ def test_npz_round_trip_is_exact(tmp_path, changes):
     assert path.read_bytes() == content
 
 
-def test_verdicts_go_with_their_examples():
-    one = make(flags=[DOUBT, None])
-    assert (one[0].flags, one[1].flags) == ((DOUBT,), ())
+def test_flags_go_with_their_examples():
+    one = make(flags=[FLAG, None])
+    assert (one[0].flags, one[1].flags) == ((FLAG,), ())
     assert make(flags=[None, None]).flags == make().flags == ()
+
+
+def test_files_of_an_older_version_load():
+    # `make(flags=[None, FLAG])`, saved when images were called pictures, and flags verdicts.
+    old = Explanation.load(FIXTURES / "explanation_format_1.npz")
+    assert_same(old, make(flags=[None, FLAG]))
+
+
+def test_old_names_of_fields_work_and_warn():
+    images = [np.zeros((2, 2, 3), np.uint8)]
+    fields = {"target": ["x"], "score": [1.0], "method": "m", "signed": True, "image": [[[1.0]]]}
+    for old, new, value in (("pictures", "pixels", images), ("verdicts", "flags", [FLAG])):
+        with pytest.warns(DeprecationWarning, match=f"the argument {old} is now {new}"):
+            one = Explanation(**fields, **{old: value})
+        with pytest.warns(DeprecationWarning, match=f"Explanation.{old} is now Explanation.{new}"):
+            assert getattr(one, old) is getattr(one, new)
+        assert len(getattr(one, new)) == 1
+    with pytest.warns(DeprecationWarning, match=r"Flag\.doubted is now Flag\.flagged"):
+        assert FLAG.doubted is FLAG.flagged is True
 
 
 def test_npz_needs_no_pickle(tmp_path):
@@ -233,7 +254,7 @@ def test_load_refuses_what_is_no_explanation(tmp_path):
         (lambda header, arrays: header.update(format=99), "format 99 is not known here"),
         (lambda header, arrays: header.pop("format"), "not a usable explanation"),
         (lambda header, arrays: header.pop("target"), "not a usable explanation.*target"),
-        (lambda header, arrays: header.update(pixels=3), "not a usable .*image_2"),
+        (lambda header, arrays: header.update(pixels=3), "not a usable .*pixels_2"),
         (lambda header, arrays: header.update(flags=[{}, None]), "not a usable .*word"),
         (lambda header, arrays: arrays.pop("score"), "not a usable .*score"),
         (lambda header, arrays: arrays.update(score=np.zeros(5)), "score must have the shape"),

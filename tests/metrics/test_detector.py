@@ -12,7 +12,7 @@ from PIL import Image
 
 import jaxrel
 from jaxrel import cli
-from jaxrel.explanations.flags import Flag
+from jaxrel.flags import Flag
 from jaxrel.metrics import Detector, Interval
 from jaxrel.metrics.detector import FILE, Criterion, WordGroup, fingerprint
 from jaxrel.metrics.word_statistics import map_statistic, map_statistics
@@ -69,6 +69,8 @@ def test_nothing_is_said_of_other_words_and_by_other_methods():
     maps = np.zeros((1, 2, 2), np.float32)
     assert made().flags("lrp", ["a"], maps) == ()
     assert made().flags("attention", ["circle"], maps) == ()
+    with pytest.warns(DeprecationWarning, match=r"Detector\.verdicts is now Detector\.flags"):
+        assert made().verdicts("lrp", ["a"], maps) == ()
 
 
 def test_groups_are_judged_each_by_its_own():
@@ -94,7 +96,7 @@ def test_unknown_statistics(name):
         criterion(name)
 
 
-def test_a_verdict_needs_numbers():
+def test_a_flag_needs_numbers():
     with pytest.raises(ValueError, match=r"numbers must be finite, got \(0\.0, nan, 0\.5\)"):
         Flag("a", "mean", 0.0, float("nan"), 0.5, "")
 
@@ -334,7 +336,9 @@ def test_evaluate_and_explain(lights, folder, tmp_path, monkeypatch, capsys):
     assert all(one is None or one["flagged"] == (one["value"] < one["threshold"]) for one in flags)
     assert text.count("likely hallucinated: ") == sum(one["flagged"] for one in flags if one)
     assert text.count("not flagged: ") == sum(not one["flagged"] for one in flags if one)
-    assert "flag" not in found[1]["examples"][0]
+    old = [example["verdict"] for example in found[0]["examples"]]
+    assert [one and one["doubted"] for one in old] == [one and one["flagged"] for one in flags]
+    assert not {"flag", "verdict"} & set(found[1]["examples"][0])
     page = (tmp_path / "out/explanation.html").read_text()
     assert page.count("likely hallucinated: ") == text.count("likely hallucinated: ")
 

@@ -26,7 +26,8 @@ from jaxrel.metrics.perturbation import (
     sweep_indices,
 )
 from jaxrel.metrics.randomisation import agreement, cascade, rank_correlation
-from jaxrel.report.curves import curves
+from jaxrel.report.plots import lines
+from jaxrel.train.evaluate.perturbation import curves
 
 
 def naive_keep(relevance, removable, positive, steps):
@@ -318,7 +319,7 @@ ERRORS = {
     ),
     "cost": (lambda: table({"equal": LINE}, cost={"raw": "?"}), "cost 'raw' is not among"),
     "curves": (lambda: curves({}, "a.png"), "'perturbation/1', .* got protocol None"),
-    "suffix": (lambda: curves({}, "a.pdf"), "ends in .png"),
+    "suffix": (lambda: lines({}, [], "a.pdf", x="", y=""), "ends in .png"),
     "bootstrap_many": (lambda: bootstrap_many(NAN), "of 6 values some are not finite"),
     "ranks": (lambda: rank_correlation(ONES, NAN), "1 of 2 pairs of maps .* at example 1"),
     "ranks, shapes": (

@@ -9,42 +9,22 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from jaxrel.models import (
     CLIP,
-    CLIPConfig,
-    Processor,
-    TextConfig,
-    VisionConfig,
-    image_processing,
     word_tokenizer,
 )
 from jaxrel.models import checkpoint as weights_module
 from jaxrel.models.checkpoint import find_folder
 from jaxrel.models.clip import PARAMETERS
-
-CONFIG = CLIPConfig(
-    vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=16, patch_size=8),
-    text=TextConfig(
-        width=12, layers=3, heads=3, mlp_width=24, vocab_size=12, context=8, eos_token_id=3
-    ),
-    projection=10,
-)
-WORDS = ("a", "red", "blue", "circle", "square", "above")
+from tests.zoo.clips import SMALL, WORDS, small_clip
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A model with values from NumPy: nothing here computes with them."""
-    processor = Processor(word_tokenizer(WORDS, 8), image_processing(16))
-    abstract = nnx.eval_shape(lambda: CLIP(CONFIG, rngs=nnx.Rngs(0), processor=processor))
-    rng = np.random.default_rng(0)
-    graph, state = nnx.split(abstract)
-    values = lambda leaf: jax.numpy.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-    return nnx.merge(graph, jax.tree.map(values, state))
+    return small_clip()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +71,7 @@ def shard(folder):
 
 def test_round_trip(model, saved):
     loaded = CLIP.from_pretrained(saved)
-    assert loaded.config == CONFIG
+    assert loaded.config == SMALL
     assert same(model, loaded)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     ours, theirs = (m.prepare(image=image, text="a red circle") for m in (model, loaded))
@@ -378,7 +358,7 @@ def test_hub_names(saved, monkeypatch):
         return str(saved)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert CLIP.from_pretrained("owner/clip").config == CONFIG
+    assert CLIP.from_pretrained("owner/clip").config == SMALL
     assert asked == [("owner/clip", ["*.json", "*.txt", "*.safetensors"])]
 
 
@@ -395,8 +375,17 @@ def test_hub_without_a_network(monkeypatch):
 
 
 def test_a_config_of_another_depth_does_not_fit(folder):
-    config = replace(CONFIG, text=replace(CONFIG.text, layers=2)).to_dict()
+    config = replace(SMALL, text=replace(SMALL.text, layers=2)).to_dict()
     edit_config(folder, **config)
     message = r"16 tensors are unexpected: text_model.encoder.layers.2.* and 11 more"
     with pytest.raises(ValueError, match=message):
         CLIP.from_pretrained(folder)
+
+
+def test_saving_in_half_precision(model, tmp_path):
+    model.save_pretrained(tmp_path / "half", dtype="float16")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype("float16")}
+    loaded = CLIP.from_pretrained(tmp_path / "half").text.projection.kernel[...]
+    # float16 keeps 11 bits.
+    np.testing.assert_allclose(loaded, model.text.projection.kernel[...], rtol=2**-11, atol=2**-25)

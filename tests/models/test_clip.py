@@ -17,63 +17,24 @@ from jaxrel.models import (
     CLIPConfig,
     Processor,
     Stream,
-    TextConfig,
-    VisionConfig,
     image_processing,
     word_tokenizer,
 )
 from jaxrel.models.clip import end_of_text, interpolate_positions
 from jaxrel.models.transformer import Transformer
-from tests.zoo.clip_folder import GOLDEN, write_golden_folder
+from tests.zoo.clips import SMALL, WORDS, small_clip
 
 # The reference values are float64 results rounded to float32; ours run in float32 through three
 # layers, which costs a few float32 roundings of values of order 1 to 10.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-
-SMALL = CLIPConfig(
-    vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=16, patch_size=8),
-    text=TextConfig(
-        width=12, layers=3, heads=3, mlp_width=24, vocab_size=12, context=8, eos_token_id=3
-    ),
-    projection=10,
-)
 SCORE = jax.jit(CLIP.score)
 FORWARD = jax.jit(CLIP.__call__, static_argnames="return_attention")
 GRADIENTS = jax.jit(CLIP.attention_gradients)
-WORDS = ("a", "red", "blue", "circle", "square", "above")
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN, allow_pickle=False) as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
-def golden_folder(golden, tmp_path_factory):
-    return write_golden_folder(golden, tmp_path_factory.mktemp("golden"))
-
-
-@pytest.fixture(scope="module")
-def reference(golden_folder):
-    return CLIP.from_pretrained(golden_folder)
-
-
-@pytest.fixture(scope="module")
-def reference_inputs(golden):
-    image = golden["pixel_values"].transpose(0, 2, 3, 1)
-    return {"image": jnp.asarray(image), "text": jnp.asarray(golden["input_ids"], jnp.int32)}
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A model with values from NumPy, which needs no compilation."""
-    processor = Processor(word_tokenizer(WORDS, 8), image_processing(16))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype),
-        nnx.eval_shape(lambda: CLIP(SMALL, rngs=nnx.Rngs(0), processor=processor)),
-    )
+    return small_clip()
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +121,8 @@ def test_trace_does_not_grow_with_depth(inputs):
 
 
 def test_initial_layers_differ():
-    sizes = {"activation": "gelu", "eps": 1e-5, "dtype": jnp.dtype("float32"), "name": "text"}
-    transformer = Transformer(4, 2, 2, 4, rngs=nnx.Rngs(0), **sizes)
+    config = replace(SMALL.text, width=4, layers=2, heads=2, mlp_width=4)
+    transformer = Transformer(config, "text", dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     kernels = transformer.blocks.expand.kernel[...]
     assert not np.array_equal(kernels[0], kernels[1])
 
@@ -386,7 +347,7 @@ def test_prepare_needs_a_processor_of_this_model():
     wrong = replace(SMALL, text=replace(SMALL.text, eos_token_id=7))
     processor = Processor(tokenizer, image_processing(16))
     model = nnx.eval_shape(lambda: CLIP(wrong, rngs=nnx.Rngs(0), processor=processor))
-    with pytest.raises(ValueError, match=r"ends a text with the id 3, .* at the id 7"):
+    with pytest.raises(ValueError, match=r"the id 3, and the model looks for the id 7"):
         model.prepare(image=image, text="red")
     larger = Processor(word_tokenizer([*WORDS, "one", "two", "three"], 8))
     with pytest.raises(ValueError, match="the tokenizer has 13 tokens and the model 12: this is"):

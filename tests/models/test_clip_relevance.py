@@ -3,32 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from jax import numpy as jnp
 
 from jaxrel import attention
-from jaxrel.models import CLIP
-from tests.zoo.clip_folder import GOLDEN, write_golden_folder
 
 LAST = slice(-1, None)
 # The stored values are float64 results rounded to float32; ours run the model in float32.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN, allow_pickle=False) as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
-def model(golden, tmp_path_factory):
-    return CLIP.from_pretrained(write_golden_folder(golden, tmp_path_factory.mktemp("golden")))
-
-
-@pytest.fixture(scope="module")
-def inputs(golden):
-    image = golden["pixel_values"].transpose(0, 2, 3, 1)
-    return {"image": jnp.asarray(image), "text": jnp.asarray(golden["input_ids"], jnp.int32)}
 
 
 def relevance(model, inputs, **options):
@@ -41,10 +21,10 @@ def relevance(model, inputs, **options):
 
 
 @pytest.mark.parametrize(("layers", "name"), [(None, "start0"), (LAST, "last")])
-def test_whole_matrices(model, inputs, golden, layers, name):
+def test_whole_matrices(reference, reference_inputs, golden, layers, name):
     found = relevance(
-        model,
-        inputs,
+        reference,
+        reference_inputs,
         method=("equal", "rollout", "raw", "grad_cam"),
         layers=layers,
         target_token=None,
@@ -67,37 +47,40 @@ def test_whole_matrices(model, inputs, golden, layers, name):
                 np.testing.assert_allclose(found[method][stream], want, **TOLERANCE)
 
 
-def test_streamed_rows(model, inputs, golden):
-    target_token = model.target_tokens(inputs)
-    found = relevance(model, inputs, method="equal", target_token=target_token)
+def test_streamed_rows(reference, reference_inputs, golden):
+    target_token = reference.target_tokens(reference_inputs)
+    found = relevance(reference, reference_inputs, method="equal", target_token=target_token)
     image = golden["relevance/image_start0"]
     np.testing.assert_allclose(found["vision"][:, 1:], image, **TOLERANCE)
     rows = golden["relevance/text_start0"][np.arange(3), golden["eot_index"]]
     np.testing.assert_allclose(found["text"], rows, **TOLERANCE)
 
 
-def test_scores_of_the_text_as_displayed(model, inputs, golden):
-    found = relevance(model, inputs, method="equal", target_token=model.target_tokens(inputs))[
-        "text"
-    ]
-    content = np.where(model.content(inputs)["text"], found, 0)
+def test_scores_of_the_text_as_displayed(reference, reference_inputs, golden):
+    found = relevance(
+        reference,
+        reference_inputs,
+        method="equal",
+        target_token=reference.target_tokens(reference_inputs),
+    )["text"]
+    content = np.where(reference.content(reference_inputs)["text"], found, 0)
     shown = content / content.sum(-1, keepdims=True)
     np.testing.assert_allclose(shown, golden["display/text_scores_start0"], **TOLERANCE)
 
 
 @pytest.mark.parametrize(("layers", "name"), [(None, "start0"), (LAST, "last")])
-def test_one_image_with_all_texts(model, inputs, golden, layers, name):
-    shared = {**inputs, "image": inputs["image"][:1]}
-    found = relevance(model, shared, method="equal", layers=layers, target_token=None)
+def test_one_image_with_all_texts(reference, reference_inputs, golden, layers, name):
+    shared = {**reference_inputs, "image": reference_inputs["image"][:1]}
+    found = relevance(reference, shared, method="equal", layers=layers, target_token=None)
     image = golden[f"shared/relevance_image_{name}"]
     np.testing.assert_allclose(found["vision"][:, 0, 1:], image, **TOLERANCE)
     text = golden[f"shared/relevance_text_{name}"]
     np.testing.assert_allclose(found["text"], text, **TOLERANCE)
 
 
-def test_the_maps_are_found_without_their_tags(model, inputs):
+def test_the_maps_are_found_without_their_tags(reference, reference_inputs):
     """Structure alone finds both towers, and the residual stream around each attention."""
-    found = attention.sites(lambda model, inputs: model.score(inputs))(model, inputs)
+    found = attention.sites(lambda model, inputs: model.score(inputs))(reference, reference_inputs)
     assert [(s.name, s.layers, s.is_self, s.has_residual) for s in found] == [
         ("vision", 3, True, True),
         ("text", 2, True, True),

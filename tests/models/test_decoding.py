@@ -50,7 +50,6 @@ def compiled(way, w, bias, first, key, form, settings):
 
 greedy = functools.partial(run, decoding.greedy)
 beam_search = functools.partial(run, decoding.beam_search)
-diverse = functools.partial(run, decoding.diverse_beam_search)
 sample = functools.partial(run, decoding.sample)
 
 
@@ -109,32 +108,26 @@ def plain_greedy(network):
     return network.finished(caption, total)
 
 
-def plain_beam(network, beams, groups=1, penalty=0.0, exponent=None):
+def plain_beam(network, beams, exponent=None):
     """Finished captions are set aside, and the number of open ones shrinks."""
     form = network.form
-    open_ = [[(0.0, 0.0, [form.start])] for _ in range(groups)]
-    count, aside = [beams] * groups, [[] for _ in range(groups)]
+    open_, aside = [(0.0, [form.start])], []
     for _ in range(1, form.context):
-        chosen = []
-        for group in range(groups):
-            grown = [
-                (score + log_p - penalty * chosen.count(word), total + log_p, [*caption, word])
-                for score, total, caption in open_[group]
-                for log_p, word in network.following(caption)
-            ]
-            grown = sorted(grown, key=lambda one: -one[0])[: count[group]]
-            chosen += [caption[-1] for *_, caption in grown]
-            done = [one for one in grown if one[2][-1] == form.end]
-            aside[group] += done
-            count[group] -= len(done)
-            open_[group] = [one for one in grown if one[2][-1] != form.end]
+        grown = [
+            (total + log_p, [*caption, word])
+            for total, caption in open_
+            for log_p, word in network.following(caption)
+        ]
+        grown = sorted(grown, key=lambda one: -one[0])[: beams - len(aside)]
+        aside += [one for one in grown if one[1][-1] == form.end]
+        open_ = [one for one in grown if one[1][-1] != form.end]
 
     def worth(one):
-        length = len(one[2]) - 1
+        length = len(one[1]) - 1
         return one[0] / (1 if exponent is None else ((5 + length) / 6) ** exponent)
 
-    best = [max(found, key=worth) for found in aside]
-    return [network.finished(caption, total) for _, total, caption in best]
+    total, caption = max(aside, key=worth)
+    return network.finished(caption, total)
 
 
 def check(found, expected):
@@ -189,7 +182,6 @@ def test_words_that_are_never_written():
     for found in (
         sample(first, seed=3, form=form, key=jax.random.key(0)),
         beam_search(first, seed=3, form=form, beams=3),
-        diverse(first, seed=3, form=form, groups=2, beams=2, penalty=1.0),
     ):
         assert not np.isin([4, 6], found.ids).any()
         assert not np.isin([PAD, START], np.asarray(found.ids)[..., 1]).any()
@@ -211,7 +203,7 @@ def test_beam_search(beams, exponent):
         first = images(8, seed)
         found = beam_search(first, seed=seed, bias=bias, beams=beams, length_penalty=exponent)
         networks = [Network(seed, one, bias) for one in first]
-        check(found, [plain_beam(one, beams, exponent=exponent)[0] for one in networks])
+        check(found, [plain_beam(one, beams, exponent) for one in networks])
         if beams == 1:
             expected = greedy(first, seed=seed, bias=bias)
             jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -262,38 +254,7 @@ def test_enough_beams_find_the_most_probable_caption():
 
 def test_more_beams_than_words():
     found = beam_search(images(2), beams=20)
-    check(found, [plain_beam(Network(0, one), 20)[0] for one in images(2)])
-
-
-# ---- diverse beam search
-
-
-@pytest.mark.parametrize(("groups", "beams"), [(3, 2), (4, 1)])
-def test_diverse_beam_search(groups, beams):
-    for seed, bias in ((0, 0.0), (1, 1.0)):
-        first = images(6, seed)
-        found = diverse(first, seed=seed, bias=bias, groups=groups, beams=beams, penalty=0.8)
-        assert found.ids.shape == (6, groups, FORM.context)
-        for i, one in enumerate(first):
-            expected = plain_beam(Network(seed, one, bias), beams, groups, 0.8)
-            check(jax.tree.map(lambda x, i=i: x[i], found), expected)
-
-
-def test_groups_differ_because_of_the_penalty():
-    first = images(6)
-    alone = beam_search(first, seed=5, beams=2)
-    one = diverse(first, seed=5, groups=1, beams=2, penalty=0.0)
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda x: x[:, 0], one), alone)
-    alike = diverse(first, seed=5, groups=3, beams=2, penalty=0.0)
-    different = diverse(first, seed=5, groups=3, beams=2, penalty=5.0)
-    for group in range(3):
-        np.testing.assert_array_equal(alike.ids[:, group], alone.ids)
-    np.testing.assert_array_equal(different.ids[:, 0], alone.ids)
-    for i in range(6):
-        assert len({tuple(row) for row in different.ids[i].tolist()}) == 3
-        # A caption's log-probability is the model's own, whatever diversity takes.
-        own = [Network(5, first[i]).total(row) for row in different.ids[i].tolist()]
-        np.testing.assert_allclose(different.log_probability[i], own, **ROUNDING)
+    check(found, [plain_beam(Network(0, one), 20) for one in images(2)])
 
 
 # ---- sampling
@@ -356,8 +317,7 @@ def test_a_key_decides_and_the_model_judges():
 
 WAYS = {
     "greedy": greedy,
-    "beam": functools.partial(beam_search, beams=3),
-    "diverse": functools.partial(diverse, groups=2, beams=2, penalty=0.5, length_penalty=1.0),
+    "beam": functools.partial(beam_search, beams=3, length_penalty=1.0),
     "sample": functools.partial(sample, top_k=4, top_p=0.9),
 }
 
@@ -374,10 +334,8 @@ def test_batch_is_one_by_one_and_jit_is_eager(way):
     found = rows(slice(None))
     singles = [rows(slice(i, i + 1)) for i in range(3)]
     others = [jax.tree.map(lambda *x: jnp.concatenate(x), *singles)]
-    # Beam search is diverse beam search with one group, and eager takes long.
-    if way != "beam":
-        with jax.disable_jit():
-            others.append(rows(slice(None)))
+    with jax.disable_jit():
+        others.append(rows(slice(None)))
     for other in others:
         np.testing.assert_array_equal(other.ids, found.ids)
         np.testing.assert_allclose(other.log_probability, found.log_probability, **ROUNDING)
@@ -425,9 +383,7 @@ def test_states_are_any_tree():
         (lambda: Format(1, 1, 0, 5), r"the end 1 must be an id that may be written; start is 1"),
         (lambda: Format(1, 2, 0, 5, (2,)), r"the end 2 must be .* never \(2,\)"),
         (lambda: beam_search(ROWS, beams=0), r"beams must be a positive integer, got 0"),
-        (lambda: diverse(ROWS, **DIVERSE | {"groups": 0}), r"groups must be a positive integer"),
-        (lambda: diverse(ROWS, **DIVERSE | {"beams": -1}), r"beams must be .* integer, got -1"),
-        (lambda: diverse(ROWS, **DIVERSE | {"penalty": -0.5}), r"penalty must be .* 0, got -0.5"),
+        (lambda: beam_search(ROWS, beams=-1), r"beams must be a positive integer, got -1"),
         (lambda: sample(ROWS, key=KEY, temperature=0.0), r"above 0, got 0.0; see greedy for 0"),
         (lambda: sample(ROWS, key=KEY, temperature=float("nan")), r"must be above 0, got nan"),
         (lambda: sample(ROWS, key=KEY, top_k=0), r"top_k must be a positive integer, got 0"),
@@ -446,4 +402,3 @@ def test_settings_that_do_not_fit(call, match):
 
 ROWS = np.zeros((2, 4), np.float32)
 KEY = jax.random.key(0)
-DIVERSE = {"groups": 2, "beams": 2, "penalty": 0.5}

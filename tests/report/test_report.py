@@ -1,5 +1,6 @@
 """Reports: colours, overlays, the image and the page, and inputs at their extremes."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -10,10 +11,11 @@ import pytest
 from PIL import Image
 
 from jaxrel import report
-from jaxrel.explanations.flags import Flag
 from jaxrel.explanations.result import Explanation
-from jaxrel.report import colours, content, figures, fonts
-from jaxrel.report.heat import flat, upsample
+from jaxrel.flags import Flag
+from jaxrel.report import colours, figures, fonts, texts
+from jaxrel.report.heat import fit, flat, png, upsample
+from jaxrel.report.panels import Column, Panel, columns, rows
 
 
 def make(**changes):
@@ -135,7 +137,7 @@ def test_a_map_without_image_is_drawn_flat():
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) == 2
 
 
-# Words on the sheet
+# Words on the figure
 
 
 def test_long_text_wraps_within_the_width():
@@ -155,9 +157,9 @@ def test_letters_that_no_font_has_lose_their_accents(monkeypatch):
 
 
 def test_clean_leaves_one_line_of_text():
-    assert content.clean(" a\n\tb  c ") == "a b c"
-    assert content.clean("a\x00b\x1b[31m\ud800") == "a\ufffdb\ufffd[31m\ufffd"
-    assert content.clean("круг 日本 🐕") == "круг 日本 🐕"
+    assert texts.clean(" a\n\tb  c ") == "a b c"
+    assert texts.clean("a\x00b\x1b[31m\ud800") == "a\ufffdb\ufffd[31m\ufffd"
+    assert texts.clean("круг 日本 🐕") == "круг 日本 🐕"
 
 
 # The image
@@ -185,15 +187,15 @@ def test_nothing_is_drawn_in_the_margin():
 def test_small_images_keep_their_pixels_and_large_ones_are_reduced():
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(figures.fit(small, 320), small.repeat(5, 0).repeat(5, 1))
-    assert figures.fit(np.zeros((480, 640, 3), np.uint8), 320).shape == (240, 320, 3)
-    assert figures.fit(np.zeros((3000, 2, 3), np.uint8), 320).shape == (320, 1, 3)
-    assert figures.fit(np.zeros((2, 3000, 3), np.uint8), 320).shape == (1, 320, 3)
+    np.testing.assert_array_equal(fit(small, 320), small.repeat(5, 0).repeat(5, 1))
+    assert fit(np.zeros((480, 640, 3), np.uint8), 320).shape == (240, 320, 3)
+    assert fit(np.zeros((3000, 2, 3), np.uint8), 320).shape == (320, 1, 3)
+    assert fit(np.zeros((2, 3000, 3), np.uint8), 320).shape == (1, 320, 3)
 
 
 def test_rendering_is_deterministic():
     explanations = [make(), make(method="raw")]
-    assert figures.png(report.figure(explanations)) == figures.png(report.figure(explanations))
+    assert png(report.figure(explanations)) == png(report.figure(explanations))
     assert report.page(explanations) == report.page(explanations)
 
 
@@ -229,10 +231,23 @@ def test_extremes_are_drawn(tmp_path, explanation):
 
 
 def test_zero_relevance_says_so():
-    assert content.ticks(0.0, signed=True) == ["0 everywhere"]
-    assert content.ticks(0.0342, signed=True) == ["-0.0342", "0", "0.0342"]
-    assert content.ticks(2.0, signed=False) == ["0", "2"]
+    assert texts.ticks(0.0, signed=True) == ["0 everywhere"]
+    assert texts.ticks(0.0342, signed=True) == ["-0.0342", "0", "0.0342"]
+    assert texts.ticks(2.0, signed=False) == ["0", "2"]
     assert "0 everywhere" in report.page(bare(np.zeros((2, 2)), signed=False))
+
+
+def test_a_report_draws_whatever_has_a_column():
+    panel = Panel("mine", "x", 1.0, signed=False, map=np.ones((1, 2)), words=[("a", 0.5)])
+
+    class Mine:
+        def column(self):
+            return Column((panel,), model="my model", report={"seconds": 2.0})
+
+    same = bare([[1.0, 1.0]], signed=False, method="mine", text=[[0.5]], tokens=[["a"]])
+    same = dataclasses.replace(same, model="my model", report={"seconds": 2.0})
+    assert report.page(Mine()) == report.page([Mine()]) == report.page(same)
+    assert png(report.figure(Mine())) == png(report.figure(same))
 
 
 # The page
@@ -348,9 +363,9 @@ def test_unsigned_page_has_no_legend_of_signs():
 
 def test_scores_are_told_by_method_where_they_differ():
     same = [make(), make(method="raw")]
-    assert content.score(same, 0) == "24.312"
+    assert texts.score(rows(columns(same))[0]) == "24.312"
     other = [make(), make(method="raw", score=[25.0, 0.0])]
-    assert content.score(other, 0) == "24.312 (weighted), 25 (raw)"
+    assert texts.score(rows(columns(other))[0]) == "24.312 (weighted), 25 (raw)"
 
 
 def test_fragment_shows_the_first_examples_of_many():
@@ -395,25 +410,26 @@ def test_page_marks_flagged_words_and_says_why():
 
 def test_a_flagged_target_in_other_words_is_marked_whole():
     one = make(flags=[Flag("circle", "mean", 0.25, 0.5, 1.0, ""), None])
-    assert content.target([one], 0) == ("", "a red circle")
-    assert content.target([one], 1) == ("a blue square", "")
+    first, second = rows(columns(one))
+    assert texts.target(first) == ("", "a red circle")
+    assert texts.target(second) == ("a blue square", "")
     assert "<h2><mark>a red circle</mark></h2>" in report.page(one)
 
 
-def doubt_of(explanations):
-    """Where the image has the colour of doubt."""
+def underlined(explanations):
+    """Where the figure has the colour of flagged words."""
     return (np.asarray(report.figure(explanations)) == figures._FLAGGED).all(-1)
 
 
 def test_image_underlines_flagged_words_and_says_why():
     sure, flagged = judged(0.75), judged(0.25)
-    assert not doubt_of(make()).any()
-    assert not doubt_of(sure).any()
+    assert not underlined(make()).any()
+    assert not underlined(sure).any()
     assert report.figure(sure).height > report.figure(make(target=sure.target)).height
-    red = doubt_of(flagged)
+    red = underlined(flagged)
     first, second = red[:, : 32 + 320], red[:, 32 + 320 + 24 :]
     assert second.any()
-    # Below "[<circle>]" and not below the words before it; two pixels thick.
+    # Below "[<circle>]" and not below the preceding words; two pixels thick.
     font = fonts.choose("", 15)
     rows, columns = np.nonzero(first)
     assert len(set(rows)) == 2
@@ -447,7 +463,7 @@ def test_a_flagged_word_that_is_wider_than_a_line_is_drawn():
 )
 def test_explanations_of_other_inputs_are_refused(changes, what):
     other = make(method="raw", **changes)
-    for draw in (report.image, report.page, report.fragment):
+    for draw in (report.figure, report.page, report.fragment):
         with pytest.raises(ValueError, match=f"'weighted' and 'raw' differ in {what}"):
             draw([make(), other])
 
@@ -460,7 +476,7 @@ def test_methods_of_one_modality_stand_beside_those_of_both():
 
 
 def test_empty_lists_and_narrow_cells_are_refused():
-    for draw in (report.image, report.page, report.fragment):
+    for draw in (report.figure, report.page, report.fragment):
         with pytest.raises(ValueError, match="at least one explanation, got an empty list"):
             draw([])
     with pytest.raises(ValueError, match="cell is 20 pixels; words need at least 80"):
@@ -479,5 +495,5 @@ def test_save_writes_several_side_by_side(tmp_path):
     explanations = [make(), make(method="raw")]
     report.save(explanations, tmp_path / "a.PNG")
     report.save(explanations, str(tmp_path / "a.html"))
-    assert (tmp_path / "a.PNG").read_bytes() == figures.png(report.figure(explanations))
+    assert (tmp_path / "a.PNG").read_bytes() == png(report.figure(explanations))
     assert (tmp_path / "a.html").read_text(encoding="utf-8") == report.page(explanations)

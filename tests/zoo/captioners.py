@@ -29,6 +29,10 @@ CONFIG = CaptionerConfig(
 )
 # Two captions of different length: 7 and 5 of the 9 tokens are no padding.
 TEXTS = ["a small red circle above", "a blue square"]
+# float32 values of order 1 to 10 after a few layers, summed in another order.
+ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
+FORWARD = jax.jit(lambda model, inputs: model(inputs, return_attention=True))
+ENCODE = jax.jit(Captioner.encode)
 
 
 @functools.cache
@@ -105,3 +109,8 @@ def biased(model, **added):
     for name, bias in added.items():
         model.head.bias.set_value(model.head.bias[...].at[ids[name]].add(bias))
     return model
+
+
+def flat(module):
+    paths = nnx.to_flat_state(nnx.state(module, (nnx.Param, nnx.BatchStat)))
+    return {".".join(map(str, path)): variable for path, variable in paths}

@@ -30,6 +30,9 @@ STAGE1 = CLIPConfig(
 ANSWERS = ("red", "blue", "two", "yes")
 # Two texts of different length: 7 and 5 of the 9 tokens are no padding.
 TEXTS = ["what is a red circle", "a blue square"]
+# float32 values of order 1 to 10 after a few layers, summed in another order.
+ROUNDING = {"rtol": 1e-5, "atol": 2e-5}
+FORWARD = jax.jit(lambda model, inputs: model(inputs, return_attention=True))
 
 
 @functools.cache
@@ -62,3 +65,7 @@ def random_mapper(task, layers, stage1=STAGE1, processor=processor):
 
 def answered(inputs):
     return {**inputs, "answer": jnp.array([2, 0])}
+
+
+def values(model):
+    return dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))

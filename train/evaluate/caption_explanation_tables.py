@@ -215,7 +215,7 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
       ValueError: a result of another protocol.
       OSError: a file cannot be written there.
     """
-    from jaxrel.report import bars
+    from jaxrel.report import plots
 
     check_protocol("save", result, PROTOCOL)
     stem = f"captioner-{result['data'].lower()}"
@@ -225,14 +225,14 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
         if panels:
             files.append(folder / f"{stem}-{name}.png")
             start = "; bars begin at chance" if bases else ""
-            bars.bars(panels, files[-1], bases=bases, note=note + start)
+            plots.bars(panels, files[-1], bases=bases, note=note + start)
     if (found := result["localisation"]) is not None:
         files.append(folder / f"{stem}-correctness.png")
-        bars.lines(
-            {name: one["correctness"] for name, one in found["methods"].items()},
+        correctness = {name: one["correctness"] for name, one in found["methods"].items()}
+        plots.lines(
+            {"Relevance on the object that the word names": correctness},
             found["thresholds"],
             files[-1],
-            title="Relevance on the object that the word names",
             x="threshold, as a share of the map's largest value",
             y="share of what is above it, on the object",
             reference=("size of the object", found["area"]["mean"]),

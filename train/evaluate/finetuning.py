@@ -365,7 +365,7 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
       ValueError: a result of another protocol.
       OSError: a file cannot be written there.
     """
-    from jaxrel.report import bars
+    from jaxrel.report import plots
 
     files = save_result(result, markdown(result), folder / "finetuning")
     for split, found in result["splits"].items():
@@ -374,7 +374,7 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
             f"{PROTOCOL}, Shapes {split}, {result['scenes']} scenes, "
             f"{len(result['beginnings'])} base checkpoints; 95% intervals over both"
         )
-        bars.bars(_panels(found), files[-1], note=note)
+        plots.bars(_panels(found), files[-1], note=note)
     return files
 
 

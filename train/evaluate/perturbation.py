@@ -6,6 +6,7 @@ how good is a regenerated caption? One program goes through methods, signs and s
 these.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from jaxrel.explanations.explain import token_relevance
 from jaxrel.metrics import perturbation
 from jaxrel.metrics.caption_scores import CiderD, References, tokenise
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption
+from jaxrel.report import plots
 from jaxrel.train.evaluate.batching import equal_batches
 from jaxrel.train.evaluate.mapper_examples import (
     STREAMS,
@@ -338,8 +340,6 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
     Raises:
       ImportError: matplotlib is not installed (extra `report`); JSON and tables are written.
     """
-    from jaxrel.report.curves import curves
-
     stems = {one: folder / f"perturbation-{found['task']}-{one}" for one, found in result.items()}
     files = [
         file
@@ -350,3 +350,40 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
         files.append(stem.with_name(f"{stem.name}.png"))
         curves(result[one], files[-1])
     return files
+
+
+def curves(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw the negative and the positive test side by side, a line with its band per method.
+
+    Bands are the bootstrap 95% intervals of each point. The file appears complete or not at
+    all; a missing folder is made.
+
+    Args:
+      summary: one value of a result of `evaluate`, or read back from JSON.
+      path: where to; must end in .png.
+
+    Raises:
+      ImportError: matplotlib is not installed (extra `report`).
+      ValueError: another suffix, or a summary of another protocol.
+      OSError: the file cannot be written there.
+    """
+    check_protocol("curves", summary, PROTOCOL)
+    titles = {
+        "negative": "Least relevant first: higher is better",
+        "positive": "Most relevant first: lower is better",
+    }
+    panels = {
+        title: {name: one[sign]["curve"] for name, one in summary["methods"].items()}
+        for sign, title in titles.items()
+    }
+    examples = f"{summary['protocol']}, {summary['examples']} examples"
+    plots.lines(
+        panels,
+        summary["steps"],
+        path,
+        x="share of tokens removed",
+        y=summary["measure"],
+        percent=True,
+        size=(11, 4.4),
+        note=f"{examples}; bands: bootstrap 95% intervals",
+    )

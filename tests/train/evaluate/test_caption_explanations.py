@@ -13,7 +13,7 @@ from PIL import Image
 from jaxrel.metrics import pointing_game, relevance_mass_accuracy
 from jaxrel.metrics.correctness import correctness
 from jaxrel.metrics.words import COCO_FREQUENT
-from jaxrel.report import bars
+from jaxrel.report import plots
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.evaluate import caption_explanations, explained_words
 from jaxrel.train.evaluate.caption_explanation_tables import markdown, save
@@ -484,8 +484,8 @@ def test_results_and_plots_of_something_else(tmp_path):
         with pytest.raises(ValueError, match=r"'captioner/1', .* got protocol 'perturbation/1'"):
             use({"protocol": "perturbation/1"})
     with pytest.raises(ValueError, match=r"cannot save bars as 'a.pdf': .* ends in \.png"):
-        bars.bars({"a": {}}, "a.pdf")
+        plots.bars({"a": {}}, "a.pdf")
     with pytest.raises(ValueError, match="bars: there is nothing to draw"):
-        bars.bars({}, "a.png")
+        plots.bars({}, "a.png")
     with pytest.raises(ValueError, match="lines: there is nothing to draw"):
-        bars.lines({}, [0.0], "a.png", title="", x="", y="")
+        plots.lines({}, [0.0], "a.png", x="", y="")

@@ -1,12 +1,43 @@
-"""The CLIP whose values are stored, as a folder of Hugging Face."""
+"""Small CLIPs: a random one, and the one whose values are stored, as a Hugging Face folder."""
 
 import json
 
+import jax
+import numpy as np
+from flax import nnx
+from jax import numpy as jnp
 from safetensors.numpy import save_file
 
+from jaxrel.models import (
+    CLIP,
+    CLIPConfig,
+    Processor,
+    TextConfig,
+    VisionConfig,
+    image_processing,
+    word_tokenizer,
+)
 from tests.paths import FIXTURES
 
 GOLDEN = FIXTURES / "attention_clip.npz"
+SMALL = CLIPConfig(
+    vision=VisionConfig(width=16, layers=2, heads=2, mlp_width=32, image_size=16, patch_size=8),
+    text=TextConfig(
+        width=12, layers=3, heads=3, mlp_width=24, vocab_size=12, context=8, eos_token_id=3
+    ),
+    projection=10,
+)
+WORDS = ("a", "red", "blue", "circle", "square", "above")
+
+
+def small_clip():
+    """A model with values from NumPy, which needs no compilation."""
+    processor = Processor(word_tokenizer(WORDS, 8), image_processing(16))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype),
+        nnx.eval_shape(lambda: CLIP(SMALL, rngs=nnx.Rngs(0), processor=processor)),
+    )
 
 
 def write_golden_folder(golden, folder):

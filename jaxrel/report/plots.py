@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.files import write_atomically
-from jaxrel.report.curves import _INK, _LINE, _MUTED, _line
 
-_BAR = "#a8cbe4"
+_INK, _MUTED, _LINE, _BAR = "#1c2024", "#60646c", "#dee1e6", "#a8cbe4"
+
+# Okabe and Ito 2008, told apart with any colour vision; without their yellow, which is too
+# pale for a line on white.
+_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+# Beyond as many methods as colours the dashes change; the markers differ from neighbour to
+# neighbour, for print without colour.
+_DASHES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 Measures = Mapping[str, Mapping[str, float] | None]
+Curves = Mapping[str, Mapping[str, list[float]]]
 
 
 def bars(
@@ -58,43 +67,56 @@ def bars(
 
 
 def lines(
-    curves: Mapping[str, Mapping[str, list[float]]],
+    panels: Mapping[str, Curves],
     over: Sequence[float],
     path: str | os.PathLike[str],
     *,
-    title: str,
     x: str,
     y: str,
     reference: tuple[str, float] | None = None,
+    percent: bool = False,
+    size: tuple[float, float] = (8.4, 4.6),
     note: str = "",
 ) -> None:
-    """Draw a line with its band per method.
+    """Draw a line with its band per method, in a panel or in several side by side.
+
+    Panels have the same methods and one vertical axis.
 
     Args:
-      curves: by method, `mean`, `low` and `high`, a list over the range each.
+      panels: by title, and then by method, `mean`, `low` and `high`, a list over the range each.
       over: the range.
       path: where to; must end in .png.
-      title: of the image.
       x: what the range is.
       y: what is measured.
       reference: the name and height of a straight line, such as chance.
+      percent: whether the range is a share of the whole, from 0 to 1, written in per cent.
+      size: width and height in inches.
       note: a line below.
 
     Raises:
       ImportError, ValueError, OSError: as `bars`.
     """
-    _check("lines", path, curves)
-    figure = _figure((8.4, 4.6))
-    panel = figure.subplots()
-    if reference is not None:
-        name, height = reference
-        panel.axhline(height, color=_MUTED, linewidth=1, linestyle=(0, (1, 2)), label=name)
-    for number, (name, curve) in enumerate(curves.items()):
-        _line(panel, list(over), curve, number, name)
-    _style(panel, title)
-    panel.set_xlabel(x, color=_INK)
-    panel.set_ylabel(y, color=_INK)
-    figure.legend(loc="outside right upper", frameon=False, labelcolor=_INK, handlelength=3.2)
+    _check("lines", path, panels)
+    figure = _figure(size)
+    drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for panel, (title, curves) in zip(drawn, panels.items(), strict=True):
+        if reference is not None:
+            name, height = reference
+            panel.axhline(height, color=_MUTED, linewidth=1, linestyle=(0, (1, 2)), label=name)
+        for number, (name, curve) in enumerate(curves.items()):
+            _line(panel, list(over), curve, number, name)
+        _style(panel, title)
+        panel.set_xlabel(x, color=_INK)
+        if percent:
+            panel.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+    drawn[0].set_ylabel(y, color=_INK)
+    figure.legend(
+        *drawn[0].get_legend_handles_labels(),
+        loc="outside right upper",
+        frameon=False,
+        labelcolor=_INK,
+        handlelength=3.2,
+    )
     _write(figure, path, note)
 
 
@@ -103,6 +125,24 @@ def _bar(panel: Any, row: int, base: float, one: Mapping[str, float]) -> None:
     panel.plot([one["low"], one["high"]], [row, row], color=_INK, linewidth=1.3)
     # A bar that ends where it begins is seen by its point.
     panel.plot(one["mean"], row, marker="o", markersize=4.5, color=_INK)
+
+
+def _line(
+    panel: Any, over: list[float], curve: Mapping[str, list[float]], number: int, name: str
+) -> None:
+    colour = _COLOURS[number % len(_COLOURS)]
+    panel.fill_between(over, curve["low"], curve["high"], color=colour, alpha=0.1, linewidth=0)
+    panel.plot(
+        over,
+        curve["mean"],
+        color=colour,
+        linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)],
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=4,
+        linewidth=1.4,
+        # A label that begins with an underscore would be left out of the legend.
+        label=name if not name.startswith("_") else f" {name}",
+    )
 
 
 def _style(panel: Any, title: str) -> None:

@@ -3,18 +3,20 @@
 import dataclasses
 import math
 
+from jaxrel.renamed import renamed_attribute
+
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """Whether a word is flagged to be true of the image, since a statistic of its map is low.
+    """Whether a word is likely hallucinated, judged by a statistic of its map.
 
     Attributes:
       word: the word.
-      statistic: of its map, by the name that `map_statistics` in `jaxrel.metrics` gives it.
-      value: of the statistic.
-      threshold: a word with less is flagged.
-      precision: the share of words flagged so that were hallucinated, where that was measured.
-      evidence: how well this tells words, and where that was measured.
+      statistic: the name of the statistic, as in `jaxrel.metrics.word_statistics.map_statistics`.
+      value: the value of the statistic on the word's map.
+      threshold: a word with a lower value is flagged.
+      precision: the share of flagged words that were hallucinated when this was measured.
+      evidence: how well the statistic tells words apart, and on which data.
 
     Raises:
       ValueError: a number is not finite.
@@ -34,8 +36,10 @@ class Flag:
 
     @property
     def flagged(self) -> bool:
-        """Is it below the threshold?"""
+        """Whether the value is below the threshold."""
         return self.value < self.threshold
+
+    doubted = renamed_attribute("doubted", "flagged")
 
     def __str__(self) -> str:
         found = f"{self.statistic} of the map {self.value:.4g}"

@@ -1,0 +1,46 @@
+"""`jaxrel doctor`: versions, devices and what is missing."""
+
+import argparse
+import importlib.metadata
+import platform
+from typing import Any
+
+CORE = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors", "transformers")
+# What is optional, and the extra that brings it.
+EXTRAS = {
+    "grain": "train",
+    "optax": "train",
+    "orbax-checkpoint": "train",
+    "matplotlib": "report",
+    "torch": "torch",
+}
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    doctor = commands.add_parser("doctor", help="print versions, devices and what is missing")
+    doctor.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print what there is."""
+    import jax
+
+    from jaxrel.models.checkpoint import bundled
+
+    print(f"jaxrel {importlib.metadata.version('jaxrel')}")
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for package in (*CORE, *EXTRAS):
+        print(f"{package} {_version(package)}")
+    devices = ", ".join(f"{device.device_kind} ({device.platform})" for device in jax.devices())
+    print(f"devices: {devices}")
+    print(f"bundled models: {', '.join(bundled()) or 'none'}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        extra = EXTRAS.get(package)
+        how = f"jaxrel[{extra}]" if extra else package
+        return f"is missing: pip install '{how}'"

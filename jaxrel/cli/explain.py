@@ -1,0 +1,197 @@
+"""`jaxrel explain IMAGE`: a figure and a page of what made a score, an answer or a caption."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxrel.cli import options as shared
+from jaxrel.explanations.methods import BIMODAL, UNIMODAL, WORD_BY_WORD, family
+
+Asked = Literal["text", "question", "caption"]
+
+# What is asked of an image, the bundled model that does it when none is named, and the families
+# of the models that can.
+DEFAULT_MODELS = {"text": "clip-shapes", "question": "vqa-shapes", "caption": "caption-shapes"}
+FAMILIES = {"text": (UNIMODAL,), "question": (BIMODAL,), "caption": (BIMODAL, WORD_BY_WORD)}
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    explain = commands.add_parser(
+        "explain",
+        help="show which parts of an image and which words made the score",
+        description="Write OUT/explanation.png and OUT/explanation.html: which parts of an image "
+        "and which words of a sentence made the model's score of the two, its answer to a "
+        "question, or each word of its caption.",
+    )
+    explain.add_argument("image", nargs="+", help="PNG, JPEG or another image file")
+    _add_asked(explain)
+    explain.add_argument(
+        "--model",
+        help="a bundled model, a folder or a hub name (default: "
+        + ", ".join(f"{name} for --{what}" for what, name in DEFAULT_MODELS.items())
+        + ")",
+    )
+    explain.add_argument(
+        "--method",
+        help="one or several, with commas, or 'all': "
+        f"{', '.join(UNIMODAL.methods)} (with --text); "
+        f"{', '.join(BIMODAL.methods)} (with a CLIPmapper); "
+        f"{', '.join(WORD_BY_WORD.methods)} (with a Captioner) "
+        f"(default: {UNIMODAL.usual}; with a Captioner {WORD_BY_WORD.usual})",
+    )
+    explain.add_argument(
+        "--layers", type=shared.numbers, help="layers that count, such as 0,1 or --layers=-2,-1"
+    )
+    explain.add_argument(
+        "--heads", type=shared.numbers, help="attention heads that count, such as 0,3"
+    )
+    explain.add_argument(
+        "--importance",
+        default="grad_value",
+        help="how the weighted method measures importance (default: grad_value)",
+    )
+    shared.add_out(explain)
+    explain.add_argument("--json", action="store_true", help="print the result as JSON")
+    explain.set_defaults(run=run)
+
+
+def _add_asked(explain: argparse.ArgumentParser) -> None:
+    asked = explain.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
+        "--text",
+        action="append",
+        metavar="SENTENCE",
+        help="explain the similarity of image and sentence: one for all images, or one per "
+        "image (repeat --text)",
+    )
+    asked.add_argument(
+        "--question",
+        action="append",
+        metavar="QUESTION",
+        help="answer a question, and explain the answer: one for all images, or one per image",
+    )
+    asked.add_argument(
+        "--caption", action="store_true", help="write a caption, and explain each of its words"
+    )
+    explain.add_argument("--answer", help="with --question: explain this answer, not the model's")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Explain, and write the figure and the page."""
+    from jaxrel import explain, report
+    from jaxrel.attention.transformation import check_methods
+    from jaxrel.metrics import Detector
+    from jaxrel.models.checkpoint import find_folder
+
+    asked = "question" if options.question else "caption" if options.caption else "text"
+    images, texts, named = _check(options, asked)
+    options.model = options.model or DEFAULT_MODELS[asked]
+    model = shared.load(options.model)
+    _check_asked(model, asked, options.model)
+    kind = family(model)
+    usual = kind.methods if options.method == "all" else (kind.usual,)
+    by_word = kind is WORD_BY_WORD
+    explanations = explain(
+        model,
+        image=images,
+        text=texts,
+        target=options.answer,
+        method=check_methods(usual if named is None else named, kind.methods, "method"),
+        layers=options.layers,
+        heads=options.heads,
+        importance=options.importance,
+        name=str(options.model),
+        detector=Detector.load(find_folder(options.model), model) if by_word else None,
+    )
+    files = [options.out / f"explanation{suffix}" for suffix in (".png", ".html")]
+    for file in files:
+        report.save(explanations, file)
+    if options.json:
+        print(json.dumps(_as_json(options, explanations, files), indent=2))
+    else:
+        _print(options, explanations)
+        print("wrote " + " and ".join(map(str, files)))
+
+
+def _check(options: argparse.Namespace, asked: Asked) -> tuple[list, list[str] | None, Any]:
+    """The images, the texts and the methods that are named, before a model is loaded."""
+    from jaxrel.attention.transformation import check_methods
+    from jaxrel.images import read_images
+
+    named = None if options.method in (None, "all") else shared.names(options.method)
+    if named is not None:
+        known = dict.fromkeys(name for kind in FAMILIES[asked] for name in kind.methods)
+        check_methods(named, tuple(known), "method")
+    if options.answer is not None and asked != "question":
+        raise ValueError("--answer goes with --question")
+    images = read_images(options.image)
+    texts = options.text or options.question
+    if texts and len(texts) > 1 and len(images) > 1 and len(texts) != len(images):
+        raise ValueError(
+            f"{len(images)} images and {len(texts)} {asked}s: give one --{asked} for all "
+            "images, or one for each"
+        )
+    shared.check_out(options.out)
+    return images, texts, named
+
+
+def _check_asked(model: Any, asked: Asked, name: str) -> None:
+    """Raise ValueError unless the model does what is asked for."""
+    does = {"vqa": "question", "caption": "caption"}.get(getattr(model, "task", ""), "text")
+    if does != asked:
+        raise ValueError(f"the model {name!r} is made for --{does}, not for --{asked}")
+
+
+def _print(options: argparse.Namespace, explanations: Sequence[Any]) -> None:
+    first = explanations[0]
+    for i, target in enumerate(first.target):
+        print(f"{_file(options, first, i)}, {target}: score {first.score[i]:.2f}")
+        for one in explanations:
+            if one.flags and one.flags[i] is not None:
+                print(f"  {one.method}: {one.flags[i]}")
+
+
+def _file(options: argparse.Namespace, explanation: Any, row: int) -> str:
+    """The image file that a row of an explanation is about."""
+    images = options.image
+    if "example" in explanation.report:
+        return images[explanation.report["example"][row]]
+    return images[row] if len(images) > 1 else images[0]
+
+
+def _as_json(options: argparse.Namespace, explanations: Sequence, files: list[Path]) -> dict:
+    return {
+        "model": options.model,
+        "files": [str(file) for file in files],
+        "explanations": [
+            {
+                "method": one.method,
+                "settings": one.settings,
+                "examples": [_example(options, one, i) for i in range(len(one))],
+            }
+            for one in explanations
+        ],
+    }
+
+
+def _example(options: argparse.Namespace, explanation: Any, row: int) -> dict[str, Any]:
+    file = _file(options, explanation, row)
+    found = {
+        "file": file,
+        "picture": file,  # the old name, for one version
+        "target": explanation.target[row],
+        "score": float(explanation.score[row]),
+        "image": explanation.image[row].tolist(),
+        "words": explanation.words(row),
+    }
+    # Nothing is said of words where none is judged.
+    if explanation.flags:
+        flag = explanation.flags[row]
+        fields = {} if flag is None else dataclasses.asdict(flag)
+        found["flag"] = flag and fields | {"flagged": flag.flagged}
+        found["verdict"] = flag and fields | {"doubted": flag.flagged}  # the old names
+    return found

@@ -1,0 +1,222 @@
+"""`explain` for models of token streams: relevance of patches and words at the tokens."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxrel.attention.bimodal_methods import value_and_two_stream_relevance
+from jaxrel.attention.importance import measure
+from jaxrel.attention.transformation import check_methods, value_and_relevance
+from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, family
+from jaxrel.propagation.composites import Composite, as_composite
+from jaxrel.propagation.conservation import value_and_measured_lrp
+from jaxrel.tracing.sharding import compiler_sharded, shard_rows
+
+
+def check(model: Any, request: Request) -> None:
+    """Raise ValueError where the model cannot be explained as asked."""
+    name = type(model).__name__
+    if request.detector is not None:
+        raise ValueError(
+            "detector judges words of captions by maps in pixels, which models that score words "
+            f"have, such as Captioner; {name} does not"
+        )
+    measure(request.importance)
+    if request.layers is None and request.heads is None:
+        return
+    if _schedule(model):
+        raise ValueError(
+            "layers and heads choose attention maps of a model whose streams attend to "
+            f"themselves; in {name} they attend to each other, and all maps count"
+        )
+    if set(request.methods) <= set(BY_RULES):
+        raise ValueError(
+            "layers and heads choose attention maps; method "
+            f"{', '.join(request.methods)} goes through all of the model"
+        )
+
+
+def relevance(
+    model: Any, prepared: Mapping[str, Any], rows: Mapping[str, Any], request: Request
+) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
+    """Explain each row.
+
+    Args:
+      model: a model that speaks the protocol `Explainable`.
+      prepared: the model's inputs, as `prepare` returns them; the rows hold all of them.
+      rows: the same with one row per example to explain, as `pairs` returns them.
+      request: the methods and their settings.
+
+    Returns:
+      The score of each row, and by method the fields of an `Explanation` that depend on it.
+    """
+    del prepared
+    score, found, reports = jax.device_get(
+        _explained(
+            model, *shard_rows((rows, model.target_tokens(rows))), **_options(model, request)
+        )
+    )
+    content = jax.device_get(model.content(rows))
+    streams = model.layout.streams
+    where = {"example": np.asarray(rows["example"]).tolist()} if "example" in rows else {}
+    fields = {
+        one: {
+            **_modalities(streams, found[one], content),
+            "settings": _settings(one, request),
+            "report": where
+            | {s.name: _summary(found[one][s.name], content[s.name]) for s in streams}
+            | jax.tree.map(np.ndarray.item, reports.get(one, {})),
+        }
+        for one in request.methods
+    }
+    return score, fields
+
+
+def token_relevance(
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    method: Sequence[str],
+    importance: str = "grad_value",
+) -> dict[str, dict[str, Any]]:
+    """What `explain` computes, for inputs that are prepared already: arrays in, arrays out.
+
+    Args:
+      model: as in `explain`.
+      inputs: as `model.pairs` returns them.
+      method: the methods.
+      importance: the measure of the weighted method.
+
+    Returns:
+      {method: {stream: relevance [rows, tokens]}}, special tokens and padding included; sharded
+      as the inputs' rows are.
+
+    Raises:
+      ValueError: unknown method or measure.
+    """
+    methods = check_methods(method, family(model).methods, "method")
+    measure(importance)
+    options = _options(model, Request(methods, importance=importance))
+    return _explained(model, inputs, model.target_tokens(inputs), **options)[1]
+
+
+def _schedule(model: Any) -> tuple[Any, ...]:
+    return getattr(model.layout, "schedule", ())
+
+
+def _options(model: Any, request: Request) -> dict[str, Any]:
+    """A request as the static arguments of the compiled program."""
+    by_rules = {one: BY_RULES[one] for one in request.methods if one in BY_RULES}
+    if "lrp" in by_rules and request.lrp is not None:
+        by_rules["lrp"] = as_composite(request.lrp)
+    return {
+        "methods": tuple(one for one in request.methods if one not in BY_RULES),
+        "propagated": tuple(by_rules.items()),
+        "streams": tuple(model.layout.streams),
+        "schedule": _schedule(model),
+        "layers": None if request.layers is None else tuple(request.layers),
+        "heads": None if request.heads is None else tuple(request.heads),
+        "importance": request.importance,
+    }
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "methods",
+        "propagated",
+        "streams",
+        "schedule",
+        "layers",
+        "heads",
+        "importance",
+    ),
+)
+def _explained(model: Any, inputs: Any, target_token: Any, **options: Any) -> Any:
+    explained = functools.partial(_explained_rows, **options)
+    return compiler_sharded(explained, inputs, (0, 0, None))(model, inputs, target_token)
+
+
+def _explained_rows(
+    model: Any,
+    inputs: Any,
+    target_token: Any,
+    *,
+    methods: tuple[str, ...],
+    propagated: tuple[tuple[str, Composite], ...],
+    streams: tuple[Any, ...],
+    schedule: tuple[Any, ...],
+    layers: tuple[int, ...] | None,
+    heads: tuple[int, ...] | None,
+    importance: str,
+) -> Any:
+    score, relevance, reports = None, {}, {}
+    if methods and schedule:
+        (name,) = target_token
+        explained = value_and_two_stream_relevance(
+            _score, schedule, method=methods, target_token=target_token[name], importance=importance
+        )
+        score, found = explained(model, inputs)
+        names = [stream.name for stream in streams]
+        relevance = {one: dict(zip(names, rows, strict=True)) for one, rows in found.items()}
+    elif methods:
+        explained = value_and_relevance(
+            _score,
+            method=methods,
+            target_token=target_token,
+            attention=tuple(stream.name for stream in streams),
+            layers=layers,
+            heads=heads,
+            importance=importance,
+        )
+        score, relevance = explained(model, inputs)
+    for name, composite in propagated:
+        tags = tuple(f"{stream.name}/tokens" for stream in streams)
+        explained = value_and_measured_lrp(_score, composite, argnums=None, at=tags)
+        score, found, reports[name] = explained(model, inputs)
+        relevance[name] = {stream.name: _by_token(stream, found) for stream in streams}
+    return score, relevance, reports
+
+
+def _score(model: Any, inputs: Any) -> Any:
+    return model.score(inputs)
+
+
+def _by_token(stream: Any, found: Mapping[str, Any]) -> Any:
+    """Relevance of each token of a stream; those before the tagged content have none."""
+    relevance = found[f"{stream.name}/tokens"].sum(-1)
+    return jnp.pad(relevance, ((0, 0), (stream.tokens - relevance.shape[1], 0)))
+
+
+def _modalities(streams: Any, relevance: Mapping, content: Mapping) -> dict[str, Any]:
+    """Relevance of the content tokens: an image's as a grid, a text's with zeros elsewhere."""
+    maps = {}
+    for stream in streams:
+        kept = np.where(content[stream.name], relevance[stream.name], 0)
+        if stream.grid is not None:
+            kept = kept[:, stream.prefix :].reshape(-1, *stream.grid)
+        maps[stream.modality] = kept
+    return maps
+
+
+def _settings(method: str, request: Request) -> str:
+    if method in BY_RULES:
+        return "summed over the features of each token"
+    chosen = [
+        f"all {what}" if some is None else f"{what} {', '.join(map(str, some))}"
+        for what, some in (("layers", request.layers), ("heads", request.heads))
+    ]
+    if method in LAST_LAYER:
+        chosen[0] = "last layer" if request.layers is None else f"last of {chosen[0]}"
+    if method == "weighted":
+        chosen.append(f"importance {request.importance}")
+    return ", ".join(chosen)
+
+
+def _summary(relevance: np.ndarray, content: np.ndarray) -> dict[str, Any]:
+    kept = np.where(content, relevance, 0).sum(-1)
+    return {"tokens": content.sum(-1).tolist(), "relevance of content tokens": kept.tolist()}

@@ -1,0 +1,189 @@
+"""Sizes of CLIP, and their Hugging Face config.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxrel.models.checkpoint import CONFIG
+from jaxrel.models.transformer import check_transformer
+
+MODEL_TYPE = "clip"
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the image tower; the defaults are those of ViT-B/32.
+
+    Args:
+      width: features per token.
+      layers: number of layers.
+      heads: attention heads; divides `width`.
+      mlp_width: hidden features of the MLP.
+      image_size: pixels of a side of the square input.
+      patch_size: pixels of a side of a patch.
+      activation: "quick_gelu" or "gelu".
+      layer_norm_eps: added to the variance in layer norms.
+    """
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    image_size: int = 224
+    patch_size: int = 32
+    activation: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_transformer(self, "vision", "image_size", "patch_size")
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"vision: image_size {self.image_size} is smaller than one patch of "
+                f"{self.patch_size} pixels"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def tokens(self) -> int:
+        """The class token and the patches."""
+        return 1 + self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the text tower; the defaults are those of ViT-B/32.
+
+    Args:
+      width: features per token.
+      layers: number of layers.
+      heads: attention heads; divides `width`.
+      mlp_width: hidden features of the MLP.
+      vocab_size: number of token ids.
+      context: number of tokens the model reads at most.
+      eos_token_id: the id that ends a text. The value 2 means what it means in old Hugging
+        Face configurations: a text ends at its highest id.
+      activation: "quick_gelu" or "gelu".
+      layer_norm_eps: added to the variance in layer norms.
+    """
+
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    mlp_width: int = 2048
+    vocab_size: int = 49408
+    context: int = 77
+    eos_token_id: int = 49407
+    activation: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_transformer(self, "text", "vocab_size", "context")
+
+
+# Field of our configuration: key of the Hugging Face configuration.
+_TOWER_KEYS = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "activation": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+}
+_VISION_KEYS = _TOWER_KEYS | {"image_size": "image_size", "patch_size": "patch_size"}
+_TEXT_KEYS = _TOWER_KEYS | {
+    "vocab_size": "vocab_size",
+    "context": "max_position_embeddings",
+    "eos_token_id": "eos_token_id",
+}
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes of a CLIP model; the defaults are those of ViT-B/32.
+
+    Args:
+      vision: sizes of the image tower.
+      text: sizes of the text tower.
+      projection: features of the common embedding space.
+      logit_scale: the initial logarithm of the factor on the cosines.
+      remat: recompute each layer in the backward pass instead of storing it.
+      dtype: dtype of the computation, "float32" or "bfloat16". Parameters, attention maps,
+        embeddings and scores are float32.
+
+    Raises:
+      ValueError: a size or a name is out of range.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    projection: int = 512
+    logit_scale: float = 2.6592
+    remat: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        if self.projection < 1:
+            raise ValueError(f"projection must be a positive integer, got {self.projection!r}")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPConfig":
+        """Read the content of a Hugging Face config.json; keys that it lacks have defaults.
+
+        Raises:
+          ValueError: a value that is out of range or that this model does not support.
+        """
+        vision, text = _section(config, "vision_config"), _section(config, "text_config")
+        if vision.get("num_channels", 3) != 3:
+            raise ValueError(f"{CONFIG}: num_channels must be 3, got {vision['num_channels']}")
+        for key in ("image_size", "patch_size"):
+            vision[key] = _one(vision.get(key, getattr(VisionConfig, key)), f"vision_config.{key}")
+        text["eos_token_id"] = _one(
+            text.get("eos_token_id", TextConfig.eos_token_id), "text_config.eos_token_id"
+        )
+        return cls(
+            vision=VisionConfig(**_pick(vision, _VISION_KEYS)),
+            text=TextConfig(**_pick(text, _TEXT_KEYS)),
+            projection=config.get("projection_dim", cls.projection),
+            logit_scale=float(config.get("logit_scale_init_value", cls.logit_scale)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Write the content of a Hugging Face config.json (without `remat` and `dtype`)."""
+        vision = {key: getattr(self.vision, ours) for ours, key in _VISION_KEYS.items()}
+        text = {key: getattr(self.text, ours) for ours, key in _TEXT_KEYS.items()}
+        common = {"projection_dim": self.projection}
+        return {
+            "model_type": MODEL_TYPE,
+            "architectures": ["CLIPModel"],
+            "projection_dim": self.projection,
+            "logit_scale_init_value": self.logit_scale,
+            "vision_config": {"model_type": "clip_vision_model", **vision, **common},
+            "text_config": {"model_type": "clip_text_model", **text, **common},
+        }
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    # Configurations of 2021 have a second copy, `*_config_dict`, which wins in transformers.
+    sections = (config.get(name) or {}, config.get(f"{name}_dict") or {})
+    if not all(isinstance(section, dict) for section in sections):
+        raise ValueError(f"{CONFIG}: {name} must be an object, got {config[name]!r}")
+    return sections[0] | sections[1]
+
+
+def _pick(section: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: section[key] for ours, key in keys.items() if key in section}
+
+
+def _one(value: Any, name: str) -> int:
+    values = set(value) if isinstance(value, (list, tuple)) else {value}
+    number = values.pop() if len(values) == 1 else None
+    if not isinstance(number, int):
+        raise ValueError(f"{CONFIG}: {name} must be one integer, got {value!r}")
+    return number

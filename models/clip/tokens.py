@@ -1,0 +1,63 @@
+"""The tokens of CLIP's two streams, for all models that have its towers."""
+
+from typing import Any
+
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxrel.models.clip.config import CLIPConfig, TextConfig
+from jaxrel.models.inputs import words_before
+from jaxrel.models.processor import Processor
+
+
+def end_of_text(
+    text: Int[Array | np.ndarray, "batch tokens"], eos_token_id: int
+) -> Int[Array, " batch"]:
+    """Return the position of each text's end token.
+
+    Args:
+      text: token ids.
+      eos_token_id: the end token; its first occurrence counts, since padding may use it too.
+        2 stands in old Hugging Face configurations for "the highest id" of each text.
+    """
+    text = jnp.asarray(text)
+    return jnp.argmax(text if eos_token_id == 2 else text == eos_token_id, axis=-1)
+
+
+def token_ids(processor: Processor, text: Any, config: TextConfig) -> Int[Array, "batch tokens"]:
+    """Turn texts into token ids.
+
+    Args:
+      processor: the model's.
+      text: a text or a list of texts.
+      config: sizes of the text tower.
+
+    Raises:
+      TypeError, ValueError: see `Processor.text`; also a tokenizer that ends texts with another
+        id than the one the model looks for.
+    """
+    ids, found = processor.text(text, config.context), processor.tokenizer.eos_token_id
+    last = np.asarray(end_of_text(ids, config.eos_token_id))
+    if (ids[np.arange(len(ids)), last] != found).any():
+        raise ValueError(
+            f"the tokenizer ends a text with the id {found}, and the model looks for the id "
+            f"{config.eos_token_id}: this is the tokenizer of another model"
+        )
+    return jnp.asarray(ids)
+
+
+def content(config: CLIPConfig, image: Any, text: Any) -> dict[str, Bool[Array, "batch tokens"]]:
+    """Return where the tokens are that stand for something: patches, and words.
+
+    Args:
+      config: sizes of the model.
+      image: [batch, ...], for the size of the batch.
+      text: token ids.
+    """
+    patches = jnp.arange(config.vision.tokens) >= 1
+    end = end_of_text(text, config.text.eos_token_id)
+    return {
+        "vision": jnp.broadcast_to(patches, (len(image), len(patches))),
+        "text": words_before(text, end),
+    }

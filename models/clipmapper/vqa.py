@@ -1,0 +1,139 @@
+"""CLIPmapper that answers questions about images."""
+
+import operator
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrel.models.clip.tokens import end_of_text, token_ids
+from jaxrel.models.clipmapper.model import KINDS, CLIPMapper
+from jaxrel.models.inputs import Inputs, as_pairs
+from jaxrel.models.transformer import read_at
+
+
+class CLIPMapperVQA(CLIPMapper):
+    """CLIPmapper that answers questions: one of a list of answers, read at the end token."""
+
+    task = "vqa"
+
+    def __call__(self, inputs: Inputs, *, return_attention: bool = False) -> Any:
+        """Return the answers' logits.
+
+        Args:
+          inputs: images and questions, one question per image.
+          return_attention: also return the attention maps.
+
+        Returns:
+          float32 [batch, answers]; with `return_attention` a pair of it and the maps by name,
+          [layers, batch, heads, query, key].
+
+        Raises:
+          ValueError, TypeError: an input is missing or has a wrong shape or dtype.
+        """
+        words, maps = self._features(inputs, return_attention)
+        text = jnp.asarray(inputs["text"])
+        logits = self.answer_logits(words, text)
+        return (logits, maps) if return_attention else logits
+
+    def answer_logits(
+        self, words: Float[Array, "batch words mapped"], text: Int[Array, "batch words"]
+    ) -> Float[Array, "batch answers"]:
+        """Return the answers' logits from what `map` returns."""
+        return self.head(self.at_end(words, text)).astype(jnp.float32)
+
+    def at_end(
+        self, words: Float[Array, "batch words mapped"], text: Int[Array, "batch words"]
+    ) -> Float[Array, "batch mapped"]:
+        """Return the target token, from which the answer is read: the question's end."""
+        return read_at(words, end_of_text(text, self.config.clip.text.eos_token_id))
+
+    def predict(self, inputs: Inputs) -> Float[Array, "batch answers"]:
+        """Return each answer's probability."""
+        logits = self(inputs)
+        return jax.nn.sigmoid(logits) if self.config.several else jax.nn.softmax(logits)
+
+    def score(self, inputs: Inputs, target: Any = None) -> Float[Array, " batch"]:
+        """Return the logit of one answer per question: the scalar that explanations explain.
+
+        Args:
+          inputs: images and questions; "answer" int [batch], if there, is the target.
+          target: the answer's index, one or one per question; None: those of the inputs, or
+            else the most probable.
+        """
+        target = inputs.get("answer") if target is None else target
+        logits = self(inputs)
+        # An index has no gradient: the choice of the answer is not explained, its logit is.
+        chosen = logits.argmax(-1) if target is None else jnp.asarray(target)
+        return read_at(logits, chosen)
+
+    def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
+        """Make inputs from images and questions, with the model's own preprocessing.
+
+        Args:
+          image: a PIL image, a uint8 [height, width, 3] array, or a list of them.
+          text: a question or a list of questions.
+
+        Raises:
+          TypeError, ValueError: see `CLIP.prepare`.
+        """
+        ids = token_ids(self.processor, text, self.config.clip.text)
+        return {"image": jnp.asarray(self.processor.image(image)), "text": ids}
+
+    def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
+        """Bring inputs to one image, question and answer per row.
+
+        Args:
+          inputs: images and questions.
+          target: the answer to explain, in words or as an index, one or one per question; the
+            most probable by default.
+
+        Raises:
+          ValueError: the numbers do not fit, or the model does not have this answer.
+        """
+        advice = "as many images as questions, one image, or one question"
+        paired = as_pairs(inputs, "questions", advice)
+        rows = len(paired["text"])
+        if target is None:
+            answer = _predict(self, paired).argmax(-1)
+        else:
+            chosen = [target] if np.ndim(target) == 0 else list(target)
+            answer = jnp.asarray([self._answer(one) for one in chosen])
+            if len(answer) not in (1, rows):
+                raise ValueError(f"{len(answer)} answers for {rows} questions; give one for each")
+            answer = jnp.broadcast_to(answer, rows)
+        return paired | {"answer": answer.astype(jnp.int32)}
+
+    def _answer(self, answer: Any) -> int:
+        answers = self.config.answers
+        if isinstance(answer, str) and answer in answers:
+            return answers.index(answer)
+        if hasattr(answer, "__index__") and operator.index(answer) in range(len(answers)):
+            return operator.index(answer)
+        shown = ", ".join(answers[:30]) + (", ..." if len(answers) > 30 else "")
+        raise ValueError(
+            f"this model has no answer {answer!r}; it has {len(answers)} answers: {shown}"
+        )
+
+    def describe(self, inputs: Inputs) -> list[str]:
+        """Return each row's answer, with its probability."""
+        answer = np.asarray(inputs["answer"])
+        asked = {name: value for name, value in inputs.items() if name != "answer"}
+        probability = np.asarray(_predict(self, asked))[np.arange(len(answer)), answer]
+        named = [self.config.answers[i] for i in answer]
+        return [f"{name} ({p:.0%})" for name, p in zip(named, probability, strict=True)]
+
+    def target_tokens(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
+        """Return the token from which the answer is read: the question's end."""
+        end = end_of_text(inputs["text"], self.config.clip.text.eos_token_id)
+        return {"text": end}
+
+
+KINDS["vqa"] = CLIPMapperVQA
+
+
+@jax.jit
+def _predict(model: CLIPMapperVQA, inputs: Any) -> Array:
+    return model.predict(inputs)

@@ -1,0 +1,71 @@
+"""How the sizes of all models are checked, written to a config.json and read from it."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxrel.models.checkpoint import CONFIG
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a positive integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_sizes(part: str, config: Any, names: Iterable[str]) -> None:
+    """Raise ValueError if one of these fields is no positive integer.
+
+    Args:
+      part: the part of the model that the sizes are of, for the message.
+      config: what has the fields.
+      names: names of the fields.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not is_size(value):
+            raise ValueError(f"{part}: {name} must be a positive integer, got {value!r}")
+
+
+def check_heads(part: str, name: str, width: int, heads: int) -> None:
+    """Raise ValueError if the heads do not divide the width, which the config calls `name`."""
+    if width % heads:
+        raise ValueError(f"{part}: {name} {width} is not a multiple of its {heads} heads")
+
+
+def check_choice(part: str, name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise ValueError if the value of a field is not among those that are known."""
+    if value not in known:
+        raise ValueError(f"{part}: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_keys(what: str, found: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError if a section of a config.json lacks a key or has an unknown one."""
+    found, known = set(found), set(known)
+    if found != known:
+        raise ValueError(
+            f"{CONFIG}: {what} must hold {', '.join(sorted(known))}; missing or unknown: "
+            f"{', '.join(sorted(found ^ known))}"
+        )
+
+
+def field_names(config: Any, *, without: Iterable[str] = ()) -> list[str]:
+    """Return the names of a config's fields, of a class or an instance."""
+    return [field.name for field in dataclasses.fields(config) if field.name not in without]
+
+
+def to_json(config: Any, *, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Return a config's fields for a config.json, with lists where they have tuples."""
+    return {name: _lists(getattr(config, name)) for name in field_names(config, without=without)}
+
+
+def from_json(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `to_json` wrote, with tuples where JSON has lists."""
+    return {name: _tuples(value) for name, value in section.items()}
+
+
+def _lists(value: Any) -> Any:
+    return list(map(_lists, value)) if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
