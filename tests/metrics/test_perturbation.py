@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 
 import jax
 import numpy as np
@@ -11,7 +10,6 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
-from PIL import Image
 from scipy import stats
 
 from jaxrel.metrics import bootstrap, bootstrap_many, perturbation, randomisation
@@ -27,7 +25,6 @@ from jaxrel.metrics.perturbation import (
 )
 from jaxrel.metrics.randomisation import agreement, cascade, rank_correlation
 from jaxrel.report.plots import lines
-from jaxrel.train.evaluate.perturbation import curves
 
 
 def naive_keep(relevance, removable, positive, steps):
@@ -245,23 +242,6 @@ def test_differences_are_paired(summarised):
     np.testing.assert_allclose(list(other["difference"].values()), 1, rtol=1e-9)
 
 
-def test_curves_draw_both_tests(summarised, tmp_path):
-    curves(summarised, tmp_path / "new" / "curves.png")
-    image = np.asarray(Image.open(tmp_path / "new" / "curves.png").convert("RGB"))
-    left, right = np.split(image[:, : image.shape[1] // 2 * 2], 2, axis=1)
-    for half in (left, right):
-        # The line of "other" (#0072b2) is seen in both.
-        assert (half == (0x00, 0x72, 0xB2)).all(-1).sum() > 100
-    assert "matplotlib.pyplot" not in sys.modules
-
-
-def test_curves_name_the_extra_they_need(summarised, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"matplotlib, which is missing: .*'jaxrel\[report\]'"):
-        curves(summarised, tmp_path / "curves.png")
-    assert not list(tmp_path.iterdir())
-
-
 ONES = np.ones((2, 3), np.float32)
 FREE = np.ones((2, 3), bool)
 NAN = np.where(np.arange(6).reshape(2, 3) == 4, np.nan, ONES)
@@ -318,7 +298,6 @@ ERRORS = {
         "baseline 'equal' is not among the methods raw, rollout",
     ),
     "cost": (lambda: table({"equal": LINE}, cost={"raw": "?"}), "cost 'raw' is not among"),
-    "curves": (lambda: curves({}, "a.png"), "'perturbation/1', .* got protocol None"),
     "suffix": (lambda: lines({}, [], "a.pdf", x="", y=""), "ends in .png"),
     "bootstrap_many": (lambda: bootstrap_many(NAN), "of 6 values some are not finite"),
     "ranks": (lambda: rank_correlation(ONES, NAN), "1 of 2 pairs of maps .* at example 1"),

@@ -384,6 +384,6 @@ def curves(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         x="share of tokens removed",
         y=summary["measure"],
         percent=True,
-        size=(11, 4.4),
+        size=(11.0, 4.4),
         note=f"{examples}; bands: bootstrap 95% intervals",
     )
