@@ -1,10 +1,12 @@
-# Two commands matter: `make demo` and `make test`. Both set up .venv on first use.
+# Two commands matter: `make demo` and `make test`. Both set up .venv on first use; `make help` lists
+# the others.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test notebooks batch_tpu bench lint clean python
+.DEFAULT_GOAL := demo
+.PHONY: help demo test notebooks batch_tpu docs bench lint clean python
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml | python
@@ -22,6 +24,16 @@ ifneq ($(origin PYTHON),file)
 	  echo "$(VENV) is of `$(BIN)/python -V`, and $(PYTHON) is `$(PYTHON) -V`:"; \
 	  echo "remove it with make clean, or name another with make VENV=.venv-new"; exit 1; }
 endif
+
+help:
+	@echo 'make demo        explain the five sample images; the result is in OUT (out)'
+	@echo 'make test        run the tests'
+	@echo 'make notebooks   run the notebooks of colab/; the executed copies are in OUT'
+	@echo 'make docs        build the site in OUT/docs, with the notebooks as executed in OUT'
+	@echo 'make bench       measure time and memory on this machine'
+	@echo 'make lint        check style and format'
+	@echo 'make clean       remove the environment and what was built'
+	@echo 'PYTHON=python3.13 VENV=.venv-313 use another Python, OUT=folder another folder'
 
 SAMPLES := blue-square cyan-triangle orange-cross red-circle red-star
 
@@ -44,6 +56,17 @@ notebooks: batch_tpu
 batch_tpu: $(VENV)/.installed
 	mkdir -p $(OUT)
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(EXECUTE) colab/batch_tpu.ipynb
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# All pages are gathered in $(OUT)/pages, and the built site is $(OUT)/docs; warnings are errors.
+docs: $(VENV)/.docs
+	$(BIN)/python .docs/gather.py '$(abspath $(OUT))'
+	PAGES='$(abspath $(OUT))/pages' SOURCE='$(abspath $(OUT))/source' SITE='$(abspath $(OUT))/docs' \
+	  $(BIN)/mkdocs build --strict --config-file .mkdocs.yml
+	@echo 'wrote $(OUT)/docs/index.html'
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmarks

@@ -26,7 +26,7 @@ FLOORS = {
     "jaxrel.images": ("jaxrel.files",),
     "jaxrel.tracing": CORE,
     "jaxrel.propagation": CORE,
-    "jaxrel.attention": RELEVANCE,
+    "jaxrel.attention": (*RELEVANCE, "jaxrel.renamed"),
     "jaxrel.gradients": RELEVANCE,
     "jaxrel.report": ("jaxrel.files", "jaxrel.renamed"),
     "jaxrel.explanations": (*EXPLAIN, "jaxrel.report"),

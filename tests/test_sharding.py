@@ -232,7 +232,7 @@ def one_stream(maps):
 
 
 @layers_first
-def two_streams(maps):
+def bimodal_maps(maps):
     s, q, cross = maps["s"], maps["q"], maps["cross"]
     schedule = [[{"ss": s}], [{"sq": cross.s_cross}]]
     return {
@@ -240,7 +240,7 @@ def two_streams(maps):
             attention.bimodal(s, q, cross, importance=importance, target_token=0),
             attention.bimodal(s, None, cross, importance=importance, target_token=ENDS % 3),
             attention.encoder_decoder(q, s, cross.s_cross, importance=importance),
-            attention.two_streams(schedule, importance=importance, residual=False),
+            attention.bimodal_accumulation(schedule, importance=importance, residual=False),
         )
         for importance in (None, "grad_value")
     } | {"rollout": attention.cross_rollout(s.attn, cross.s_cross.attn, q.attn)}
@@ -336,7 +336,7 @@ CASES = {
     "blockwise": (threaded(3, mask=np.ones((BATCH, TOKENS), bool)), X),
     "causal blockwise": (threaded(2, causal=True, target_token=ENDS), X),
     "maps of one stream": (one_stream, ONE),
-    "maps of two streams": (two_streams, TWO),
+    "bimodal maps": (bimodal_maps, TWO),
     "rules of an MLP": (lrp_rules(mlp), X),
     "rules of a CNN": (lrp_rules(conv_net), IMAGE),
     "forms of LRP": (lrp_forms, IMAGE),

@@ -4,31 +4,27 @@
 their gradients.
 """
 
-from jaxrel.attention.accumulate import equal, head_mean, row, weighted
+from jaxrel.attention.accumulate import Layers, Maps, equal, weighted
 from jaxrel.attention.baselines import cross_rollout, grad_cam, no_aggregation, raw, rollout
-from jaxrel.attention.bimodal_methods import (
-    TWO_STREAM_METHODS,
-    value_and_layers,
-    value_and_two_stream_relevance,
+from jaxrel.attention.bimodal_relevance import value_and_bimodal_relevance, value_and_layers
+from jaxrel.attention.bimodal_schedules import (
+    CoAttention,
+    bimodal,
+    bimodal_accumulation,
+    encoder_decoder,
 )
 from jaxrel.attention.blocks import blockwise
 from jaxrel.attention.discovery import Site, Stack, sites
 from jaxrel.attention.importance import layer_weights, measure, weights
-from jaxrel.attention.maps import check_finite
-from jaxrel.attention.schedules import (
-    CoAttention,
-    Layers,
-    Maps,
-    bimodal,
-    encoder_decoder,
-    two_streams,
-)
+from jaxrel.attention.maps import head_mean, row
+from jaxrel.attention.methods import BIMODAL_METHODS, METHODS
 from jaxrel.attention.streaming import Carrier
-from jaxrel.attention.transformation import METHODS, relevance, value_and_relevance
+from jaxrel.attention.unimodal_relevance import relevance, value_and_relevance
+from jaxrel.renamed import renamed
 
 __all__ = [
+    "BIMODAL_METHODS",
     "METHODS",
-    "TWO_STREAM_METHODS",
     "Carrier",
     "CoAttention",
     "Layers",
@@ -36,8 +32,8 @@ __all__ = [
     "Site",
     "Stack",
     "bimodal",
+    "bimodal_accumulation",
     "blockwise",
-    "check_finite",
     "cross_rollout",
     "encoder_decoder",
     "equal",
@@ -51,10 +47,19 @@ __all__ = [
     "rollout",
     "row",
     "sites",
-    "two_streams",
+    "value_and_bimodal_relevance",
     "value_and_layers",
     "value_and_relevance",
-    "value_and_two_stream_relevance",
     "weighted",
     "weights",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "TWO_STREAM_METHODS": "jaxrel.attention.BIMODAL_METHODS",
+        "carrier": "jaxrel.attention.streaming",
+        "two_streams": "jaxrel.attention.bimodal_accumulation",
+        "value_and_two_stream_relevance": "jaxrel.attention.value_and_bimodal_relevance",
+    },
+)

@@ -1,10 +1,16 @@
-"""Relevance accumulated over the self-attention layers of one stream, equally or weighted."""
+"""Relevance accumulated over attention layers, of one stream of tokens or of two.
+
+The rules of Chefer, Gur and Wolf 2021, "Generic Attention-model Explainability", eq. 5 to 11,
+and our weighted form of them. A `Stream` holds the relevance of all tokens for the tokens of one
+modality; an attention layer is a function from streams to streams; a model is a scan over its
+layers. A model of one modality is a bimodal one whose other stream has no tokens.
+"""
 
 import functools
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
@@ -12,41 +18,228 @@ from jaxrel.attention.importance import Measure, layer_weights, measure
 from jaxrel.attention.maps import (
     FloatArray,
     Selection,
-    TargetToken,
-    indices,
+    head_mean,
     matmul,
     prepare,
+    prepare_values,
     relevance_dtype,
-    require_finite,
-    take,
-    token_index,
 )
 from jaxrel.tracing.sharding import shaped_like, zeros
 
 
-def head_mean(attn: FloatArray, grad: FloatArray) -> Float[Array, "*batch query key"]:
-    """Mean over the heads of `max(grad * attn, 0)`: Chefer, Gur and Wolf 2021, eq. 5.
+class Layers(NamedTuple):
+    """The attention layers of one kind, stacked in the order in which the model runs them.
+
+    `attn` and `grad` are `[layers, batch, heads, query, key]`: the softmax outputs, and the
+    gradient of the explained scalar with respect to them. Weighted accumulation needs the other
+    three, `[layers, batch, query, width]`: the residual stream before attention is added, what
+    is added, and the gradient with respect to their sum.
+    """
+
+    attn: Any
+    grad: Any
+    before: Any = None
+    after: Any = None
+    value_grad: Any = None
+
+
+class Maps(NamedTuple):
+    """Four relevance maps; `sq[b, i, j]` is the relevance of q's token j for s's token i."""
+
+    ss: Array
+    sq: Array
+    qq: Array
+    qs: Array
+
+
+class Stream(NamedTuple):
+    """The relevance of all tokens for one stream's tokens, in the parts the rules need.
+
+    The relevance of its own tokens is `diag(kept) + moved`: what the residual branch alone
+    carries, and what attention moved. Equal accumulation has `kept = 1`, so `moved` is the
+    paper's `R - I`. The two parts are kept separate because that difference cancels in float32
+    where relevance is small, and because in weighted accumulation `R - I` can be negative and
+    then no longer says which share of the relevance came from which token.
+    """
+
+    kept: Float[Array, "batch tokens"]
+    moved: Float[Array, "batch tokens tokens"]
+    other: Float[Array, "batch tokens others"]
+
+
+def start(
+    batch: int, tokens: int, others: int, dtype: Any = jnp.float32, *, like: Any = None
+) -> Stream:
+    """A stream before its first layer: every token is relevant for itself alone.
+
+    Where maps `like` `[layers, batch, ...]` are given it is sharded as their batch is.
+    """
+
+    def nothing(*sizes: int) -> Array:
+        shape = (batch, *sizes)
+        if like is None:
+            return jnp.zeros(shape, dtype)
+        axes = (1, *(None for _ in sizes))
+        return zeros(shaped_like(like, axes, shape=shape, dtype=dtype))
+
+    return Stream(nothing(tokens) + 1, nothing(tokens, tokens), nothing(tokens, others))
+
+
+def own(stream: Stream) -> Float[Array, "batch tokens tokens"]:
+    """The relevance of a stream's tokens for themselves: `R_ss`."""
+    return stream.moved + stream.kept[..., None] * _eye(stream)
+
+
+def normalised(stream: Stream) -> Float[Array, "batch tokens tokens"]:
+    """What attention moved, each row as shares of its sum, plus the identity: eq. 8 and 9.
+
+    A row to which nothing moved is the identity's row.
+    """
+    total = stream.moved.sum(axis=-1, keepdims=True)
+    return stream.moved / jnp.where(total == 0, 1, total) + _eye(stream)
+
+
+def self_attention(
+    stream: Stream, abar: Float[Array, "batch tokens tokens"], alpha: Any = 1.0, beta: Any = 1.0
+) -> Stream:
+    """A stream after it attended to itself: eq. 6 and 7.
 
     Args:
-      attn: attention maps, `[..., heads, query, key]`; or the LRP relevance of the maps,
-        which gives the variants "with LRP".
-      grad: gradient of the explained scalar with respect to the maps.
+      stream: the stream before.
+      abar: `head_mean` of the layer.
+      alpha: weight of the relevance carried over, one number or `[batch, tokens]`.
+      beta: weight of the relevance moved.
 
     Returns:
-      `[..., query, key]`, 0 or more, in float32 (float64 for float64 maps).
+      The stream after.
     """
-    dtype = relevance_dtype(attn, grad)
-    product = jnp.maximum(grad.astype(dtype) * attn.astype(dtype), 0)
-    # A sum written out fuses with the product; XLA's reduction on a CPU first stores all maps.
-    heads = [product[..., head, :, :] for head in range(product.shape[-3])]
-    return functools.reduce(jnp.add, heads) / len(heads)
+    abar = abar.astype(stream.moved.dtype)
+    return _add(stream, matmul(abar, own(stream)), matmul(abar, stream.other), alpha, beta)
 
 
-def identity(attn: FloatArray, dtype: Any) -> Float[Array, "batch tokens tokens"]:
-    """Every token relevant for itself alone: where accumulation over stacked maps starts."""
-    batch, tokens = attn.shape[1], attn.shape[-1]
-    like = shaped_like(attn, (1, None, None), shape=(batch, tokens, tokens), dtype=dtype)
-    return zeros(like) + jnp.eye(tokens, dtype=dtype)
+def cross_attention(
+    stream: Stream,
+    source: Stream,
+    abar: Float[Array, "batch tokens others"],
+    alpha: Any = 1.0,
+    beta: Any = 1.0,
+    *,
+    normalise: bool = True,
+) -> Stream:
+    """A stream after it attended to another: eq. 10 and 11.
+
+    A layer in which two streams attend to each other is two calls, both from the streams as
+    they are before the layer.
+
+    Args:
+      stream: the stream that the queries come from, before.
+      source: the stream that the keys come from.
+      abar: `head_mean` of the layer.
+      alpha: as in `self_attention`.
+      beta: as in `self_attention`.
+      normalise: whether eq. 10 normalises the streams' own relevance (eq. 8 and 9).
+
+    Returns:
+      The stream after.
+    """
+    abar = abar.astype(stream.moved.dtype)
+    mine, theirs = (normalised(x) if normalise else own(x) for x in (stream, source))
+    others = matmul(mine.mT, matmul(abar, theirs))
+    return _add(stream, matmul(abar, source.other), others, alpha, beta)
+
+
+@functools.partial(jax.jit, static_argnames=("importance", "normalise", "residual"))
+def accumulate_blocks(
+    blocks: Sequence[Sequence[Mapping[str, Layers]]],
+    *,
+    importance: Measure | None = None,
+    normalise: bool = True,
+    residual: bool = True,
+) -> Maps:
+    """Accumulate relevance over blocks of attention layers: the one loop behind every form.
+
+    Args:
+      blocks: a schedule as `bimodal_accumulation` takes it, already checked. Blocks of "ss"
+        alone are a model of one modality.
+      importance: the measure of weighted accumulation; None for equal accumulation.
+      normalise: whether eq. 10 normalises the streams' own relevance (eq. 8 and 9).
+      residual: whether `ss` and `qq` hold what the residual branch alone carries.
+
+    Returns:
+      The four maps, in float32 (float64 where any input is float64).
+    """
+    leaves = jax.tree.leaves(blocks)
+    batch, dtype = leaves[0].shape[1], relevance_dtype(*leaves)
+    sizes = {"s": 0, "q": 0}
+    for pair, layers in (item for block in blocks for stage in block for item in stage.items()):
+        sizes[pair[0]], sizes[pair[1]] = layers.attn.shape[-2:]
+    tokens, others = sizes.values()
+    streams = {
+        "s": start(batch, tokens, others, dtype, like=leaves[0]),
+        "q": start(batch, others, tokens, dtype, like=leaves[0]),
+    }
+
+    def layer(streams, stages):
+        for stage in stages:
+            streams = streams | _after_stage(streams, stage, importance, normalise)
+        return streams, None
+
+    for block in blocks:
+        counts = [layers.attn.shape[0] for stage in block for layers in stage.values()]
+        first, last = _split(block, min(counts))
+        streams, _ = jax.lax.scan(layer, streams, first)
+        if min(counts) < max(counts):
+            streams, _ = layer(streams, last)
+    s, q = streams["s"], streams["q"]
+    ss, qq = (own(s), own(q)) if residual else (s.moved, q.moved)
+    return Maps(ss=ss, sq=s.other, qq=qq, qs=q.other)
+
+
+def _after_stage(
+    streams: Mapping[str, Stream],
+    stage: Mapping[str, Layers],
+    importance: Measure | None,
+    normalise: bool,
+) -> dict[str, Stream]:
+    """The streams that attend in a stage, after it; all of them read the streams before it."""
+    changed = {}
+    for pair, layer in stage.items():
+        stream, source = (streams[name] for name in pair)
+        weights = () if importance is None else layer_weights(*layer[2:], importance)
+        update = (head_mean(layer.attn, layer.grad), *weights)
+        if pair[0] == pair[1]:
+            changed[pair[0]] = self_attention(stream, *update)
+        else:
+            changed[pair[0]] = cross_attention(stream, source, *update, normalise=normalise)
+    return changed
+
+
+def _split(block: Any, count: int) -> tuple[Any, Any]:
+    """The first `count` layers of a block, and the one after them without what it lacks."""
+    first = jax.tree.map(lambda x: x[:count], block)
+    last = [
+        {
+            pair: jax.tree.map(lambda x: x[-1], layers)
+            for pair, layers in stage.items()
+            if layers.attn.shape[0] > count
+        }
+        for stage in block
+    ]
+    return first, last
+
+
+def _eye(stream: Stream) -> Array:
+    return jnp.eye(stream.moved.shape[-1], dtype=stream.moved.dtype)[None]
+
+
+def _add(stream: Stream, moved: Array, other: Array, alpha: Any, beta: Any) -> Stream:
+    dtype, shape = stream.kept.dtype, stream.kept.shape
+    alpha, beta = (jnp.broadcast_to(jnp.asarray(w, dtype), shape) for w in (alpha, beta))
+    return Stream(
+        kept=alpha * stream.kept,
+        moved=alpha[..., None] * stream.moved + beta[..., None] * moved,
+        other=alpha[..., None] * stream.other + beta[..., None] * other,
+    )
 
 
 def equal(
@@ -77,16 +270,8 @@ def equal(
         is NaN or infinite (named with its layer; not seen under `jax.jit`).
       TypeError: `layers` or `heads` is neither None, a slice nor a sequence.
     """
-    return _equal(*prepare("equal", {"attn": attn, "grad": grad}, layers=layers, heads=heads))
-
-
-@jax.jit
-def _equal(attn, grad):
-    def layer(relevance, maps):
-        return relevance + matmul(head_mean(*maps), relevance), None
-
-    start = identity(attn, relevance_dtype(attn, grad))
-    return jax.lax.scan(layer, start, (attn, grad))[0]
+    maps = prepare("equal", {"attn": attn, "grad": grad}, layers=layers, heads=heads)
+    return accumulate_blocks([[{"ss": Layers(*maps)}]]).ss
 
 
 def weighted(
@@ -129,100 +314,7 @@ def weighted(
       TypeError: as in `equal`.
     """
     maps = prepare("weighted", {"attn": attn, "grad": grad}, layers=layers, heads=heads)
-    values = prepare_values("weighted", np.shape(attn), before, after, value_grad, layers=layers)
-    return _weighted(maps, values, measure(importance))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _weighted(maps, values, importance):
-    dtype = relevance_dtype(*maps, *values)
-
-    def layer(relevance, inputs):
-        maps, (before, after, value_grad) = inputs
-        alpha, beta = layer_weights(before, after, value_grad, importance)
-        moved = matmul(head_mean(*maps).astype(dtype), relevance)
-        alpha, beta = alpha.astype(dtype)[..., None], beta.astype(dtype)[..., None]
-        return alpha * relevance + beta * moved, None
-
-    start = identity(maps[0], dtype)
-    return jax.lax.scan(layer, start, (maps, values))[0]
-
-
-def row(
-    relevance: Float[Array, "batch query key"] | Float[np.ndarray, "batch query key"],
-    target_token: TargetToken,
-) -> Float[Array, "batch key"]:
-    """The relevance of every token for the target token.
-
-    Args:
-      relevance: a full relevance map.
-      target_token: the target token: 0 for a leading class token, the index of the end token
-        for a CLIP text, the predicting position for a causal captioner. One index for all
-        examples, or one each; negative ones count from the end. Where the scalar is the mean of
-        what is read from several tokens, their weights, float [batch, query].
-
-    Returns:
-      One row per example, the target token's own entry included.
-
-    Raises:
-      ValueError: the index does not exist, or the weights are not one per token. Under `jax.jit`
-        an index is not known, and one that does not exist gives a row of NaN.
-      TypeError: the indices are not integers.
-    """
-    batch, tokens, _ = relevance.shape
-    if getattr(target_token, "ndim", 0) == 2:
-        weights: Any = jnp.asarray(target_token)
-        if weights.shape != (batch, tokens) or not jnp.issubdtype(weights.dtype, jnp.floating):
-            raise ValueError(
-                f"row: weights of target token tokens must be float [{batch}, {tokens}], got "
-                f"{weights.dtype} {list(weights.shape)}"
-            )
-        # A product over a batch wants both sharded alike.
-        like = shaped_like(relevance, (0, None), shape=(batch, tokens), dtype=relevance.dtype)
-        weights = weights.astype(relevance.dtype) + zeros(like)
-        return matmul(weights[:, None], jnp.asarray(relevance))[:, 0]
-    index = token_index(target_token, batch=batch, tokens=tokens)
-    return jnp.take_along_axis(
-        jnp.asarray(relevance), index[:, None, None], axis=1, mode="fill", fill_value=jnp.nan
-    )[:, 0]
-
-
-def prepare_values(
-    where: str,
-    maps_shape: tuple[int, ...],
-    before: Any,
-    after: Any,
-    value_grad: Any,
-    *,
-    layers: Selection = None,
-) -> tuple[Array, ...]:
-    """The token values of the attention layers, checked, for the asked layers only.
-
-    Args:
-      where: the function to name in an error.
-      maps_shape: shape of the attention maps, `[layers, batch, heads, query, key]`.
-      before: as in `weighted`.
-      after: as in `weighted`.
-      value_grad: as in `weighted`.
-      layers: the layers to keep; None for all.
-
-    Returns:
-      `before`, `after`, `value_grad`.
-
-    Raises:
-      ValueError: a shape does not fit the maps, or a value is not finite.
-    """
     values = {"before": before, "after": after, "value_grad": value_grad}
-    shapes = {name: np.shape(x) for name, x in values.items()}
-    count, batch, _, tokens, _ = maps_shape
-    fits = all(len(s) == 4 and s[:3] == (count, batch, tokens) for s in shapes.values())
-    if not fits or len(set(shapes.values())) > 1:
-        raise ValueError(
-            f"{where}: expected values [layers, batch, tokens, width] of one shape "
-            f"({count}, {batch}, {tokens}, width), got "
-            + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        )
-    chosen = indices(layers, count, "layers")
-    for name, x in values.items():
-        require_finite(f"{where}: {name}", x, layers=layers)
-    return tuple(take(jnp.asarray(x), chosen, 0) for x in values.values())
+    values = prepare_values("weighted", attn.shape, values, layers=layers)
+    blocks = [[{"ss": Layers(*maps, *values)}]]
+    return accumulate_blocks(blocks, importance=measure(importance)).ss

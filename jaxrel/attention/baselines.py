@@ -1,28 +1,42 @@
-"""The attention methods that relevance accumulation is compared with."""
+"""The baselines: raw attention, rollout, attention Grad-CAM, and gradient times attention.
+
+Chefer, Gur and Wolf 2021 and Huang, Jia, Zhang and Zhang 2023 compare accumulation with these.
+"""
+
+import functools
+from collections.abc import Callable
 
 import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrel.attention.accumulate import head_mean, identity
-from jaxrel.attention.maps import FloatArray, Selection, matmul, prepare, relevance_dtype
+from jaxrel.attention.maps import (
+    FloatArray,
+    Selection,
+    head_mean,
+    matmul,
+    prepare,
+    relevance_dtype,
+)
+from jaxrel.tracing.sharding import shaped_like, zeros
 
 
 def raw(
     attn: FloatArray, *, layers: Selection = None, heads: Selection = None
 ) -> Float[Array, "batch query key"]:
-    """The last layer's attention, the mean over its heads.
+    """Raw attention: the last layer's map, the mean over its heads.
 
     Args:
       attn: attention maps `[layers, batch, heads, query, key]`, also between two streams.
-      layers: as in `equal`; the last of them is the one.
+      layers: as in `equal`; the last of them is read.
       heads: the heads to average; None for all.
 
     Returns:
       The map, in float32 (float64 for float64 maps).
 
     Raises:
-      ValueError: the shape is not as above, or a layer or a head does not exist.
+      ValueError: as in `equal`.
+      TypeError: as in `equal`.
     """
     (attn,) = prepare("raw", {"attn": attn}, layers=layers, heads=heads, square=False)
     return attn[-1].astype(relevance_dtype(attn)).mean(axis=1)
@@ -34,7 +48,7 @@ def rollout(
     """Attention rollout: the product over the layers of `A + I` with rows that sum to 1.
 
     Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers"; `A` is the mean
-    over the heads. It knows no gradient, and so no target.
+    over the heads. It uses no gradient, so it is the same for every target.
 
     Args:
       attn: attention maps `[layers, batch, heads, query, key]`.
@@ -45,20 +59,30 @@ def rollout(
       The product, the last layer leftmost, in float32 (float64 for float64 maps).
 
     Raises:
-      ValueError: the shape is not as above, or a layer or a head does not exist.
+      ValueError: as in `equal`.
+      TypeError: as in `equal`.
     """
-    return _rollout(*prepare("rollout", {"attn": attn}, layers=layers, heads=heads))
+    return _product(_mixed, *prepare("rollout", {"attn": attn}, layers=layers, heads=heads))
 
 
-@jax.jit
-def _rollout(attn):
-    start = identity(attn, relevance_dtype(attn))
+def _mixed(attn: Array) -> Float[Array, "batch query key"]:
+    """The mean over the heads plus the identity, each row as shares of its sum."""
+    mean = attn.astype(relevance_dtype(attn)).mean(axis=1)
+    mixed = mean + jnp.eye(mean.shape[-1], dtype=mean.dtype)
+    return mixed / mixed.sum(axis=-1, keepdims=True)
 
-    def layer(flow, attn):
-        step = attn.astype(flow.dtype).mean(axis=1) + start
-        return matmul(step / step.sum(axis=-1, keepdims=True), flow), None
 
-    return jax.lax.scan(layer, start, attn)[0]
+@functools.partial(jax.jit, static_argnums=0)
+def _product(matrix: Callable, *maps: Array) -> Float[Array, "batch query key"]:
+    """The product over the layers of `matrix(*maps of a layer)`, the last layer leftmost."""
+    batch, tokens, dtype = maps[0].shape[1], maps[0].shape[-1], relevance_dtype(*maps)
+    like = shaped_like(maps[0], (1, None, None), shape=(batch, tokens, tokens), dtype=dtype)
+
+    def layer(product, maps):
+        return matmul(matrix(*maps), product), None
+
+    start = zeros(like) + jnp.eye(tokens, dtype=dtype)
+    return jax.lax.scan(layer, start, maps)[0]
 
 
 def grad_cam(
@@ -66,20 +90,22 @@ def grad_cam(
 ) -> Float[Array, "batch query key"]:
     """Grad-CAM of the last attention layer: its maps, each head weighted by its mean gradient.
 
-    `max(mean over heads of (mean(grad) * attn), 0)`, as Chefer, Gur and Wolf 2021 compare
-    with (their code clips the mean over the heads, not each head).
+    `max(mean over heads of (mean(grad) * attn), 0)`: Selvaraju et al. 2017, in the form that
+    Chefer, Gur and Wolf 2021 compare with (their code clips the mean over the heads, not each
+    head).
 
     Args:
       attn: attention maps `[layers, batch, heads, query, key]`, also between two streams.
       grad: gradient of the explained scalar with respect to them.
-      layers: as in `equal`; the last of them is the one.
+      layers: as in `equal`; the last of them is read.
       heads: the heads to average; None for all.
 
     Returns:
       The map, 0 or more, in float32 (float64 for float64 maps).
 
     Raises:
-      ValueError: the shapes are not as above, or a layer or a head does not exist.
+      ValueError: as in `equal`.
+      TypeError: as in `equal`.
     """
     maps = {"attn": attn, "grad": grad}
     attn, grad = prepare("grad_cam", maps, layers=layers, heads=heads, square=False)
@@ -91,10 +117,10 @@ def grad_cam(
 def no_aggregation(
     attn: FloatArray, grad: FloatArray, *, layers: Selection = None, heads: Selection = None
 ) -> Float[Array, "batch query key"]:
-    """Gradient times attention, rolled out: `R = A R` for every layer, from `R = I`.
+    """Gradient times attention, rolled out: `R = I`, then `R = A R` for every layer.
 
-    Equal accumulation without what the residual branch carries: the ablation of Chefer, Gur
-    and Wolf 2021.
+    Equal accumulation without the part that the residual branch carries: the ablation of
+    Chefer, Gur and Wolf 2021. `A` is `head_mean`.
 
     Args:
       attn: as in `equal`.
@@ -110,16 +136,8 @@ def no_aggregation(
       TypeError: as in `equal`.
     """
     maps = {"attn": attn, "grad": grad}
-    return _no_aggregation(*prepare("no_aggregation", maps, layers=layers, heads=heads))
-
-
-@jax.jit
-def _no_aggregation(attn, grad):
-    def layer(relevance, maps):
-        return matmul(head_mean(*maps), relevance), None
-
-    start = identity(attn, relevance_dtype(attn, grad))
-    return jax.lax.scan(layer, start, (attn, grad))[0]
+    prepared = prepare("no_aggregation", maps, layers=layers, heads=heads)
+    return _product(head_mean, *prepared)
 
 
 def cross_rollout(
@@ -127,8 +145,8 @@ def cross_rollout(
 ) -> Float[Array, "batch s q"]:
     """Rollout between two streams: `rollout(s)^T A rollout(q)`.
 
-    `A` is the last cross-attention from s to q, the mean over its heads. As Chefer, Gur and
-    Wolf 2021 compare with; the transpose is theirs.
+    `A` is the last cross-attention from s to q, the mean over its heads. This is the baseline
+    of Chefer, Gur and Wolf 2021; the transpose is theirs.
 
     Args:
       s_self: self-attention maps of stream s, `[layers, batch, heads, s, s]`.

@@ -15,8 +15,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxrel.attention.accumulate import head_mean
-from jaxrel.attention.maps import matmul, relevance_dtype
+from jaxrel.attention.maps import head_mean, matmul, relevance_dtype
 from jaxrel.attention.streaming import Carrier
 
 
@@ -33,15 +32,15 @@ def blockwise(
 ) -> tuple[Float[Array, "batch heads tokens value_width"], Carrier]:
     """`softmax(scale q k^T) v`, and the carrier accumulated over its map.
 
-    It stands for `accumulate` and the attention it marks; results agree to rounding. The
-    softmax, the gradient of the map and the relevance are computed in float32 (float64 for
-    float64 inputs) whatever the dtype of q, k and v.
+    It replaces `streaming.accumulate` and the attention that this marks; results agree to
+    rounding. The softmax, the gradient of the map and the relevance are computed in float32
+    (float64 for float64 inputs) whatever the dtype of q, k and v.
 
     Args:
       q: queries, heads apart.
       k: keys.
       v: values.
-      carrier: the carrier (`carrier.Carrier`).
+      carrier: the carrier (`streaming.Carrier`).
       block: how many queries at a time; the number of tokens need not be a multiple.
       mask: the keys that may be attended to, True to keep; None for all. A query with no
         key at all gets output 0.

@@ -1,13 +1,13 @@
-"""Attention maps of a model nobody prepared: found in its graph by what they do.
+"""Attention maps of a model that was not prepared for it: found in its graph by structure.
 
 An attention site is a softmax whose output reaches, through moves and masks, a product with
-values that depend on the explained data, in which the softmax's axis is summed over. That
-covers Flax's attention modules (NNX and Linen), `jax.nn.dot_product_attention` where XLA
-computes it, grouped queries, and attention written with einsum or `@`. The sites of layers
-that follow one another, scanned or unrolled, form a stack.
+values that depend on the explained data and that sums over the softmax's axis. That covers
+Flax's attention modules (NNX and Linen), `jax.nn.dot_product_attention` where XLA computes it,
+grouped queries, and attention written with einsum or `@`. The sites of successive layers,
+scanned or unrolled, form a stack.
 
-What structure cannot tell: axes of equal length. The batch is the product's first batch axis,
-and streams are [batch, tokens, width]; a model that has the tokens first is explained through
+Structure cannot tell apart axes of equal length. The batch is the product's first batch axis,
+and streams are [batch, tokens, width]; explain a model that has the tokens first through
 `jax.vmap` over its examples.
 """
 
@@ -165,7 +165,7 @@ class Stack:
 
 
 def sites(fun: Callable, *, argnums: int | Sequence[int] | None = None) -> Callable:
-    """List the attention stacks of a function, by the names `relevance` knows them by.
+    """List the attention stacks of a function, with the names by which `relevance` knows them.
 
     Args:
       fun: any JAX function; see `relevance`.
@@ -189,17 +189,17 @@ def sites(fun: Callable, *, argnums: int | Sequence[int] | None = None) -> Calla
 
 
 def trace_attention(fun: Callable, *args) -> Traced:
-    """Trace a call, with attention taken out of functions that have a derivative of their own.
+    """Trace a call, and open functions with their own derivative that compute attention.
 
-    The maps inside such a function have no gradient but that of what it computes, which is
-    therefore the one that counts.
+    A map inside such a function has no gradient by that derivative; the gradient that counts is
+    the one of the operations that the function computes.
     """
     traced = trace(fun, *args)
     return dataclasses.replace(traced, graph=open_calls(traced.graph, _attends))
 
 
 def _attends(node: Node) -> bool:
-    """Whether a function with a derivative of its own computes attention, or its softmax."""
+    """Whether a function with its own derivative computes attention, or its softmax."""
     if node.name not in CUSTOM or len(node.bodies) != 1:
         return False
     body = open_calls(node.bodies[0], lambda inner: inner.name in CUSTOM)
@@ -239,7 +239,7 @@ def tagged_stack(traced: Traced, name: str) -> Stack | None:
 
 
 def data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
-    """Inputs that count as data: the named arguments, or all that are no NNX module."""
+    """Inputs that count as data: the named arguments, or all that are not NNX modules."""
     if argnums is None:
         chosen = [not isinstance(arg, nnx.Module) for arg in args]
     else:
@@ -330,7 +330,7 @@ def _site(
 
 
 def _is_stream(value: Value, site: Site) -> bool:
-    """Whether a value is [batch, tokens, width], give or take axes of length 1."""
+    """Whether a value is [batch, tokens, width], apart from axes of length 1."""
     batch, _, tokens, _ = site.shape
     sizes = [size for size in value.shape[:-1] if size != 1]
     return sizes == [size for size in (batch, tokens) if size != 1]
@@ -373,7 +373,7 @@ def _residual(
     users: dict[Value, list[Node]],
     data: frozenset[Value],
 ) -> Residual | None:
-    """The sum of an attention's output with the stream that the attention looked from."""
+    """The sum of an attention's output and the stream that its queries come from."""
     producers = graph.producers()
     value, after = out, None
     while len(users.get(value, ())) == 1:

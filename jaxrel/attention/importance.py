@@ -1,7 +1,8 @@
 """How important a token's value is: the measures that weighted accumulation weighs by.
 
-A measure is a plain function `(value, grad) -> importance`: values and their gradients
-`[..., tokens, width]` in, importances `[..., tokens]` out, none of them negative.
+A measure is a plain function `(value, grad) -> importance`: token values and the gradients of
+the explained scalar with respect to them, `[..., tokens, width]`, in; one importance per token,
+`[..., tokens]`, 0 or more, out.
 """
 
 from collections.abc import Callable
@@ -19,15 +20,7 @@ def grad_value(
 ) -> Float[Array, "*tokens"]:
     """Sum over the width of `max(grad * value, 0)`.
 
-    The analogue, for values, of the gradient-weighted attention of Chefer, Gur and Wolf 2021
-    (eq. 5).
-
-    Args:
-      value: token values.
-      grad: gradients of the explained scalar with respect to them.
-
-    Returns:
-      One importance per token, 0 or more.
+    The analogue, for values, of Chefer, Gur and Wolf 2021, eq. 5.
     """
     return jnp.maximum(grad * value, 0).sum(axis=-1)
 
@@ -35,30 +28,14 @@ def grad_value(
 def norm(
     value: Float[Array, "*tokens width"], grad: Float[Array, "*tokens width"]
 ) -> Float[Array, "*tokens"]:
-    """Euclidean norm of the value (Kobayashi et al. 2020); the gradient is not used.
-
-    Args:
-      value: token values.
-      grad: gradients of the explained scalar with respect to them.
-
-    Returns:
-      One importance per token, 0 or more.
-    """
+    """Euclidean norm of the value (Kobayashi et al. 2020); the gradient is not used."""
     return jnp.sqrt(jnp.square(value).sum(axis=-1))
 
 
 def abs_grad_value(
     value: Float[Array, "*tokens width"], grad: Float[Array, "*tokens width"]
 ) -> Float[Array, "*tokens"]:
-    """Magnitude of the sum over the width of `grad * value`, the first-order effect of a token.
-
-    Args:
-      value: token values.
-      grad: gradients of the explained scalar with respect to them.
-
-    Returns:
-      One importance per token, 0 or more.
-    """
+    """Magnitude of the sum over the width of `grad * value`, a token's first-order effect."""
     return jnp.abs((grad * value).sum(axis=-1))
 
 

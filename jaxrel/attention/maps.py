@@ -1,8 +1,11 @@
-"""Attention maps as data: the checks, the selection and the target token that all methods share."""
+"""Attention maps as data: what all methods share.
+
+Checks, the choice of layers and heads, the mean over heads, and the target token with its row.
+"""
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +13,11 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Shapes are checked by the functions themselves, so that a wrong one is reported in
-# their own words: which map, what was given, what was expected.
+from jaxrel.renamed import renamed_keywords
+from jaxrel.tracing.sharding import shaped_like, zeros
+
+# The functions check shapes themselves, so that the error can say which map is wrong, what was
+# given and what was expected.
 FloatArray = Float[Array, "..."] | Float[np.ndarray, "..."]
 TargetToken = (
     int | np.integer | Int[Array, "..."] | Int[np.ndarray, "..."] | Float[Array, "batch query"]
@@ -25,6 +31,24 @@ matmul = functools.partial(jnp.matmul, precision="highest")
 def relevance_dtype(*arrays: Any) -> Any:
     """The dtype relevance is accumulated in: float64 if any input is float64, else float32."""
     return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
+
+
+def head_mean(attn: FloatArray, grad: FloatArray) -> Float[Array, "*batch query key"]:
+    """Mean over the heads of `max(grad * attn, 0)`: Chefer, Gur and Wolf 2021, eq. 5.
+
+    Args:
+      attn: attention maps, `[..., heads, query, key]`; or the LRP relevance of the maps,
+        which gives the variants "with LRP".
+      grad: gradient of the explained scalar with respect to the maps.
+
+    Returns:
+      `[..., query, key]`, 0 or more, in float32 (float64 for float64 maps).
+    """
+    dtype = relevance_dtype(attn, grad)
+    product = jnp.maximum(grad.astype(dtype) * attn.astype(dtype), 0)
+    # A sum written out fuses with the product; XLA's reduction on a CPU first stores all maps.
+    heads = [product[..., head, :, :] for head in range(product.shape[-3])]
+    return functools.reduce(jnp.add, heads) / len(heads)
 
 
 def indices(selection: Any, count: int, what: str) -> tuple[int, ...]:
@@ -74,29 +98,20 @@ def take(array: Array, chosen: Sequence[int], axis: int) -> Array:
     return jnp.take(array, np.asarray(chosen), axis=axis)
 
 
-def check_finite(
-    attn: FloatArray, grad: FloatArray | None = None, *, layers: Selection = None
-) -> None:
-    """Report a NaN or an infinity in attention maps, or in their gradients, with its layer.
+def require_finite(name: str, array: Any, *, layers: Selection = None) -> None:
+    """Report a NaN or an infinity in an array with its layer.
 
     Only concrete arrays are looked at. Inside `jax.jit` nothing can be reported, and a NaN
     travels on into the relevance, where it shows.
 
     Args:
-      attn: maps, `[layers, ...]`.
-      grad: their gradients, of the same shape.
+      name: what the error calls the array.
+      array: `[layers, ...]`.
       layers: the layers to look at; None for all.
 
     Raises:
       ValueError: a value is not finite; the message names the first such layer.
     """
-    require_finite("attn", attn, layers=layers)
-    if grad is not None:
-        require_finite("grad", grad, layers=layers)
-
-
-def require_finite(name: str, array: Any, *, layers: Selection = None) -> None:
-    """`check_finite` for one array `[layers, ...]` under the name that the error gives it."""
     if isinstance(array, jax.core.Tracer):
         return
     chosen = indices(layers, len(array), "layers")
@@ -113,7 +128,7 @@ def require_finite(name: str, array: Any, *, layers: Selection = None) -> None:
 
 def prepare(
     where: str,
-    maps: dict[str, Any],
+    maps: Mapping[str, Any],
     *,
     layers: Selection = None,
     heads: Selection = None,
@@ -157,6 +172,42 @@ def prepare(
     return tuple(take(take(jnp.asarray(x), some_layers, 0), some_heads, 2) for x in maps.values())
 
 
+def prepare_values(
+    where: str,
+    maps_shape: tuple[int, ...],
+    values: Mapping[str, Any],
+    *,
+    layers: Selection = None,
+) -> tuple[Array, ...]:
+    """The token values of the attention layers, checked, for the asked layers only.
+
+    Args:
+      where: the function to name in an error.
+      maps_shape: shape of the attention maps, `[layers, batch, heads, query, key]`.
+      values: by argument name, arrays `[layers, batch, query, width]` of one shape.
+      layers: the layers to keep; None for all.
+
+    Returns:
+      The values in the order given.
+
+    Raises:
+      ValueError: a shape does not fit the maps, or a value is not finite.
+    """
+    shapes = {name: np.shape(x) for name, x in values.items()}
+    count, batch, _, tokens, _ = maps_shape
+    fits = all(len(s) == 4 and s[:3] == (count, batch, tokens) for s in shapes.values())
+    if not fits or len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"{where}: expected values [layers, batch, tokens, width] of one shape "
+            f"({count}, {batch}, {tokens}, width), got "
+            + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        )
+    chosen = indices(layers, count, "layers")
+    for name, x in values.items():
+        require_finite(f"{where}: {name}", x, layers=layers)
+    return tuple(take(jnp.asarray(x), chosen, 0) for x in values.values())
+
+
 def token_index(target_token: Any, *, batch: int, tokens: int) -> Int[Array, " batch"]:
     """The target token of each example, from 0 to `tokens - 1`.
 
@@ -191,3 +242,43 @@ def token_index(target_token: Any, *, batch: int, tokens: int) -> Int[Array, " b
             )
     index = jnp.broadcast_to(jnp.asarray(target_token), (batch,))
     return jnp.where(index < 0, index + tokens, index)
+
+
+@renamed_keywords(readout="target_token")
+def row(
+    relevance: Float[Array, "batch query key"] | Float[np.ndarray, "batch query key"],
+    target_token: TargetToken,
+) -> Float[Array, "batch key"]:
+    """The relevance of every token for the target token.
+
+    Args:
+      relevance: a full relevance map.
+      target_token: the target token: 0 for a leading class token, the index of the end token
+        for a CLIP text, the predicting position for a causal captioner. One index for all
+        examples, or one each; negative ones count from the end. Where the scalar is a
+        weighted mean over several tokens, their weights, float [batch, query].
+
+    Returns:
+      One row per example, the target token's own entry included.
+
+    Raises:
+      ValueError: the index does not exist, or the weights are not one per token. Under `jax.jit`
+        an index is not known, and one that does not exist gives a row of NaN.
+      TypeError: the indices are not integers.
+    """
+    batch, tokens, _ = relevance.shape
+    if getattr(target_token, "ndim", 0) == 2:
+        weights: Any = jnp.asarray(target_token)
+        if weights.shape != (batch, tokens) or not jnp.issubdtype(weights.dtype, jnp.floating):
+            raise ValueError(
+                f"row: weights of target tokens must be float [{batch}, {tokens}], got "
+                f"{weights.dtype} {list(weights.shape)}"
+            )
+        # A product over a batch wants both sharded alike.
+        like = shaped_like(relevance, (0, None), shape=(batch, tokens), dtype=relevance.dtype)
+        weights = weights.astype(relevance.dtype) + zeros(like)
+        return matmul(weights[:, None], jnp.asarray(relevance))[:, 0]
+    index = token_index(target_token, batch=batch, tokens=tokens)
+    return jnp.take_along_axis(
+        jnp.asarray(relevance), index[:, None, None], axis=1, mode="fill", fill_value=jnp.nan
+    )[:, 0]

@@ -1,9 +1,9 @@
 """Relevance that rides in the backward pass.
 
-One target token row of accumulated relevance can be had by walking the layers backward, and
-backward is the way gradients go. So the row travels as the cotangent of an extra value, the
-carrier, that a model threads through its layers; no map and no gradient of a map outlives
-its layer. In each layer, in the order of the forward pass:
+The row of accumulated relevance of one target token can be computed by walking the layers
+backward, as gradients do. So the row travels as the cotangent of an extra value, the carrier,
+that a model threads through its layers; no map and no gradient of a map outlives its layer. In
+each layer, in the order of the forward pass:
 
     carrier, attn = accumulate(carrier, attn)             # at the softmax output
     carrier, after = weigh(carrier, before, after)        # weighted accumulation only
@@ -19,9 +19,8 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrel.attention.accumulate import head_mean
 from jaxrel.attention.importance import Measure, layer_weights
-from jaxrel.attention.maps import TargetToken, matmul, token_index
+from jaxrel.attention.maps import TargetToken, head_mean, matmul, token_index
 from jaxrel.tracing import sharding
 from jaxrel.tracing.sharding import shaped_like
 
@@ -149,7 +148,7 @@ def weigh(
     Forward nothing changes. Backward the relevance splits into `alpha r`, carried over, and
     `beta r`, moved by the attention (`importance.weights`): the row form of `weighted`. The
     gradient at the residual sum is the cotangent of `after`, so `after` must go into that
-    sum and nowhere else.
+    sum and nowhere else. Where that is not so, mark the sum: `weigh_sum`.
 
     Args:
       carrier: the carrier.
@@ -161,7 +160,7 @@ def weigh(
       The carrier and `after`, to be used in place of those given.
 
     Raises:
-      ValueError: the shapes do not fit each other.
+      ValueError: the shapes do not fit each other, or no measure has that name.
     """
     return weigh_sum(carrier, after, before, after, importance)
 
@@ -173,20 +172,10 @@ def weigh_sum(
     after: Float[Array, "batch tokens width"],
     importance: str | Measure = "grad_value",
 ) -> tuple[Carrier, Float[Array, "batch tokens width"]]:
-    """Like `weigh`, but marks the residual sum itself; the other two are only read.
-
-    Args:
-      carrier: the carrier.
-      total: the sum of the residual stream and what attention adds to it.
-      before: the residual stream.
-      after: the attention output.
-      importance: the measure's name, or a function `(value, grad) -> importance`.
+    """Like `weigh`, but marks the residual sum `total` itself; the other two are only read.
 
     Returns:
       The carrier and the sum, to be used in place of those given.
-
-    Raises:
-      ValueError: the shapes do not fit each other.
     """
     if before.shape != after.shape or before.shape[:2] != carrier.keep.shape:
         raise ValueError(

@@ -83,7 +83,7 @@ def _add_asked(explain: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Explain, and write the figure and the page."""
     from jaxrel import explain, report
-    from jaxrel.attention.transformation import check_methods
+    from jaxrel.attention.methods import check_methods
     from jaxrel.metrics import Detector
     from jaxrel.models.checkpoint import find_folder
 
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace, asked: Asked) -> tuple[list, list[str] | None, Any]:
     """The images, the texts and the methods that are named, before a model is loaded."""
-    from jaxrel.attention.transformation import check_methods
+    from jaxrel.attention.methods import check_methods
     from jaxrel.images import read_images
 
     named = None if options.method in (None, "all") else shared.names(options.method)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from jaxrel.attention.transformation import check_methods
+from jaxrel.attention.methods import check_methods
 from jaxrel.explanations import captions, tokens
 from jaxrel.explanations.methods import (
     METHODS,
@@ -39,7 +39,7 @@ class Explainable(Protocol):
         """The `streams` of tokens: name, modality, tokens, grid and prefix of each.
 
         A `schedule` that is not empty says how two streams attend to each other; the score is
-        read from the first of them: see `attention.value_and_two_stream_relevance`. `by_word`
+        read from the first of them: see `attention.value_and_bimodal_relevance`. `by_word`
         says that captions are explained word by word in the image's pixels; the model then
         speaks the protocol `jaxrel.explanations.words.Captions` too. Either may be left out.
         """

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxrel import attention
-from jaxrel.attention.bimodal_methods import TWO_STREAM_METHODS
+from jaxrel.attention.methods import BIMODAL_METHODS, TABLE
 from jaxrel.flags import Flag
 from jaxrel.propagation import composites, rules
 from jaxrel.propagation.composites import Composite, everything
@@ -19,10 +19,9 @@ BY_RULES = {
 # Of models whose streams attend to themselves alone.
 METHODS = (*attention.METHODS, *BY_RULES)
 # Of models whose streams attend to each other.
-TWO_STREAM = (*TWO_STREAM_METHODS, *BY_RULES)
-SIGNED = frozenset({"partial_lrp", *BY_RULES})
-# These look at the last layer alone.
-LAST_LAYER = frozenset({"raw", "grad_cam", "partial_lrp"})
+TWO_STREAM = (*BIMODAL_METHODS, *BY_RULES)
+SIGNED = frozenset({*(one.name for one in TABLE.values() if one.signed), *BY_RULES})
+LAST_LAYER = frozenset(one.name for one in TABLE.values() if one.layers == "last")
 
 # Of models that explain captions word by word.
 WORD_METHODS = (

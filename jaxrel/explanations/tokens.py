@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxrel.attention.bimodal_methods import value_and_two_stream_relevance
+from jaxrel.attention.bimodal_relevance import value_and_bimodal_relevance
 from jaxrel.attention.importance import measure
-from jaxrel.attention.transformation import check_methods, value_and_relevance
+from jaxrel.attention.methods import check_methods
+from jaxrel.attention.unimodal_relevance import value_and_relevance
 from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, family
 from jaxrel.propagation.composites import Composite, as_composite
 from jaxrel.propagation.conservation import value_and_measured_lrp
@@ -157,7 +158,7 @@ def _explained_rows(
     score, relevance, reports = None, {}, {}
     if methods and schedule:
         (name,) = target_token
-        explained = value_and_two_stream_relevance(
+        explained = value_and_bimodal_relevance(
             _score, schedule, method=methods, target_token=target_token[name], importance=importance
         )
         score, found = explained(model, inputs)

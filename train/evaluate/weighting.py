@@ -23,11 +23,11 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxrel.attention import (
     Layers,
+    bimodal_accumulation,
     head_mean,
     layer_weights,
     measure,
     row,
-    two_streams,
     value_and_layers,
     weights,
 )
@@ -311,7 +311,9 @@ def _explained(model, inputs, target_token, key, *, variants, schedule):
         blocks = [
             [{pair: given[tag] for pair, tag in stage} for stage in block] for block in schedule
         ]
-        maps = two_streams(blocks, importance=_first_value, normalise=normalise, residual=False)
+        maps = bimodal_accumulation(
+            blocks, importance=_first_value, normalise=normalise, residual=False
+        )
         # s is the text, q the image.
         return {"text": row(maps.ss, target_token), "vision": row(maps.sq, target_token)}
 
@@ -351,7 +353,7 @@ def _first_value(value: Array, grad: Array) -> Array:
 
 
 def _given(grad: Array, attn: Array, alpha: Array, beta: Array) -> Layers:
-    """As `two_streams` takes them: importances that sum to 2 are their own weights."""
+    """As `bimodal_accumulation` takes them: importances that sum to 2 are their own weights."""
     return Layers(attn, grad, alpha[..., None], beta[..., None], jnp.ones_like(beta)[..., None])
 
 

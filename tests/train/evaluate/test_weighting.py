@@ -221,7 +221,7 @@ def test_a_rows_weight_is_lost_when_rows_are_normalised():
         rng = np.random.default_rng(0)
         blocks = [[{"qq": layers(4, 4, beta)}], [{"sq": layers(3, 4, np.ones(3))}]]
         first = lambda value, grad: value[..., 0]
-        return attention.two_streams(blocks, importance=first, normalise=normalise).sq
+        return attention.bimodal_accumulation(blocks, importance=first, normalise=normalise).sq
 
     beta = rng.uniform(0.1, 1.9, 4)
     assert_close(image(beta), image(np.ones(4)))

@@ -1,4 +1,4 @@
-"""Attention relevance of a function: nothing to prepare, one forward and one backward pass."""
+"""Attention relevance of a function as it stands, over the self-attention of each stream."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -8,8 +8,6 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxrel.attention.accumulate import equal, row, weighted
-from jaxrel.attention.baselines import grad_cam, no_aggregation, raw, rollout
 from jaxrel.attention.discovery import (
     Site,
     Stack,
@@ -19,22 +17,22 @@ from jaxrel.attention.discovery import (
     trace_attention,
 )
 from jaxrel.attention.importance import measure
-from jaxrel.attention.map_relevance import map_relevance
-from jaxrel.attention.maps import relevance_dtype, token_index
+from jaxrel.attention.lrp_of_maps import lrp_of_maps
+from jaxrel.attention.maps import relevance_dtype, row, token_index
+from jaxrel.attention.methods import METHODS, TABLE, check_methods
 from jaxrel.attention.streaming import accumulate, seed, weigh_sum
 from jaxrel.propagation.composites import as_composite, attn_lrp
 from jaxrel.propagation.lrp import labelled
+from jaxrel.renamed import renamed_keywords
 from jaxrel.tracing.capture import check_scalar_outputs, taps_with_grad
 from jaxrel.tracing.evaluate import Edits, Interceptor, evaluate
 from jaxrel.tracing.graph import Traced
 from jaxrel.tracing.sharding import shaped_like
 
-# These read the relevance of the maps by LRP, in a backward pass of its own.
-BY_LRP = ("equal_lrp", "partial_lrp")
-METHODS = ("equal", "weighted", "raw", "rollout", "grad_cam", "no_aggregation", *BY_LRP)
-STREAMING = ("equal", "weighted")
+STREAMING = tuple(name for name in METHODS if TABLE[name].streaming)
 
 
+@renamed_keywords(readout="target_token")
 def relevance(
     fun: Callable,
     *,
@@ -52,24 +50,24 @@ def relevance(
 
     The model is not changed: its attention maps are found by structure (see `sites`), or by
     the names it tags them with. Equal (Chefer et al. 2021, eq. 5 and 6) and weighted
-    accumulation (Huang et al. 2023) of one target token row are streamed: relevance rides in the
+    accumulation (Huang et al. 2023) for one target token are streamed: relevance rides in the
     backward pass, and no map or gradient is kept beyond its layer. Other methods, whole
-    matrices and a choice of layers or heads stack the maps; all methods asked for share one
-    forward and one backward pass.
+    matrices and a choice of layers or heads stack the maps; all methods together share one
+    forward and one backward pass. `methods.TABLE` says what each method needs and its source.
 
     Args:
       fun: a JAX function that returns the scalar to explain, or one per example `[batch]`;
         examples must be independent of each other, dropout off.
       method: one of `METHODS`, or several.
-      target_token: the token whose row of the relevance matrix is read: an int, an int array
+      target_token: the token whose row of the relevance matrix is returned: an int, an int array
         `[batch]`, a mapping from stack names to these, or None for the whole matrix.
-      attention: the names of the attention stacks wanted: tags of the maps, or the names that
-        `sites` lists. By default the function's only self-attention stack.
+      attention: the names of the attention stacks: tags of the maps, or the names that `sites`
+        lists. By default the function's only self-attention stack.
       layers: the layers accumulated; all, by default. `slice(-1, None)` is the last alone.
       heads: the attention heads averaged; all, by default.
       importance: the measure of the weighted method: 'grad_value', 'norm', 'abs_grad_value',
         or a function `(value, grad) -> [batch, tokens]`.
-      form: 'streaming' or 'stacked' insists on one; 'auto' streams where it can.
+      form: 'streaming', 'stacked', or 'auto', which streams where it can.
       rules: for the methods that read the maps' relevance by LRP, 'equal_lrp' (on one stream
         the same as transformer attribution, Chefer et al. 2021 CVPR) and 'partial_lrp' (Voita
         et al. 2019, signed): see `jaxrel.lrp`; AttnLRP by default.
@@ -106,6 +104,7 @@ def relevance(
     return explained
 
 
+@renamed_keywords(readout="target_token")
 def value_and_relevance(
     fun: Callable,
     *,
@@ -131,38 +130,24 @@ def value_and_relevance(
         _check_scalars(traced)
         stacks = _choose(traced, args, attention, argnums, "weighted" in methods)
         target_tokens = {s.name: _target_token(target_token, s) for s in stacks}
-        if not streaming:
-            _check_branches(stacks, methods, layers)
         if streaming:
             out, result = _stream(traced, stacks, methods[0], target_tokens, importance)
             result = {methods[0]: result}
         else:
-            maps = None
-            if set(methods) & {*BY_LRP}:
+            _check_branches(stacks, methods, layers)
+            by_lrp = None
+            if any(TABLE[name].by_lrp for name in methods):
                 data = data_values(traced, args, argnums)
                 paths = [path for _, path, _ in labelled(fun, args)]
-                maps = functools.partial(
-                    map_relevance, traced, rules=composite, data=data, paths=paths
+                by_lrp = functools.partial(
+                    lrp_of_maps, traced, rules=composite, data=data, paths=paths
                 )
-            out, result = _stacked(traced, stacks, methods, target_tokens, some, importance, maps)
+            out, result = _stacked(traced, stacks, methods, target_tokens, some, importance, by_lrp)
         if attention is None or isinstance(attention, str):
-            result = {name: maps[stacks[0].name] for name, maps in result.items()}
+            result = {name: found[stacks[0].name] for name, found in result.items()}
         return out, result[method] if isinstance(method, str) else result
 
     return explained
-
-
-def check_methods(
-    method: str | Sequence[str], known: Sequence[str] = METHODS, what: str = "attention method"
-) -> tuple[str, ...]:
-    """The methods asked for, as a tuple; ValueError naming those that are known."""
-    methods = (method,) if isinstance(method, str) else tuple(method)
-    for name in methods:
-        if name not in known:
-            raise ValueError(f"unknown {what} {name!r}; there are {', '.join(known)}")
-    if not methods:
-        raise ValueError(f"no {what} given; there are {', '.join(known)}")
-    return methods
 
 
 def _check_scalars(traced: Traced) -> None:
@@ -176,8 +161,8 @@ def _check_scalars(traced: Traced) -> None:
 
 
 def _check_branches(stacks: list[Stack], methods: tuple[str, ...], layers: Any) -> None:
-    """A branch not taken has a zero map: nothing to a sum, but wrong where layers are counted."""
-    counted = [name for name in methods if name not in ("equal", "weighted", "rollout")]
+    """Refuse methods that count layers where a layer may not run, and so has a map of zeros."""
+    counted = [name for name in methods if not TABLE[name].skips]
     for stack in stacks:
         if any(site.in_cond for site in stack.sites) and (counted or layers is not None):
             what = f"method {counted[0]!r}" if counted else "a choice of layers"
@@ -232,7 +217,7 @@ def _choose(
             raise ValueError(
                 f"attention.relevance: {name!r} maps {stack.sites[0].shape[-2]} queries to "
                 f"{stack.sites[0].shape[-1]} keys; relevance accumulates over self-attention. "
-                "For two streams use attention.bimodal"
+                "For two streams use attention.value_and_bimodal_relevance"
             )
         if weighted and not stack.has_residual:
             raise ValueError(
@@ -281,9 +266,8 @@ def _target_token(target_token: Any, stack: Stack) -> Any:
         raise ValueError(
             f"target_token must be a token's index, or one per example, got {target_token!r}"
         )
-    target_token = (
-        np.asarray(target_token) if isinstance(target_token, list | tuple) else target_token
-    )
+    if isinstance(target_token, list | tuple):
+        target_token = np.asarray(target_token)
     return token_index(target_token, batch=batch, tokens=tokens)
 
 
@@ -348,52 +332,36 @@ def _stacked(
     target_tokens: Mapping,
     some: Mapping[str, Any],
     importance: Any,
-    maps: Callable | None,
+    by_lrp: Callable | None,
 ) -> tuple[Any, dict]:
-    wanted = ("value", "before", "after", "total") if "weighted" in methods else ("value",)
-    sites = [site for stack in stacks for site in stack.sites]
+    """All maps and gradients of all layers, and every method's rows or matrices from them."""
+    weighted = "weighted" in methods
     taps: dict[Any, str] = {}
-    for what in wanted:
-        for site in sites:
+    for what in ("value", "before", "after", "total") if weighted else ("value",):
+        for site in (site for stack in stacks for site in stack.sites):
             # One value may serve twice: a stream is often the sum of the layer before.
             taps.setdefault(_value(site, what), f"{len(taps)}:{what}")
     out, values, grads = taps_with_grad(traced, taps, "attention.relevance")
-    found = (
-        {} if maps is None else maps({_value(site, "value"): taps[site.value] for site in sites})
-    )
+    found = {}
+    if by_lrp is not None:
+        found = by_lrp({value: name for value, name in taps.items() if name.endswith(":value")})
     result: dict = {method: {} for method in methods}
     for stack in stacks:
-        attn, grad = (_layers(stack, taps, which, "value") for which in (values, grads))
-        for method in methods:
-            if method == "weighted":
-                matrix = weighted(
-                    attn,
-                    grad,
-                    before=_layers(stack, taps, values, "before"),
-                    after=_layers(stack, taps, values, "after"),
-                    value_grad=_layers(stack, taps, grads, "total"),
-                    importance=importance,
-                    **some,
-                )
-            elif method in BY_LRP:
-                relevance = _layers(stack, taps, found, "value")
-                matrix = _MATRIX[method](relevance, grad, **some)
-            else:
-                matrix = _MATRIX[method](attn, grad, **some)
-            index = target_tokens[stack.name]
-            result[method][stack.name] = matrix if index is None else row(matrix, index)
+        layers = functools.partial(_layers, stack, taps)
+        grad, given = layers(grads, "value"), {}
+        if weighted:
+            given = {
+                "before": layers(values, "before"),
+                "after": layers(values, "after"),
+                "value_grad": layers(grads, "total"),
+                "importance": importance,
+            }
+        index = target_tokens[stack.name]
+        for method in (TABLE[name] for name in methods):
+            maps = layers(found if method.by_lrp else values, "value")
+            matrix = method.relevance_matrix(maps, grad, given, **some)
+            result[method.name][stack.name] = matrix if index is None else row(matrix, index)
     return out, result
-
-
-_MATRIX: dict[str, Callable] = {
-    "equal": equal,
-    "raw": lambda attn, grad, **some: raw(attn, **some),
-    "rollout": lambda attn, grad, **some: rollout(attn, **some),
-    "grad_cam": grad_cam,
-    "no_aggregation": no_aggregation,
-    "equal_lrp": equal,
-    "partial_lrp": lambda relevance, grad, **some: raw(relevance, **some),
-}
 
 
 def _value(site: Site, what: str) -> Any:

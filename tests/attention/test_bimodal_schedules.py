@@ -1,4 +1,4 @@
-"""Accumulation over two streams: co-attention and encoder-decoder."""
+"""Accumulation over two streams: any schedule, co-attention and encoder-decoder."""
 
 import jax
 import numpy as np
@@ -6,114 +6,11 @@ import pytest
 from jax import numpy as jnp
 
 from jaxrel import attention
-from jaxrel.attention.schedules import (
-    Stream,
-    cross_attention,
-    normalised,
-    own,
-    self_attention,
-    start,
-)
-from tests.paths import FIXTURES
-
-
-def array(rows):
-    """One example."""
-    return jnp.array([rows], jnp.float32)
-
-
-def stream(moved, other, kept=(1.0, 1.0)):
-    return Stream(kept=array(kept), moved=array(moved), other=array(other))
-
-
-# ---- the equations, by hand: two tokens in s, three in q
-
-
-def test_eq_6_self_attention():
-    before = stream([[1, 0], [0.5, 0.5]], np.zeros((2, 3)))
-    after = self_attention(before, array([[0, 2], [1, 0]]))
-    np.testing.assert_array_equal(own(after), [[[3, 3], [2.5, 1.5]]])
-
-
-def test_eq_7_self_attention_on_the_other_stream():
-    before = stream(np.zeros((2, 2)), [[1, 2, 0], [0, 1, 1]])
-    after = self_attention(before, array([[1, 0], [0.5, 0.5]]))
-    np.testing.assert_array_equal(after.other, [[[2, 4, 0], [0.5, 2.5, 1.5]]])
-
-
-def test_eq_8_and_9_normalised():
-    s = stream([[1, 3], [0, 0]], np.zeros((2, 3)))
-    np.testing.assert_array_equal(normalised(s), [[[1.25, 0.75], [0, 1]]])
-
-
-def test_eq_10_and_11_cross_attention():
-    s = stream([[1, 3], [0, 0]], np.zeros((2, 3)))
-    q = Stream(
-        kept=jnp.ones((1, 3)), moved=jnp.zeros((1, 3, 3)), other=array([[1, 0], [0, 1], [2, 0]])
-    )
-    after = cross_attention(s, q, array([[1, 0, 2], [0, 4, 0]]))
-    np.testing.assert_array_equal(after.other, [[[1.25, 0, 2.5], [0.75, 4, 1.5]]])  # eq. 10
-    np.testing.assert_array_equal(own(after), [[[1 + 1 + 5, 3], [0, 1 + 4]]])  # eq. 11
-
-
-def test_weights_multiply_both_maps_of_the_query_stream():
-    s = stream([[1, 3], [0, 0]], [[1, 2, 0], [0, 1, 1]])
-    alpha, beta = array([0.5, 2]), array([1.5, 0])
-    abar = array([[1, 0], [0.5, 0.5]])
-    after = self_attention(s, abar, alpha, beta)
-    for old, new in ((own(s), own(after)), (s.other, after.other)):
-        expected = alpha[..., None] * old + beta[..., None] * (abar @ old)
-        np.testing.assert_array_equal(new, expected)
-    q = start(1, 3, 2)
-    plain, weighed = (
-        cross_attention(s, q, array(np.ones((2, 3))), *w) for w in ((), (alpha, beta))
-    )
-    expected = alpha[..., None] * s.other + beta[..., None] * (plain.other - s.other)
-    np.testing.assert_allclose(weighed.other, expected, rtol=1e-6)  # float32 subtraction
-
+from jaxrel.attention import Layers, bimodal_accumulation
+from tests.attention.golden import detr_layers, load, lxmert_layers
+from tests.attention.naive import abar, by_loop, float32, random_layers
 
 # ---- the reference's numbers
-
-
-def load(name):
-    with np.load(FIXTURES / f"attention_{name}.npz", allow_pickle=False) as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
-def lxmert():
-    return load("bimodal")
-
-
-@pytest.fixture(scope="module")
-def detr():
-    return load("encdec")
-
-
-def stack(data, prefix, modules, attn="attn", grads=None):
-    """Layers from the stored maps [heads, query, key], with a batch of one."""
-    maps = [data[f"{prefix}maps/{m}/{attn}"] for m in modules]
-    grads = [(grads or {}).get(m, data.get(f"{prefix}maps/{m}/grad")) for m in modules]
-    return attention.Layers(np.stack(maps)[:, None], np.stack(grads)[:, None])
-
-
-def lxmert_layers(data, prefix="", attn="attn", cross_layers=None, grads=None):
-    """What `bimodal` takes, from the stored maps of an LXMERT; s is the text."""
-    count = cross_layers or int(data[f"{prefix}config/cross_layers"])
-
-    def kind(name, layers):
-        return stack(data, prefix, [name.format(i) for i in range(layers)], attn, grads)
-
-    return (
-        kind("lang_self/{}", int(data[f"{prefix}config/lang_layers"])),
-        kind("image_self/{}", int(data[f"{prefix}config/image_layers"])),
-        attention.CoAttention(
-            s_cross=kind("cross/{}/lang_cross", count),
-            s_self=kind("cross/{}/lang_self", count),
-            q_cross=kind("cross/{}/image_cross", count),
-            q_self=kind("cross/{}/image_self", count),
-        ),
-    )
 
 
 NAMES = {"ss": "R_t_t", "sq": "R_t_i", "qq": "R_i_i", "qs": "R_i_t"}
@@ -132,17 +29,19 @@ def assert_maps(maps, data, prefix, names=NAMES):
 @pytest.mark.parametrize("prefix", ["", "syn/"])
 @pytest.mark.parametrize("lrp", [False, True])
 @pytest.mark.parametrize("normalise", [False, True])
-def test_bimodal_matches_the_reference(lxmert, prefix, lrp, normalise):
-    layers = lxmert_layers(lxmert, prefix, attn="cam" if lrp else "attn")
+def test_bimodal_matches_the_reference(prefix, lrp, normalise):
+    lxmert = load("bimodal")
+    layers = lxmert_layers(prefix, attn="cam" if lrp else "attn")
     name = ("ours_with_lrp" if lrp else "ours_no_lrp") + ("" if normalise else "_no_norm")
     maps = attention.bimodal(*layers, normalise=normalise, target_token=0)
     assert_maps(maps, lxmert, f"{prefix}out/{name}")
 
 
 @pytest.mark.parametrize("prefix", ["", "syn/"])
-def test_bimodal_baselines_match_the_reference(lxmert, prefix):
-    s, q, cross = lxmert_layers(lxmert, prefix)
-    _, _, lrp = lxmert_layers(lxmert, prefix, attn="cam")
+def test_bimodal_baselines_match_the_reference(prefix):
+    lxmert = load("bimodal")
+    s, q, cross = lxmert_layers(prefix)
+    _, _, lrp = lxmert_layers(prefix, attn="cam")
     maps = {
         "raw_attn": (attention.raw(cross.s_self.attn), attention.raw(cross.s_cross.attn)),
         "attn_gradcam": (
@@ -170,8 +69,9 @@ def scaled(x):
 
 
 @pytest.mark.parametrize("prefix", ["", "syn/"])
-def test_transformer_attribution_matches_the_reference(lxmert, prefix):
-    s, q, cross = lxmert_layers(lxmert, prefix, attn="cam")
+def test_transformer_attribution_matches_the_reference(prefix):
+    lxmert = load("bimodal")
+    s, q, cross = lxmert_layers(prefix, attn="cam")
     text, image = (
         [np.concatenate([a, b]) for a, b in zip(x[:2], y[:2], strict=True)]
         for x, y in ((s, cross.s_self), (q, jax.tree.map(lambda x: x[:-1], cross.q_self)))
@@ -186,8 +86,8 @@ def test_transformer_attribution_matches_the_reference(lxmert, prefix):
     assert_maps(maps, lxmert, f"{prefix}out/transformer_attr", names)
 
 
-def test_last_layer_of_the_other_stream_is_not_used(lxmert):
-    s, q, cross = lxmert_layers(lxmert, "syn/")
+def test_last_layer_of_the_other_stream_is_not_used():
+    s, q, cross = lxmert_layers("syn/")
     shorter = cross._replace(
         q_cross=jax.tree.map(lambda x: x[:-1], cross.q_cross),
         q_self=jax.tree.map(lambda x: x[:-1], cross.q_self),
@@ -198,12 +98,13 @@ def test_last_layer_of_the_other_stream_is_not_used(lxmert):
         np.testing.assert_array_equal(one, other)
 
 
-def test_row_without_positive_gradient_stays_zero_where_the_reference_has_nan(lxmert):
+def test_row_without_positive_gradient_stays_zero_where_the_reference_has_nan():
+    lxmert = load("bimodal")
     grads = {
         f"lang_self/{i}": lxmert[f"edge/maps/lang_self/{i}/grad"]
         for i in range(int(lxmert["config/lang_layers"]))
     }
-    layers = lxmert_layers(lxmert, cross_layers=1, grads=grads)
+    layers = lxmert_layers(cross_layers=1, grads=grads)
     plain = attention.bimodal(*layers, normalise=False, target_token=0)
     names = {"ss": "R_t_t", "sq": "R_t_i"}
     assert_maps(plain, lxmert, "edge/out/ours_no_lrp_no_norm", names)
@@ -219,7 +120,7 @@ def test_row_without_positive_gradient_stays_zero_where_the_reference_has_nan(lx
     for layers in (s, q):
         relevance = np.eye(layers.attn.shape[-1])
         for i in range(len(layers.attn)):
-            relevance = relevance + abar(layers, i, 0).astype(np.float64) @ relevance
+            relevance = relevance + abar(layers, i, 0) @ relevance
         moved.append(relevance - np.eye(len(relevance)))
     assert not moved[0][1].any()
     totals = [x.sum(-1, keepdims=True) for x in moved]
@@ -231,34 +132,18 @@ def test_row_without_positive_gradient_stays_zero_where_the_reference_has_nan(lx
     np.testing.assert_allclose(maps.sq[0], expected, rtol=1e-5, atol=1e-6 * expected.max())
 
 
-def detr_layers(data, prefix="", target="", attn="attn", grads=None):
-    """What `encoder_decoder` takes, from the stored maps of a DETR."""
-    maps = dict(data)
-    # attn does not depend on the target, the gradients and the LRP relevance do.
-    for name in data:
-        if target and name.startswith(f"{target}maps/"):
-            maps[name.removeprefix(target)] = data[name]
-
-    def kind(name, count):
-        modules = [f"{name}/{i}" for i in range(int(data[f"{prefix}config/{count}"]))]
-        return stack(maps, prefix, modules, attn, grads)
-
-    return (
-        kind("enc_self", "enc_layers"),
-        kind("dec_self", "dec_layers"),
-        kind("dec_cross", "dec_layers"),
-    )
-
-
 DETR_NAMES = {"ss": "R_q_q", "sq": "R_q_i", "qq": "R_i_i"}
+
+
 CASES = [("", 0), ("", 2), ("", 4), ("syn/", 1)]
 
 
 @pytest.mark.parametrize(("prefix", "target"), CASES)
 @pytest.mark.parametrize("name", ["ours_no_lrp", "ours_no_lrp_no_norm", "ours_with_lrp"])
-def test_encoder_decoder_matches_the_reference(detr, prefix, target, name):
+def test_encoder_decoder_matches_the_reference(prefix, target, name):
+    detr = load("encdec")
     folder = "" if prefix else f"target/{target}/"
-    layers = detr_layers(detr, prefix, folder, "cam" if "with_lrp" in name else "attn")
+    layers = detr_layers(prefix, folder, "cam" if "with_lrp" in name else "attn")
     maps = attention.encoder_decoder(*layers, normalise="no_norm" not in name)
     assert_maps(maps, detr, f"{prefix}{folder}out/{name}", DETR_NAMES)
     aggregated = detr[f"{prefix}{folder}out/{name}/aggregated"]
@@ -269,10 +154,11 @@ def test_encoder_decoder_matches_the_reference(detr, prefix, target, name):
 
 
 @pytest.mark.parametrize(("prefix", "target"), CASES)
-def test_encoder_decoder_baselines_match_the_reference(detr, prefix, target):
+def test_encoder_decoder_baselines_match_the_reference(prefix, target):
+    detr = load("encdec")
     folder = "" if prefix else f"target/{target}/"
-    encoder, decoder, cross = detr_layers(detr, prefix, folder)
-    _, _, lrp = detr_layers(detr, prefix, folder, "cam")
+    encoder, decoder, cross = detr_layers(prefix, folder)
+    _, _, lrp = detr_layers(prefix, folder, "cam")
     maps = {
         "raw_attn": attention.raw(cross.attn),
         "attn_gradcam": attention.grad_cam(*cross[:2]),
@@ -285,9 +171,10 @@ def test_encoder_decoder_baselines_match_the_reference(detr, prefix, target):
         assert_maps(both, detr, f"{prefix}{folder}out/{method}", {"sq": "R_q_i"})
 
 
-def test_row_without_positive_gradient_keeps_the_layer_that_the_reference_drops(detr):
+def test_row_without_positive_gradient_keeps_the_layer_that_the_reference_drops():
+    detr = load("encdec")
     grads = {"dec_self/0": detr["edge/maps/dec_self/0/grad"]}
-    encoder, decoder, cross = detr_layers(detr, "syn/", grads=grads)
+    encoder, decoder, cross = detr_layers("syn/", grads=grads)
     plain = attention.encoder_decoder(encoder, decoder, cross, normalise=False)
     assert_maps(plain, detr, "edge/out/ours_no_lrp_no_norm", DETR_NAMES)
     maps = attention.encoder_decoder(encoder, decoder, cross)
@@ -299,13 +186,46 @@ def test_row_without_positive_gradient_keeps_the_layer_that_the_reference_drops(
     assert np.abs(maps.sq - dropped.sq).max() > 0.1 * np.abs(maps.sq).max()
 
 
-# ---- weighted, and one meaning in every form
+# ---- against the loop
 
 
-def random_layers(rng, count, query, key, batch=2, heads=2, width=3, dtype=np.float64):
-    attn = rng.dirichlet(np.ones(key), (count, batch, heads, query)).astype(dtype)
-    values = (rng.normal(size=(count, batch, query, width)).astype(dtype) for _ in range(3))
-    return attention.Layers(attn, rng.normal(size=attn.shape).astype(dtype), *values)
+def random_schedule(seed=0, s=3, q=4, layers=3, reads=True):
+    """CLIPmapper's: two towers, then the mapper, whose last layer lacks the image's part."""
+    rng = np.random.default_rng(seed)
+
+    def kind(count, pair):
+        sizes = {"s": s, "q": q}
+        return random_layers(rng, count, sizes[pair[0]], sizes[pair[1]])
+
+    read = {"qs": kind(layers - 1, "qs")} if reads else {}
+    return [
+        [{"qq": kind(2, "qq")}],
+        [{"ss": kind(1, "ss")}],
+        [
+            {"ss": kind(layers, "ss"), "qq": kind(layers, "qq")},
+            {"sq": kind(layers, "sq"), **read},
+            {"ss": kind(layers, "ss"), "qq": kind(layers - 1, "qq")},
+        ],
+    ]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("importance", "residual", "reads"),
+    [
+        (None, True, True),
+        (None, False, False),
+        ("grad_value", True, True),
+        ("grad_value", False, True),
+    ],
+)
+def test_schedule_is_the_loop(importance, residual, reads):
+    schedule = random_schedule(reads=reads)
+    maps = bimodal_accumulation(schedule, importance=importance, residual=residual)
+    for b in range(2):
+        for pair, expected in by_loop(schedule, b, importance, residual).items():
+            # float64: sums in another order, and R - kept cancels in the loop.
+            np.testing.assert_allclose(getattr(maps, pair)[b], expected, rtol=1e-9, atol=1e-9)
 
 
 def random_models(seed=0, s=3, q=4, **sizes):
@@ -324,96 +244,58 @@ def random_models(seed=0, s=3, q=4, **sizes):
     }
 
 
-def weight(layers, i, b, measure):
-    before, after, grad = (np.asarray(x[i, b]) for x in layers[2:])
-    u, v = (np.asarray(measure(jnp.asarray(x), jnp.asarray(grad))) for x in (before, after))
-    nothing = (u + v == 0)[:, None]
-    total = np.where(u + v == 0, 1, u + v)
-    return [np.where(nothing, 1, (2 * x / total)[:, None]) for x in (u, v)]
+def co_attention_schedule(s, q, cross):
+    short = [jax.tree.map(lambda x: x[:-1], layers) for layers in (cross.q_cross, cross.q_self)]
+    stages = [{"sq": cross.s_cross, "qs": short[0]}, {"ss": cross.s_self, "qq": short[1]}]
+    # A block without stages has no layers.
+    return [[{"ss": s}], [], [{"qq": q}], stages]
 
 
-def abar(layers, i, b):
-    return np.maximum(layers.attn[i, b] * layers.grad[i, b], 0).mean(0)
+def encoder_decoder_schedule(encoder, decoder, cross):
+    return [[{"qq": encoder}], [{"ss": decoder}, {"sq": cross}]]
 
 
-class ByLoop:
-    """The weighted rules written out, for one example; `kept` is what residuals carry."""
-
-    def __init__(self, s, q, b, measure):
-        self.r = {"ss": np.eye(s), "qq": np.eye(q), "sq": np.zeros((s, q)), "qs": np.zeros((q, s))}
-        self.kept = {"s": np.eye(s), "q": np.eye(q)}
-        self.b, self.measure = b, measure
-
-    def rbar(self, x):
-        moved = self.r[x + x] - self.kept[x]
-        total = moved.sum(-1, keepdims=True)
-        return np.divide(moved, total, out=np.zeros_like(moved), where=total > 1e-12) + np.eye(
-            len(moved)
-        )
-
-    def to_itself(self, x, layers, i):
-        other = "q" if x == "s" else "s"
-        a = abar(layers, i, self.b)
-        self.add(x, layers, i, {x + x: a @ self.r[x + x], x + other: a @ self.r[x + other]})
-
-    def crossed(self, x, layers, i):
-        y = "q" if x == "s" else "s"
-        a = abar(layers, i, self.b)
-        return {x + y: self.rbar(x).T @ a @ self.rbar(y), x + x: a @ self.r[y + x]}
-
-    def add(self, x, layers, i, added):
-        alpha, beta = weight(layers, i, self.b, self.measure)
-        self.kept[x] = alpha * self.kept[x]
-        for name, new in added.items():
-            self.r[name] = alpha * self.r[name] + beta * new
-
-
-def bimodal_by_loop(of_s, of_q, co, b, measure):
-    run = ByLoop(of_s.attn.shape[-1], of_q.attn.shape[-1], b, measure)
-    for x, layers in (("s", of_s), ("q", of_q)):
-        for i in range(len(layers.attn)):
-            run.to_itself(x, layers, i)
-    for i in range(len(co.s_cross.attn)):
-        of_s, of_q = run.crossed("s", co.s_cross, i), run.crossed("q", co.q_cross, i)
-        run.add("s", co.s_cross, i, of_s)
-        if i < len(co.s_cross.attn) - 1:
-            run.add("q", co.q_cross, i, of_q)
-            run.to_itself("q", co.q_self, i)
-        run.to_itself("s", co.s_self, i)
-    return run.r
-
-
-def encoder_decoder_by_loop(encoder, decoder, cross, b, measure):
-    run = ByLoop(decoder.attn.shape[-1], encoder.attn.shape[-1], b, measure)
-    for i in range(len(encoder.attn)):
-        run.to_itself("q", encoder, i)
-    for i in range(len(decoder.attn)):
-        run.to_itself("s", decoder, i)
-        run.add("s", cross, i, run.crossed("s", cross, i))
-    return run.r
-
-
-DRIVERS = {
-    "bimodal": (attention.bimodal, bimodal_by_loop),
-    "encoder_decoder": (attention.encoder_decoder, encoder_decoder_by_loop),
+MODELS = {
+    "bimodal": (attention.bimodal, co_attention_schedule),
+    "encoder_decoder": (attention.encoder_decoder, encoder_decoder_schedule),
 }
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=MODELS)
 def model(request):
     return request.param
 
 
 @pytest.mark.usefixtures("x64")
-def test_weighted_is_the_loop(model):
-    function, by_loop = DRIVERS[model]
+@pytest.mark.parametrize("importance", [None, "grad_value", "norm"])
+def test_usual_models_are_the_loop(model, importance):
+    function, schedule = MODELS[model]
     layers = random_models()[model]
-    maps = function(*layers, importance="grad_value")
+    maps = function(*layers, importance=importance)
+    blocks = [block for block in schedule(*layers) if block]
     for b in range(2):
-        expected = by_loop(*layers, b, attention.measure("grad_value"))
-        for key, value in expected.items():
+        for pair, expected in by_loop(blocks, b, importance).items():
             # float64: sums in another order, and R - kept cancels in the loop.
-            np.testing.assert_allclose(getattr(maps, key)[b], value, rtol=1e-10, atol=1e-10)
+            np.testing.assert_allclose(getattr(maps, pair)[b], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("importance", [None, "norm"])
+def test_usual_models_are_schedules(model, importance):
+    function, schedule = MODELS[model]
+    layers = random_models(1, dtype=np.float32)[model]
+    maps = bimodal_accumulation(schedule(*layers), importance=importance)
+    for found, expected in zip(maps, function(*layers, importance=importance), strict=True):
+        # The same sums in another program: they may be fused, and so rounded, differently.
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_equal_importance_is_equal_accumulation():
+    schedule = random_schedule(2)
+    same = bimodal_accumulation(schedule, importance=lambda value, grad: jnp.ones(value.shape[:-1]))
+    for weighted, equal in zip(same, bimodal_accumulation(schedule), strict=True):
+        # The weights are exactly 1; only fusion of float64 sums may differ.
+        np.testing.assert_allclose(weighted, equal, rtol=1e-12, atol=1e-12)
 
 
 def even(layers):
@@ -421,8 +303,8 @@ def even(layers):
     return layers._replace(after=layers.before)
 
 
-def test_equal_importance_is_equal_accumulation(model):
-    function, _ = DRIVERS[model]
+def test_equal_importance_is_equal_accumulation_in_usual_models(model):
+    function, _ = MODELS[model]
     layers = random_models(1, dtype=np.float32)[model]
     is_layers = {"is_leaf": lambda x: isinstance(x, attention.Layers)}
     same = jax.tree.map(even, layers, **is_layers)
@@ -432,7 +314,7 @@ def test_equal_importance_is_equal_accumulation(model):
 
 
 def test_jit_batch_and_dtype(model):
-    function, _ = DRIVERS[model]
+    function, _ = MODELS[model]
     layers = random_models(2, dtype=np.float32)[model]
 
     def run(*layers):
@@ -506,7 +388,34 @@ def test_nan_is_reported_with_its_layer():
         attention.encoder_decoder(encoder, decoder, cross)
 
 
-def test_cross_rollout_of_streams_that_do_not_fit():
-    encoder, decoder, cross = random_models(9, dtype=np.float32)["encoder_decoder"]
-    with pytest.raises(ValueError, match=r"with s queries and q keys in cross, got s_self \(1, "):
-        attention.cross_rollout(encoder.attn, cross.attn, decoder.attn)
+def error(match):
+    return pytest.raises(ValueError, match=match)
+
+
+def refused(match):
+    return error(f"^bimodal_accumulation: {match}")
+
+
+def test_schedules_that_do_not_fit():
+    schedule = float32(random_schedule(3))
+    towers, mapper = schedule[:2], schedule[2]
+    ss, sq, qq = mapper[0]["ss"], mapper[1]["sq"], mapper[0]["qq"]
+    for stage, got in (({"st": ss}, "st"), ({"ss": ss, "sq": sq}, "ss, sq"), ({}, "none")):
+        with refused(rf"a stage maps pairs .* the pairs are ss, sq, qq, qs; got {got}$"):
+            bimodal_accumulation([*towers, [stage]])
+    with refused(r"no stream attends to the other; use equal or weighted"):
+        bimodal_accumulation(towers)
+    with refused(r"sq: expected maps \[layers, batch, .* got \(2, 2, 3, 4\)"):
+        bimodal_accumulation([[{"sq": Layers(sq.attn[0], sq.grad[0])}]])
+    with refused(r"ss: expected maps \(3 or 2, 2, heads, 3, 3\) to fit .* \(3, 2, 2, 4, 4\)"):
+        bimodal_accumulation([[{"ss": qq}, {"sq": sq}]])
+    with refused(r"ss: expected maps \(3 or 2, 2, heads, 3, 3\) to fit .* \(1, 2, 2, 3, 3\)"):
+        bimodal_accumulation([[{"ss": jax.tree.map(lambda x: x[:1], ss)}, {"sq": sq}]])
+    with refused(r"ss: weighted accumulation needs before, after, value_grad; give"):
+        bimodal_accumulation([[{"ss": Layers(ss.attn, ss.grad)}, {"sq": sq}]], importance="norm")
+    with error(r"importance: 'size' is unknown; expected one of"):
+        bimodal_accumulation(schedule, importance="size")
+    broken = sq.grad.copy()
+    broken[1, 0, 0, 0, 0] = np.nan
+    with refused(r"sq: grad: NaN or infinity in layer 1 of 3"):
+        bimodal_accumulation([[{"ss": ss}, {"sq": sq._replace(grad=broken)}]])

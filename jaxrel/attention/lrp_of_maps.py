@@ -16,7 +16,7 @@ from jaxrel.tracing.primitives import LOOKUPS
 from jaxrel.tracing.sharding import shaped_like, zeros
 
 
-def map_relevance(
+def lrp_of_maps(
     traced: Traced,
     taps: Mapping[Value, str],
     *,
@@ -24,10 +24,17 @@ def map_relevance(
     data: Sequence[Value],
     paths: Sequence[str],
 ) -> dict[str, Any]:
-    """R(A) = A * c at each tapped map, by tap name, stacked over scans.
+    """R(A) = A * c at each tapped map, where c is the cotangent that the rules of LRP give.
 
-    What is explained is the data; of integer data (tokens), what they look up. `paths` name the
-    function's inputs for the rules.
+    Args:
+      traced: the call.
+      taps: names by attention map.
+      rules: a composite, or what makes one.
+      data: the inputs that are explained; of integer inputs (tokens), the embeddings they select.
+      paths: the name of each input, for the rules.
+
+    Returns:
+      By name, the relevance of the map, stacked over scans.
 
     Raises:
       NotImplementedError: an operation without a rule, or rules that differ between the layers
@@ -55,7 +62,7 @@ def map_relevance(
 
 
 def _looked_up(graph: Graph, tokens: frozenset[Value]) -> list[Value]:
-    """What integer data select from tables that are no data."""
+    """The rows that integer data select from tables that are not data."""
     return [
         node.outs[0]
         for node in graph.walk()
