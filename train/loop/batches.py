@@ -49,8 +49,8 @@ def batches(
       seed: of the order, from 0 to 2**32 - 1.
       shuffle: False keeps the order of the source.
       repeat: False ends after one pass, for evaluations.
-      drop_remainder: False also gives the last, smaller batch of an epoch; jit compiles anew
-        for it.
+      drop_remainder: False also gives the last, smaller batch of an epoch; jit compiles
+        again for it.
       shard: (index, count) of this process; by default `jax.process_index()` and
         `jax.process_count()`.
       transform: applied to each example, in the thread or process that reads it.

@@ -25,7 +25,7 @@ class Checkpoints:
 
     Args:
       folder: made if it is not there.
-      settings: dataclass instance or mapping, JSON-able; what must be equal to go on.
+      settings: dataclass instance or mapping, JSON-able; what must be equal to resume.
 
     Raises:
       NotADirectoryError: the folder is a file.
@@ -59,9 +59,9 @@ class Checkpoints:
         """Write a checkpoint, then remove all but the newest two.
 
         Args:
-          step: of the optimiser, after which this is.
+          step: number of optimiser steps so far.
           params: parameters.
-          state: of the optimiser.
+          state: the optimiser's.
           iterator: of the data, whose place is saved.
 
         Raises:

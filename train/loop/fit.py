@@ -1,7 +1,7 @@
 """The training loop of all recipes: one compiled step, exact resume, and a log that reads as one.
 
 A recipe brings a pure loss, parameters, an optimiser and a stream of batches; `fit` does the
-rest. Stopped at any moment, the same call goes on from the newest checkpoint and ends with the
+rest. Stopped at any time, the same call resumes from the newest checkpoint and ends with the
 parameters, bit by bit, that it would have had without the stop.
 """
 
@@ -53,7 +53,7 @@ def fit(
     mesh: Mesh | None = None,
     name: str = "train",
 ) -> PyTree:
-    """Train, or go on with a training that was stopped.
+    """Train, or resume a training that was stopped.
 
     The batch is shared out over the devices and the parameters are on all of them. Step `n`
     (from 1) gets the key `fold_in(key, n)`, and with `accumulate` its micro-batch `i` gets
@@ -64,7 +64,7 @@ def fit(
     The log has one JSON object per line: `step`; the means since the last line of `loss` and of
     the loss function's metrics (null where not finite); `learning_rate` if there is a schedule;
     `seconds` and `examples_per_second` since the last line. Lines that a stopped run wrote after
-    its last checkpoint are dropped and written anew; a training from the start empties the file.
+    its last checkpoint are dropped and written again; a training from the start empties the file.
 
     Nothing is saved between two checkpoints: a stop costs at most `checkpoint_every` steps.
 
@@ -76,9 +76,9 @@ def fit(
       data: batches as `jaxrel.train.loop.batches.batches` gives them: a Grain dataset or its
         iterator, of dicts of arrays that share the first axis. An entry "id" stays on the host
         and names the examples in messages.
-      steps: of the optimiser, in all.
+      steps: number of optimiser steps, in all.
       key: PRNG key of the run.
-      settings: dataclass instance or mapping, JSON-able: what must be equal to go on.
+      settings: dataclass instance or mapping, JSON-able: what must be equal to resume.
       folder: of the checkpoints; for a model that will be in OUT, `OUT.checkpoints` by
         convention. Each checkpoint is a folder named by its step.
       log: JSON-lines file; by default train.jsonl in `folder`.

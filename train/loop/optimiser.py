@@ -15,7 +15,7 @@ def warmup_cosine(learning_rate: float, steps: int, warmup: int = 0) -> optax.Sc
 
     Args:
       learning_rate: the highest.
-      steps: of the whole training.
+      steps: number of steps in all.
       warmup: steps until the highest, at most half of all.
 
     Raises:

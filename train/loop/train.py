@@ -39,7 +39,7 @@ def train_model(
     the statistics of batch normalisation stay as they are.
 
     Checkpoints go to `<folder>.checkpoints`, and are removed when the model is written; the
-    same call goes on from the newest one when it was stopped.
+    same call resumes from the newest one.
 
     Args:
       recipe: the settings.

@@ -35,7 +35,7 @@ def content_words(
 
     Args:
       tokenizer: of the model.
-      stop_words: in lower case; the default is NLTK's English list, as in the paper.
+      stop_words: in lower case; the default is NLTK's English list.
     """
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     found = np.array([token.lower() not in stop_words for token in tokens])
@@ -173,7 +173,7 @@ def lrp_inference_loss(
       mixing: weight of the plain prediction, from 0 to 1.
 
     Returns:
-      The loss, and {"accuracy": the share of words that are foreseen, "accuracy_reweighted",
+      The loss, and {"accuracy": the share of words that are predicted, "accuracy_reweighted",
       "loss_plain", "loss_reweighted"}.
     """
     text = text.astype(jnp.int32)

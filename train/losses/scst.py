@@ -3,7 +3,7 @@
 A caption is drawn from the model, and its reward is how much better it is than the greedy one.
 The captions are written on the device and judged on the host, all inside the one compiled step
 (`jax.pure_callback`). A step then depends on nothing but its parameters, batch and key, so that a
-stopped training goes on bit by bit, and no caption is that of older parameters. The device waits
+stopped training resumes bit by bit, and no caption comes from older parameters. The device waits
 while the host judges: on one core 20 ms for two captions of 64 images of Shapes, five references
 each. The host reads the next examples while the device computes.
 """
@@ -178,9 +178,9 @@ def scst_loss(
     counted = drawn(sampled, form)
     log_probability = logit_by_token(jax.nn.log_softmax(logits), sampled)
     value = self_critical_loss(log_probability, of_sampled - of_greedy, counted)
-    foreseen = (jnp.roll(logits.argmax(-1), 1, axis=1) == sampled) & counted
+    predicted = (jnp.roll(logits.argmax(-1), 1, axis=1) == sampled) & counted
     return value, {
-        "accuracy": foreseen.sum() / counted.sum(),
+        "accuracy": predicted.sum() / counted.sum(),
         "cider": of_sampled.mean(),
         "cider_greedy": of_greedy.mean(),
     }

@@ -28,16 +28,7 @@ class CaptionCoco(MapperReal):
 
 
 def train(recipe: CaptionCoco, folder: Path) -> CLIPMapper:
-    """Train on the captions of COCO, one caption of an image per example.
-
-    Args:
-      recipe: the settings; `data` is the folder of `coco.karpathy_captions`.
-      folder: where the model goes; see `train_model`.
-
-    Raises:
-      FileExistsError, FileNotFoundError: before any work; see `coco.karpathy_captions`.
-      ValueError, FloatingPointError, OSError: see `new_model` and `fit`.
-    """
+    """Train on the captions of COCO, one caption of an image per example; see `Recipe`."""
     check_new_folder(folder)
     source = read_images(coco.karpathy_captions, recipe)
     model = new_model(recipe, CLIPMapperCaption)

@@ -15,11 +15,10 @@ from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption
 from jaxrel.train.data.shapes.examples import CaptionExamples
 from jaxrel.train.evaluate import captions
 from jaxrel.train.evaluate.tables import grid
-from jaxrel.train.loop.train import read_settings
 from jaxrel.train.losses.captions import mapper_caption_loss
 from jaxrel.train.recipes.mapper import MapperShapes, new_model_of_shapes, train_on_shapes
 from jaxrel.train.recipes.registry import Recipe
-from jaxrel.train.recipes.settings import changed_flags, setting
+from jaxrel.train.recipes.settings import setting, write_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +33,7 @@ class CaptionShapes(MapperShapes):
 
 
 def train(recipe: CaptionShapes, folder: Path) -> CLIPMapper:
-    """Train on one caption of each image of a batch; see `train_model`.
-
-    Raises:
-      FileExistsError: the folder exists and is no model folder; said before any work.
-      ValueError, FloatingPointError, OSError: see `new_model` and `fit`.
-    """
+    """Train on one caption of each image of a batch; see `Recipe`."""
     check_new_folder(folder)
     model = new_model_of_shapes(recipe, CLIPMapperCaption)
     grid = model.config.clip.vision.grid
@@ -53,24 +47,16 @@ def train(recipe: CaptionShapes, folder: Path) -> CLIPMapper:
 
 
 def card(folder: Path, result: dict[str, Any]) -> str:
-    """The model card: what the model is, how it was made, and what `captions.evaluate` found.
-
-    Args:
-      folder: as `train` wrote it.
-      result: of `captions.evaluate`.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = read_settings(folder)
+    """The model card; `result` is what `evaluate` found."""
     (table,) = captions.tables(result)
-    return CARD.format(
-        flags=changed_flags(CaptionShapes(), settings),
+    return write_card(
+        CARD,
+        folder,
+        CaptionShapes(),
         table=grid(table.columns, table.rows),
         split=result["split"],
         tested=result["scenes"],
         examples="\n".join(f"- {caption}" for caption in result["examples"]),
-        **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch", "stage1")},
     )
 
 

@@ -179,17 +179,7 @@ def new_model(
 
 
 def train(recipe: CaptionerReal, folder: Path) -> Captioner:
-    """Train on the captions of a data set, one caption of an image per example.
-
-    Args:
-      recipe: the settings; `data` is the folder of the data set.
-      folder: where the model goes; see `train_model`.
-
-    Raises:
-      FileExistsError, FileNotFoundError: before any work; see `coco.karpathy_captions`,
-        `flickr30k.captions` and `load_encoder`.
-      ValueError, FloatingPointError, OSError: see `new_model` and `fit`.
-    """
+    """Train on the captions of a data set, one caption of an image per example; see `Recipe`."""
     check_new_folder(folder)
     config = new_config(recipe)
     source = read_images(READERS[recipe.dataset], recipe)

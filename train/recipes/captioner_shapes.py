@@ -27,7 +27,6 @@ from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.train.data.shapes import vocabulary
 from jaxrel.train.data.shapes.examples import SIDE, CaptionExamples, normalise
 from jaxrel.train.evaluate import captions
-from jaxrel.train.loop.train import read_settings
 from jaxrel.train.losses.auxiliary import PatchNames
 from jaxrel.train.losses.captions import caption_loss
 from jaxrel.train.recipes.captioner import (
@@ -38,7 +37,7 @@ from jaxrel.train.recipes.captioner import (
     train_captioner,
 )
 from jaxrel.train.recipes.registry import Recipe
-from jaxrel.train.recipes.settings import OnShapes, changed_flags, setting
+from jaxrel.train.recipes.settings import OnShapes, setting, write_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ def loss(
       patch_loss: weight of the names.
 
     Returns:
-      The sum, and {"accuracy": the share of words that are foreseen, "patches": the loss of the
+      The sum, and {"accuracy": the share of words that are predicted, "patches": the loss of the
       names}.
     """
     model = parts["model"]
@@ -113,12 +112,7 @@ def loss(
 
 
 def train(recipe: CaptionerShapes, folder: Path) -> Captioner:
-    """Train on one caption of each image of a batch; see `train_model`.
-
-    Raises:
-      FileExistsError: the folder exists and is no model folder; said before any work.
-      ValueError, FloatingPointError, OSError: see `new_model` and `fit`.
-    """
+    """Train on one caption of each image of a batch; see `Recipe`."""
     check_new_folder(folder)
     model = new_model(recipe)
     grid = model.config.grid
@@ -169,23 +163,15 @@ def evaluate(
 
 
 def card(folder: Path, result: dict[str, Any], *, recipe: type[CaptionerShapes]) -> str:
-    """The model card: what the model is, how it was made, and what `evaluate` found.
-
-    Args:
-      folder: as `train` wrote it.
-      result: of `evaluate`.
-      recipe: whose settings made it.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = read_settings(folder)
+    """The model card; `result` is what `evaluate` found."""
     judged = result["splits"]
     first = next(iter(judged.values()))
-    return CARD.format(
+    return write_card(
+        CARD,
+        folder,
+        recipe(),
         kind=recipe.kind,
         what=_WHAT[recipe.kind],
-        flags=changed_flags(recipe(), settings),
         splits=" | ".join(f"`{name}`" for name in judged),
         columns="---|" * len(judged),
         truth=table_rows([one["truth"] for one in judged.values()]),
@@ -194,7 +180,6 @@ def card(folder: Path, result: dict[str, Any], *, recipe: type[CaptionerShapes])
         tested=first["scenes"],
         among=first["split"],
         examples="\n".join(f"- {caption}" for caption in first["examples"]),
-        **{name: settings[name] for name in ("split", "data_seed", "scenes", "steps", "batch")},
     )
 
 

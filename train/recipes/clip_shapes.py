@@ -29,10 +29,10 @@ from jaxrel.train.data.shapes.language import with_article
 from jaxrel.train.evaluate.localisation import localisation_table, localise
 from jaxrel.train.evaluate.tables import cell, grid
 from jaxrel.train.loop.optimiser import warmup_cosine
-from jaxrel.train.loop.train import read_settings, write_settings
+from jaxrel.train.loop.train import write_settings
 from jaxrel.train.losses.contrastive import contrastive_loss
 from jaxrel.train.recipes.registry import Recipe
-from jaxrel.train.recipes.settings import OnShapes, Settings, changed_flags, setting
+from jaxrel.train.recipes.settings import OnShapes, Settings, setting, write_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,22 +242,14 @@ def _localisation(model: CLIP, scenes: list[Scene]) -> dict[str, Any]:
 
 
 def card(folder: Path, result: dict[str, Any]) -> str:
-    """The model card: what the model is, how it was made, and what `evaluate` found.
-
-    Args:
-      folder: as `train` wrote it.
-      result: of `evaluate`.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = read_settings(folder)
+    """The model card; `result` is what `evaluate` found."""
     retrieval, local = result["retrieval"], result["localisation"]
     table = localisation_table(local)
-    return CARD.format(
-        flags=changed_flags(ClipShapes(), settings),
+    return write_card(
+        CARD,
+        folder,
+        ClipShapes(),
         split=result["split"],
-        **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch")},
         caption=cell(retrieval["caption"]),
         image=cell(retrieval["image"]),
         tested=retrieval["scenes"],

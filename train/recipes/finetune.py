@@ -37,7 +37,7 @@ from jaxrel.train.recipes.captioner_real import READERS, caption_words
 from jaxrel.train.recipes.captioner_shapes import table_rows
 from jaxrel.train.recipes.real import read_images
 from jaxrel.train.recipes.registry import Recipe
-from jaxrel.train.recipes.settings import OnImages, OnShapes, changed_flags, setting
+from jaxrel.train.recipes.settings import OnImages, OnShapes, setting, write_card
 
 Encode = Callable[[Captioner, Array], Float[Array, "batch positions features"]]
 
@@ -167,19 +167,9 @@ class WithImages:
 
 
 def train_shapes(recipe: FinetuneShapes, folder: Path) -> Captioner:
-    """Fine-tune a captioner of Shapes, on the examples of `gridtd-shapes` and `aoa-shapes`.
+    """Fine-tune a captioner of Shapes, on the examples of its first training; see `Recipe`.
 
     The references of the reward are all five captions of a scene, as in the evaluation.
-
-    Args:
-      recipe: the settings.
-      folder: where the model goes; see `train_model`.
-
-    Raises:
-      FileExistsError, FileNotFoundError: the folder exists and is no model folder, or there is
-        no such captioner; said before any work.
-      ValueError: likewise, if the captioner does not read Shapes; see also `fit`.
-      FloatingPointError, OSError: see `fit`.
     """
     check_new_folder(folder)
     model = Captioner.from_pretrained(recipe.model, dtype=recipe.dtype)
@@ -207,16 +197,7 @@ def train_shapes(recipe: FinetuneShapes, folder: Path) -> Captioner:
 def train_real(recipe: FinetuneReal, folder: Path) -> Captioner:
     """Fine-tune a captioner of COCO or Flickr30k, one caption of an image per example.
 
-    The references of the reward are all captions of an image.
-
-    Args:
-      recipe: the settings; `data` is the folder of the data set.
-      folder: where the model goes; see `train_model`.
-
-    Raises:
-      FileExistsError, FileNotFoundError: before any work; see `captioner_real.train`, or there
-        is no such captioner.
-      ValueError, FloatingPointError, OSError: see `fit`.
+    The references of the reward are all captions of an image. See `Recipe`.
     """
     check_new_folder(folder)
     source = read_images(READERS[recipe.dataset], recipe)
@@ -334,32 +315,24 @@ def _check_shapes(model: Captioner, name: str) -> None:
 
 
 def card(folder: Path, result: dict[str, Any]) -> str:
-    """The model card: the base model, how it was fine-tuned, and what `evaluate` found.
-
-    Args:
-      folder: as `train_shapes` wrote it.
-      result: of `captioner_shapes.evaluate`.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = read_settings(folder)
+    """The model card; `result` is what `evaluate` found."""
     judged = result["splits"]
     columns = [
         one["truth"] | one["hallucination"] | {"CIDEr-D (times 10)": one["CIDEr-D"]}
         for one in judged.values()
     ]
     first = next(iter(judged.values()))
-    return CARD.format(
-        flags=changed_flags(FinetuneShapes(), settings),
-        how=_HOW[settings["mode"]],
+    return write_card(
+        CARD,
+        folder,
+        FinetuneShapes(),
+        how=_HOW[read_settings(folder)["mode"]],
         splits=" | ".join(f"`{name}`" for name in judged),
         lines="---|" * len(judged),
         rows=table_rows(columns),
         tested=first["scenes"],
         among=first["split"],
         examples="\n".join(f"- {caption}" for caption in first["examples"]),
-        **{name: settings[name] for name in ("model", "split", "data_seed", "steps", "batch")},
     )
 
 

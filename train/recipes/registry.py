@@ -32,9 +32,13 @@ class Recipe(NamedTuple):
     Attributes:
       settings: the dataclass of its settings; each field is a command-line option.
       model: the class of model that it makes and judges.
-      train: `train(settings, folder)` makes a model.
+      train: `train(settings, folder)` makes a model, writes it into the folder, and returns it as
+        it is there. A folder that exists and is no model's (FileExistsError), data that are not
+        there (FileNotFoundError) and sizes that do not fit (ValueError) are said before any work;
+        what else can go wrong is said in `jaxrel.train.loop.fit`.
       evaluate: `evaluate(model, ...)` judges one on held-out data.
-      card: `card(folder, result)` writes the model's README, if the recipe has one.
+      card: `card(folder, result)` makes the model's README of what `evaluate` returned, if the
+        recipe has one. A folder without settings.json raises FileNotFoundError.
       tables: `tables(result)` gives the tables of a result, where they are not simply all numbers.
     """
 

@@ -3,7 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
+
+from jaxrel.train.loop.train import read_settings
 
 # What a number may be, in the words of the message that refuses another.
 _RANGES: dict[str, Callable[[float], bool]] = {
@@ -120,6 +123,22 @@ class OnImages:
         "error", "what to do with damaged images: error or skip", ("error", "skip")
     )
     workers: int = setting(8, "processes that read images; 0 reads in threads")
+
+
+def write_card(template: str, folder: Path, default: Any, **found: Any) -> str:
+    """A model card: a template with the settings, `flags` (those that were changed), and findings.
+
+    Args:
+      template: for `str.format`.
+      folder: as the recipe wrote it.
+      default: the recipe's default settings.
+      **found: what else the template names.
+
+    Raises:
+      FileNotFoundError: the folder has no settings.json.
+    """
+    settings = read_settings(folder)
+    return template.format(**settings | {"flags": changed_flags(default, settings)} | found)
 
 
 def changed_flags(default: Any, settings: dict[str, Any]) -> str:

@@ -24,12 +24,11 @@ from jaxrel.train.data.shapes.patches import QUESTIONS, asked_by_patch, asked_pl
 from jaxrel.train.evaluate import vqa
 from jaxrel.train.evaluate.tables import cell, grid
 from jaxrel.train.loop.batches import Arrays
-from jaxrel.train.loop.train import read_settings
 from jaxrel.train.losses.answers import answer_loss
 from jaxrel.train.losses.auxiliary import Asked
 from jaxrel.train.recipes.mapper import MapperShapes, new_model_of_shapes, train_on_shapes
 from jaxrel.train.recipes.registry import Recipe
-from jaxrel.train.recipes.settings import changed_flags, setting
+from jaxrel.train.recipes.settings import setting, write_card
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +71,7 @@ def examples(recipe: VqaShapes, model: CLIPMapperVQA) -> Arrays:
 
 
 def train(recipe: VqaShapes, folder: Path) -> CLIPMapper:
-    """Train on all questions of each image of a batch; see `train_model`.
-
-    Raises:
-      FileExistsError: the folder exists and is no model folder; said before any work.
-      ValueError, FloatingPointError, OSError: see `new_model` and `fit`.
-    """
+    """Train on all questions of each image of a batch; see `Recipe`."""
     check_new_folder(folder)
     model = new_model_of_shapes(recipe, CLIPMapperVQA, answers=answers())
     about = Asked(model.config.width, rngs=nnx.Rngs(recipe.seed))
@@ -90,20 +84,13 @@ def train(recipe: VqaShapes, folder: Path) -> CLIPMapper:
 
 
 def card(folder: Path, result: dict[str, Any]) -> str:
-    """The model card: what the model is, how it was made, and what `vqa.evaluate` found.
-
-    Args:
-      folder: as `train` wrote it.
-      result: of `vqa.evaluate`.
-
-    Raises:
-      FileNotFoundError: the folder has no settings.json.
-    """
-    settings = read_settings(folder)
+    """The model card; `result` is what `evaluate` found."""
     local = result["localisation"]
     accuracy, *localisation = (grid(one.columns, one.rows) for one in vqa.tables(result))
-    return CARD.format(
-        flags=changed_flags(VqaShapes(), settings),
+    return write_card(
+        CARD,
+        folder,
+        VqaShapes(),
         accuracy=accuracy,
         split=result["split"],
         tested=result["scenes"],
@@ -111,7 +98,6 @@ def card(folder: Path, result: dict[str, Any]) -> str:
         examples=local["examples"],
         chance=cell(local.get("chance"), nothing="-"),
         localisation="".join(localisation),
-        **{name: settings[name] for name in ("data_seed", "scenes", "steps", "batch", "stage1")},
     )
 
 

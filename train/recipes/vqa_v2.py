@@ -61,16 +61,7 @@ class Questions(ImageTexts):
 
 
 def train(recipe: VqaV2, folder: Path) -> CLIPMapper:
-    """Train on VQA v2 with soft targets: sigmoid cross-entropy over all answers.
-
-    Args:
-      recipe: the settings; `data` is the folder of `vqa_v2.questions`.
-      folder: where the model goes; see `train_model`.
-
-    Raises:
-      FileExistsError, FileNotFoundError: before any work; see `vqa_v2.questions`.
-      ValueError, FloatingPointError, OSError: see `new_model` and `fit`.
-    """
+    """Train on VQA v2 with soft targets; see `soft_answer_loss` and `Recipe`."""
     check_new_folder(folder)
     source = read_images(vqa_v2.questions, recipe)
     vocabulary = vqa_v2.build_vocabulary(

@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable
 from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Float32, Shaped, UInt8
+from jaxtyping import Bool, Float32, UInt8
 
 from jaxrel.train.data.shapes import captions as _captions
 from jaxrel.train.data.shapes import questions as _questions
@@ -18,7 +17,6 @@ from jaxrel.train.data.shapes.questions import ANSWERS, Question, ask_questions
 from jaxrel.train.data.shapes.render import render
 from jaxrel.train.data.shapes.scene import (
     COLOURS,
-    MAX_OBJECTS,
     SHAPES,
     SIZES,
     Attribute,
@@ -27,7 +25,6 @@ from jaxrel.train.data.shapes.scene import (
     draw_attributes,
     draw_background,
     draw_objects,
-    pick,
 )
 
 SPLITS = ("train", "val", "test", "biased_train", "biased_test")
@@ -36,7 +33,7 @@ MIN_SIZE, MAX_SIZE = 32, 2048
 # Seeds and indices are hashed as words of 32 bits: larger ones could collide.
 _LIMIT = 2**32
 # What a scene draws, each from its own stream, so that a change to one leaves the others alone.
-_LAYOUT, _CAPTIONS, _QUESTIONS, _CHOICE = range(4)
+_LAYOUT, _CAPTIONS, _QUESTIONS = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,20 +87,6 @@ class Scene:
     def captions(self) -> tuple[Caption, ...]:
         """Five true captions; the first two name every object."""
         return write_captions(self._rng(_CAPTIONS), self.objects)
-
-    def caption(self, key: SupportsIndex) -> Caption:
-        """One of the five captions.
-
-        Args:
-            key: a number from 0, such as the epoch; the same key gives the same caption.
-
-        Returns:
-            The caption, each of the five equally likely over keys.
-
-        Raises:
-            ValueError: the key is negative or too large.
-        """
-        return pick(self._rng(_CHOICE, _checked("key", key)), self.captions)
 
     @functools.cached_property
     def questions(self) -> tuple[Question, ...]:
@@ -164,51 +147,6 @@ class Shapes:
             attributes = bias(rng, draw_attributes(rng, least=2), rate)
         objects, background = draw_objects(rng, attributes), draw_background(rng)
         return Scene(self.seed, split, index, self.size, objects, background, attributes.repeated)
-
-    def images(
-        self, split: str, indices: Iterable[SupportsIndex]
-    ) -> UInt8[np.ndarray, "batch height width 3"]:
-        """Makes the images of many scenes.
-
-        Args:
-            split: one of `SPLITS`.
-            indices: numbers in the split.
-
-        Returns:
-            The images, RGB, 0 to 255.
-
-        Raises:
-            ValueError: no such split, or an index is out of range.
-        """
-        images = [self.scene(split, index).image for index in indices]
-        return np.array(images, np.uint8).reshape(-1, self.size, self.size, 3)
-
-    def batch(
-        self, split: str, indices: Iterable[SupportsIndex]
-    ) -> dict[str, Shaped[np.ndarray, "batch *rest"]]:
-        """Makes images and where their objects are, for many scenes.
-
-        Args:
-            split: one of `SPLITS`.
-            indices: numbers in the split.
-
-        Returns:
-            `"image"` uint8 [batch, height, width, 3]; `"count"` int32 [batch], the number n of
-            objects; `"boxes"` float32 [batch, 5, 4] (left, top, width, height in pixels) and
-            `"masks"` bool [batch, 5, height, width], both zero from the n-th object on.
-
-        Raises:
-            ValueError: no such split, or an index is out of range.
-        """
-        scenes = [self.scene(split, index) for index in indices]
-        boxes = np.zeros((len(scenes), MAX_OBJECTS, 4), np.float32)
-        masks = np.zeros((len(scenes), MAX_OBJECTS, self.size, self.size), bool)
-        count = np.array([len(scene.objects) for scene in scenes], np.int32)
-        for i, scene in enumerate(scenes):
-            boxes[i, : count[i]], masks[i, : count[i]] = scene.boxes, scene.masks
-        images = np.array([scene.image for scene in scenes], np.uint8)
-        images = images.reshape(-1, self.size, self.size, 3)
-        return {"image": images, "count": count, "boxes": boxes, "masks": masks}
 
 
 def vocabulary() -> tuple[str, ...]:
