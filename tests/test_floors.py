@@ -30,7 +30,7 @@ FLOORS = {
     "jaxrel.gradients": RELEVANCE,
     "jaxrel.report": ("jaxrel.files", "jaxrel.renamed"),
     "jaxrel.explanations": (*EXPLAIN, "jaxrel.report"),
-    "jaxrel.metrics": (*EXPLAIN, "jaxrel.report"),
+    "jaxrel.metrics": (*EXPLAIN, "jaxrel.report", "jaxrel.renamed"),
     "jaxrel.models": ("jaxrel.tag", "jaxrel.capture_with_grad", "jaxrel.renamed"),
 }
 

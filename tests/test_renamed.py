@@ -28,6 +28,9 @@ OLD = {
     "jaxrel.word_relevance.SIGNED_WORDS": "jaxrel.explanations.words.SIGNED_WORDS",
     "jaxrel.word_relevance.WORD_METHODS": "jaxrel.explanations.words.WORD_METHODS",
     "jaxrel.models.weights.PRETRAINED": "jaxrel.models.checkpoint.PRETRAINED",
+    "jaxrel.metrics.hits": "jaxrel.metrics.localisation.pointing_game",
+    "jaxrel.metrics.share_inside": "jaxrel.metrics.localisation.relevance_mass_accuracy",
+    "jaxrel.metrics.perturbation.markdown": "jaxrel.train.evaluate.perturbation.markdown",
     "jaxrel.report.picture": "jaxrel.report.figure",
     "jaxrel.train.settings.FinetuneShapes": "jaxrel.train.recipes.finetune.FinetuneShapes",
 }

@@ -6,6 +6,7 @@ What is wrong with the user's input is said in one line on standard error, with 
 
 import argparse
 import importlib.metadata
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,17 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0, or 2 for input that cannot be used.
     """
-    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
     with warnings.catch_warnings():
         # One line per warning, and only those meant for users.
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"jaxrel\b")
         warnings.showwarning = _show_warning
         try:
-            options = _parser().parse_args(arguments)
+            options = _parser().parse_args(given)
+            options.command = shlex.join(["jaxrel", *given])
             options.run(options)
         except (ValueError, OSError, ArithmeticError) as error:
-            if debug:
+            if "--debug" in given:
                 raise
             print(f"jaxrel: error: {error}", file=sys.stderr)
             return 2

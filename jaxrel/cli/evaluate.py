@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,15 @@ def add(commands: Any) -> None:
     _add_sanity(judged)
     _add_captioner(judged)
     _add_finetuning(judged)
+    for name, test in judged.choices.items():
+        test.add_argument(
+            "--record",
+            nargs="?",
+            const="",
+            metavar="FOLDER",
+            help="keep the result in a folder, as JSON and Markdown (default: train/results)",
+        )
+        test.set_defaults(judged=name)
 
 
 def _add_recipes(judged: Any) -> None:
@@ -171,6 +180,27 @@ def _recipe(options: argparse.Namespace) -> None:
     print(json.dumps({"model": options.model, **result}, indent=2))
     if options.card:
         (folder / "README.md").write_text(recipe.card(folder, result), encoding="utf-8")
+    from jaxrel.train.evaluate.tables import all_tables
+
+    _record(options, result["protocol"], (recipe.tables or all_tables)(result), result)
+
+
+def _record(options: argparse.Namespace, protocol: str, tables: Sequence, result: Any) -> None:
+    """Keep a result if `--record` asks for it."""
+    if options.record is None:
+        return
+    from jaxrel.train.evaluate import record
+
+    name = "-".join(dict.fromkeys((options.judged, Path(getattr(options, "model", "")).name)))
+    files = record.record(
+        name.rstrip("-"),
+        protocol,
+        tables,
+        command=options.command,
+        result=result,
+        folder=Path(options.record) if options.record else record.FOLDER,
+    )
+    print("recorded " + ", ".join(map(str, files)))
 
 
 def _load(options: argparse.Namespace, kind: type, called: str) -> Any:
@@ -194,8 +224,7 @@ def _mapper(options: argparse.Namespace) -> Any:
 
 def _perturbation(options: argparse.Namespace) -> None:
     shared.check_plots()
-    from jaxrel.metrics.perturbation import markdown
-    from jaxrel.train.evaluate import perturbation
+    from jaxrel.train.evaluate import perturbation, tables
 
     result = perturbation.evaluate(
         _mapper(options),
@@ -209,13 +238,14 @@ def _perturbation(options: argparse.Namespace) -> None:
     )
     result = {name: {"model": options.model, **summary} for name, summary in result.items()}
     files = perturbation.save(result, options.out)
-    for summary in result.values():
-        print(f"Removing {summary['modality']} tokens:\n\n{markdown(summary)}")
+    found = [table for summary in result.values() for table in perturbation.tables(summary)]
+    print(tables.markdown(found))
     print("wrote " + ", ".join(map(str, files)))
+    _record(options, perturbation.PROTOCOL, found, result)
 
 
 def _weighting(options: argparse.Namespace) -> None:
-    from jaxrel.train.evaluate import weighting
+    from jaxrel.train.evaluate import tables, weighting
 
     result = weighting.evaluate(
         _mapper(options),
@@ -228,14 +258,14 @@ def _weighting(options: argparse.Namespace) -> None:
     )
     result = {name: {"model": options.model, **found} for name, found in result.items()}
     files = weighting.save(result, options.out)
-    for found in result.values():
-        print(weighting.markdown(found))
+    found = [table for one in result.values() for table in weighting.tables(one)]
+    print(tables.markdown(found))
     print("wrote " + ", ".join(map(str, files)))
+    _record(options, weighting.PROTOCOL, found, result)
 
 
 def _sanity(options: argparse.Namespace) -> None:
-    from jaxrel.files import write_atomically
-    from jaxrel.train.evaluate import sanity
+    from jaxrel.train.evaluate import sanity, tables
 
     result = sanity.evaluate(
         _mapper(options),
@@ -244,11 +274,12 @@ def _sanity(options: argparse.Namespace) -> None:
         examples=options.examples,
         seed=options.seed,
     )
-    file = options.out / f"sanity-{result['task']}.json"
-    write_atomically(file, json.dumps({"model": options.model, **result}, indent=1).encode())
-    for modality in ("image", "text"):
-        print(sanity.markdown(result, modality))
-    print(f"wrote {file}")
+    result = {"model": options.model, **result}
+    files = sanity.save(result, options.out)
+    found = sanity.tables(result)
+    print(tables.markdown(found))
+    print("wrote " + ", ".join(map(str, files)))
+    _record(options, sanity.PROTOCOL, found, result)
 
 
 def _captioner(options: argparse.Namespace) -> None:
@@ -279,6 +310,8 @@ def _captioner(options: argparse.Namespace) -> None:
     files = caption_explanation_tables.save(result, options.out)
     print(caption_explanation_tables.markdown(result))
     print("wrote " + ", ".join(map(str, files)))
+    found = caption_explanation_tables.tables(result)
+    _record(options, caption_explanations.PROTOCOL, found, result)
     if options.detector:
         print(f"wrote {detector(result).save(find_folder(options.model))}")
 
@@ -292,6 +325,6 @@ def _finetuning(options: argparse.Namespace) -> None:
         options.models, splits=shared.names(options.split), scenes=options.scenes
     )
     files = finetuning.save(result, options.out)
-    for split in result["splits"]:
-        print(finetuning.markdown(result, split))
+    print(finetuning.markdown(result))
     print("wrote " + ", ".join(map(str, files)))
+    _record(options, finetuning.PROTOCOL, finetuning.tables(result), result)

@@ -11,7 +11,8 @@ from jaxrel.metrics.intervals import (
     bootstrap_many,
     bootstrap_ratio,
 )
-from jaxrel.metrics.localisation import chance, hits, share_inside
+from jaxrel.metrics.localisation import chance, pointing_game, relevance_mass_accuracy
+from jaxrel.renamed import renamed
 
 __all__ = [
     "Chair",
@@ -27,10 +28,18 @@ __all__ = [
     "chair",
     "chance",
     "cider_d",
-    "hits",
     "perturbation",
+    "pointing_game",
     "randomisation",
+    "relevance_mass_accuracy",
     "rouge_l",
-    "share_inside",
     "tokenise",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "hits": "jaxrel.metrics.localisation.pointing_game",
+        "share_inside": "jaxrel.metrics.localisation.relevance_mass_accuracy",
+    },
+)

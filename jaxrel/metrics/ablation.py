@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrel.metrics.correctness import check_maps
-from jaxrel.metrics.intervals import Interval, _times_drawn
-from jaxrel.metrics.perturbation import random_relevance
+from jaxrel.metrics.intervals import group_sums, percentiles, times_drawn
 
 # The paper's settings, for images of 224 x 224: 20 of 28 x 28 patches go, and 3 of the words
 # that come before a word; words that have fewer than 6 before them are not asked about.
@@ -91,22 +90,6 @@ def patch_mask(scores: Scores, count: int = PATCHES) -> Bool[Array, "*batch rows
     return _highest(jnp.asarray(scores).reshape(*scores.shape[:-2], -1), count).reshape(
         scores.shape
     )
-
-
-def random_patch_mask(
-    key: PRNGKeyArray, shape: tuple[int, ...], count: int = PATCHES
-) -> Bool[Array, "..."]:
-    """The control of `patch_mask`: patches drawn at random, every set of `count` alike.
-
-    Args:
-      key: of the draw.
-      shape: of the scores, `[*batch, rows, columns]`; each map has a draw of its own.
-      count: how many; static.
-
-    Raises:
-      ValueError: as `patch_mask`.
-    """
-    return patch_mask(random_relevance(key, shape), count)
 
 
 def ablate(
@@ -183,29 +166,6 @@ def ablated_prefixes(
     )
 
 
-def random_prefixes(
-    key: PRNGKeyArray, ids: Prefix, lengths: Lengths, *, count: int = WORDS, pad: int = 0
-) -> Prefixes:
-    """The control of `ablated_prefixes`: words drawn at random, every set of `count` alike.
-
-    All words of the prefix can be drawn, as all can be the most relevant. The control of the
-    reference implementation never draws the word immediately before, which a model often needs
-    most; that makes it easier to beat.
-
-    Args:
-      key: of the draw; each prefix has a draw of its own.
-      ids: as in `ablated_prefixes`.
-      lengths: as in `ablated_prefixes`.
-      count: how many words go; static.
-      pad: the id to fill up with; static.
-
-    Raises:
-      ValueError: as `ablated_prefixes`.
-    """
-    drawn = random_relevance(key, tuple(ids.shape))
-    return ablated_prefixes(ids, lengths, drawn, count=count, pad=pad)
-
-
 def ablation_summary(
     drops: Cases,
     *,
@@ -265,9 +225,9 @@ def ablation_summary(
     groups, group = np.unique(np.arange(cases) if image is None else image, return_inverse=True)
     held = (drop >= 0) & still
     one = np.ones_like(drop)
-    parts = _by_image(np.stack([~still, held, drop, held, drop]), group)
-    wholes = _by_image(np.stack([one, still, still, one, one]), group)
-    weights = _times_drawn(np.random.default_rng(seed), len(groups), resamples)
+    parts = group_sums(np.stack([~still, held, drop, held, drop]), group)
+    wholes = group_sums(np.stack([one, still, still, one, one]), group)
+    weights = times_drawn(np.random.default_rng(seed), len(groups), resamples)
     mean = _ratio(parts.sum(-1), wholes.sum(-1))
     drawn = _ratio(parts @ weights, wholes @ weights)
     methods: dict[str, Any] = {
@@ -308,15 +268,6 @@ def _without(
     return jnp.where(place < left[..., None], closed, pad), left
 
 
-def _by_image(
-    values: Shaped[np.ndarray, "measures methods cases"], group: Int[np.ndarray, " cases"]
-) -> Float[np.ndarray, "measures methods images"]:
-    """Sums over the cases of each image."""
-    sums = np.zeros((group.max() + 1, *values.shape[:-1]))
-    np.add.at(sums, group, np.moveaxis(values, -1, 0))
-    return np.moveaxis(sums, 0, -1)
-
-
 def _ratio(
     part: Float[np.ndarray, "..."], whole: Float[np.ndarray, "..."]
 ) -> Float[np.ndarray, "..."]:
@@ -333,8 +284,7 @@ def _measures(
         resampled = resampled[np.isfinite(resampled)]
         found[name] = None
         if np.isfinite(mean) and len(resampled):
-            low, high = np.percentile(resampled, [2.5, 97.5])
-            found[name] = Interval(float(mean), float(low), float(high))._asdict()
+            found[name] = percentiles(mean, resampled).at()._asdict()
     return found
 
 

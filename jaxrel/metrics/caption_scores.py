@@ -8,13 +8,11 @@ CIDEr-D is the reward of self-critical training: see `CiderD`.
 """
 
 import dataclasses
-import importlib
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -30,12 +28,6 @@ ORDERS = 4  # n-grams of one to four words
 _TINY, _SMALL = 1e-15, 1e-9
 _BETA = 1.2
 _SIGMA = 6.0
-
-_PLUGINS = {
-    "METEOR": ("pycocoevalcap", "pycocoevalcap.meteor.meteor", "Meteor"),
-    "SPICE": ("pycocoevalcap", "pycocoevalcap.spice.spice", "Spice"),
-    "BERTScore": ("bert-score", "bert_score", "BERTScorer"),
-}
 
 
 class Scores(NamedTuple):
@@ -98,7 +90,7 @@ def bleu_counts(
     Raises:
       ValueError: as `bleu`.
     """
-    _check("bleu", candidates, references)
+    check_captions("bleu", candidates, references)
     rows = [_bleu_counts(*pair) for pair in zip(candidates, references, strict=True)]
     return np.array(rows, np.float64)
 
@@ -138,7 +130,7 @@ def rouge_l(candidates: Sequence[Tokens], references: Sequence[References]) -> S
     Raises:
       ValueError: as `bleu`.
     """
-    _check("rouge_l", candidates, references)
+    check_captions("rouge_l", candidates, references)
     examples = [_rouge_l(*pair) for pair in zip(candidates, references, strict=True)]
     return Scores(float(np.mean(examples)), np.array(examples))
 
@@ -159,7 +151,7 @@ def cider_d(candidates: Sequence[Tokens], references: Sequence[References]) -> S
     Raises:
       ValueError: as `bleu`.
     """
-    _check("cider_d", candidates, references)
+    check_captions("cider_d", candidates, references)
     examples = CiderD.from_references(references).score(candidates, references)
     return Scores(float(examples.mean()), examples)
 
@@ -261,38 +253,13 @@ class CiderD:
         Raises:
           ValueError: as `bleu`.
         """
-        _check("CiderD.score", candidates, references)
+        check_captions("CiderD.score", candidates, references)
         return np.array([self._score(*pair) for pair in zip(candidates, references, strict=True)])
 
     def _score(self, tokens: Tokens, references: Sequence[Tokens | TfIdf]) -> float:
         candidate = self.weigh(tokens)
         weighed = [r if isinstance(r, TfIdf) else self.weigh(r) for r in references]
         return 10 * sum(_similarity(candidate, r) for r in weighed) / len(weighed)
-
-
-def plugin(name: str) -> Any:
-    """The class that computes a metric which jaxrel leaves to another package.
-
-    Args:
-      name: `"METEOR"` or `"SPICE"` (pycocoevalcap, which needs Java), or `"BERTScore"`
-        (bert-score, which loads a language model).
-
-    Returns:
-      The package's scorer class, with the package's own interface.
-
-    Raises:
-      ValueError: no such metric.
-      ImportError: the package is not installed.
-    """
-    if name not in _PLUGINS:
-        raise ValueError(f"plugin: no metric {name!r}; choose from {', '.join(_PLUGINS)}")
-    package, module, scorer = _PLUGINS[name]
-    if find_spec(module.partition(".")[0]) is None:
-        raise ImportError(
-            f"{name} needs {package}, which is not installed: pip install {package}. BLEU, "
-            "ROUGE-L and CIDEr-D need nothing more."
-        )
-    return getattr(importlib.import_module(module), scorer)
 
 
 def _counts(tokens: Tokens) -> list[Counter[tuple[str, ...]]]:
@@ -347,9 +314,16 @@ def _similarity(candidate: TfIdf, reference: TfIdf) -> float:
     return total / ORDERS * math.exp(-(difference**2) / (2 * _SIGMA**2))
 
 
-def _check(
+def check_captions(
     where: str, candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens | TfIdf]]
 ) -> None:
+    """Raise ValueError unless there are captions, and as many references, in words.
+
+    Args:
+      where: who asks, for the message.
+      candidates: one caption per image.
+      references: of each image, at least one.
+    """
     if len(candidates) != len(references):
         raise ValueError(
             f"{where}: {len(candidates)} candidates and references of {len(references)} images; "

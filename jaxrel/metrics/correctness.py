@@ -72,25 +72,6 @@ def box_masks(
     return inside_rows[..., :, None] & inside_columns[..., None, :]
 
 
-def normalised_part(
-    relevance: Relevance, *, negative: bool = False
-) -> Float[Array, "*words height width"]:
-    """The positive part of relevance per pixel and channel, its mean over channels, over its max.
-
-    Args:
-      relevance: signed relevance of images; maps without channels as one channel.
-      negative: take the negative part, as positive numbers, in place of the positive part.
-
-    Returns:
-      Maps from 0 to 1, float32 (float64 for float64 maps); a map without such a part is 0.
-
-    Raises:
-      ValueError: a map is not finite. Under `jax.jit` and `jax.vmap` it gives NaN.
-    """
-    check_maps("normalised_part", relevance)
-    return _normalised_part(jnp.asarray(relevance), negative)
-
-
 def correctness(
     relevance: Relevance,
     masks: Masks,
@@ -100,8 +81,9 @@ def correctness(
 ) -> Float[Array, "*words thresholds"]:
     """The share of a word's relevance inside the boxes of its category, at each threshold.
 
-    What of `normalised_part` is at most the threshold becomes 0, and the share of the rest is
-    taken that lies inside a mask; of several masks, the one with the largest share counts. Each
+    Counted is the positive part per pixel and channel, its mean over channels, over its maximum.
+    What of it is at most the threshold becomes 0, and the share of the rest is taken that lies
+    inside a mask; of several masks, the one with the largest share counts. Each
     threshold and mask meets the map itself: the reference implementation thresholds in place,
     so that all boxes but the first meet the map of the last threshold.
 
@@ -110,7 +92,7 @@ def correctness(
       masks: bool, those of each word's category; words with fewer are filled up with empty
         masks, which have no share.
       thresholds: shares of the map's maximum; static.
-      negative: of the negative part.
+      negative: take the negative part, as positive numbers, in place of the positive part.
 
     Returns:
       From 0 to 1, float32 (float64 for float64 maps); 0 where nothing is left of the map. Pure,
@@ -149,7 +131,6 @@ def check_maps(what: str, maps: Float[Array | np.ndarray, "..."]) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames="negative")
 def _normalised_part(
     relevance: Float[Array, "*words height width channels"], negative: bool
 ) -> Float[Array, "*words height width"]:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxrel.metrics.caption_scores import References, Tokens, _check
-from jaxrel.metrics.intervals import Interval, _times_drawn
+from jaxrel.metrics.caption_scores import References, Tokens, check_captions
+from jaxrel.metrics.intervals import Interval, percentiles, times_drawn
 
 
 class FrequentWords(NamedTuple):
@@ -66,49 +66,16 @@ def frequent_words(
       ValueError: no captions, numbers that differ, an image without references, text in place
         of tokens or of words, no words, or a word twice.
     """
-    _check("frequent_words", candidates, references)
+    check_captions("frequent_words", candidates, references)
     _check_words("frequent_words", words)
     said, expected = _present(candidates, words), _expected(references, words)
     counts = _counts(said, expected, np.ones((len(said), 1)))[0]
     scores = _scores(counts)
-    drawn = _scores(_counts(said, expected, _weights(len(said), seed, resamples))).mean(-1)
+    weights = times_drawn(np.random.default_rng(seed), len(said), resamples)
+    drawn = _scores(_counts(said, expected, weights)).mean(-1)
+    intervals = percentiles(scores.mean(-1), drawn.T)
     tp, fp, fn = counts.astype(np.int64)
-    return FrequentWords(tuple(words), tp, fp, fn, *scores, *_intervals(scores.mean(-1), drawn))
-
-
-def frequent_words_difference(
-    first: Sequence[Tokens],
-    second: Sequence[Tokens],
-    references: Sequence[References],
-    words: Sequence[str],
-    *,
-    seed: int = 0,
-    resamples: int = 2000,
-) -> dict[str, Interval]:
-    """How much better the first model uses words than the second, on the same images.
-
-    Args:
-      first: captions of one model, one per image.
-      second: captions of another, of the same images.
-      references: the references of each image, at least one.
-      words: as in `frequent_words`.
-      seed: of the resampling, which both models meet.
-      resamples: how many samples of images are drawn with replacement.
-
-    Returns:
-      `mean_precision`, `mean_recall` and `mean_f1` of the first less the second's.
-
-    Raises:
-      ValueError: as `frequent_words`.
-    """
-    for captions in (first, second):
-        _check("frequent_words_difference", captions, references)
-    once, weights = np.ones((len(first), 1)), _weights(len(first), seed, resamples)
-    both = np.hstack([once, weights])
-    means = [mean_scores(captions, references, words, both) for captions in (first, second)]
-    difference = means[0] - means[1]
-    found = _intervals(difference[0], difference[1:])
-    return dict(zip(("mean_precision", "mean_recall", "mean_f1"), found, strict=True))
+    return FrequentWords(tuple(words), tp, fp, fn, *scores, *map(intervals.at, range(3)))
 
 
 def mean_scores(
@@ -126,7 +93,7 @@ def mean_scores(
     Raises:
       ValueError: as `frequent_words`.
     """
-    _check("mean_scores", candidates, references)
+    check_captions("mean_scores", candidates, references)
     _check_words("mean_scores", words)
     counts = _counts(_present(candidates, words), _expected(references, words), weights)
     return _scores(counts).mean(-1)
@@ -142,10 +109,6 @@ def _expected(
     references: Sequence[References], words: Sequence[str]
 ) -> Bool[np.ndarray, "images words"]:
     return _present([[w for tokens in image for w in tokens] for image in references], words)
-
-
-def _weights(images: int, seed: int, resamples: int) -> Float[np.ndarray, "{images} {resamples}"]:
-    return _times_drawn(np.random.default_rng(seed), images, resamples)
 
 
 def _counts(
@@ -165,15 +128,6 @@ def _scores(
     tp, fp, fn = np.moveaxis(counts, -2, 0)
     parts = [(tp, tp + fp), (tp, tp + fn), (2 * tp, 2 * tp + fp + fn)]
     return np.stack([part / np.maximum(whole, 1) for part, whole in parts], axis=-2)
-
-
-def _intervals(
-    means: Float[np.ndarray, " measures"], drawn: Float[np.ndarray, "resamples measures"]
-) -> list[Interval]:
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-    return [
-        Interval(float(a), float(b), float(c)) for a, b, c in zip(means, low, high, strict=True)
-    ]
 
 
 def _check_words(what: str, words: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 # A number of examples that count several times, once per column of the weights:
 # `weights [examples, resamples] -> [resamples]`.
@@ -51,8 +51,7 @@ def bootstrap(
         raise ValueError(f"bootstrap: of {values.size} values some are not finite")
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
+    return percentiles(values.mean(), means).at()
 
 
 class Intervals(NamedTuple):
@@ -65,6 +64,20 @@ class Intervals(NamedTuple):
     def at(self, *index: int) -> Interval:
         """One of them."""
         return Interval(*(float(part[index]) for part in self))
+
+
+def percentiles(
+    mean: float | np.floating | Float[np.ndarray, "*rows"],
+    drawn: Sequence[float] | Float[np.ndarray, "*rows resamples"],
+) -> Intervals:
+    """The 95% intervals of values whose resamples are given: percentiles (Efron 1979).
+
+    Args:
+      mean: the values themselves.
+      drawn: the same of each resample, along the last axis.
+    """
+    ends = np.percentile(drawn, [2.5, 97.5], axis=-1)
+    return Intervals(*map(np.asarray, (mean, *ends)))
 
 
 def bootstrap_ratio(
@@ -102,8 +115,7 @@ def bootstrap_ratio(
     for _ in range(resamples):
         rows = rng.integers(0, len(part), len(part))
         ratios.append(part[rows].sum() / max(whole[rows].sum(), 1e-9))
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Interval(float(part.sum() / whole.sum()), float(low), float(high))
+    return percentiles(part.sum() / whole.sum(), ratios).at()
 
 
 def bootstrap_many(
@@ -140,9 +152,8 @@ def bootstrap_many(
     for start in range(0, resamples, chunk):
         rows = means[..., start : start + chunk]
         # A resampled mean is a weighted mean, the weight being how often an example was drawn.
-        rows[...] = values @ _times_drawn(rng, examples, rows.shape[-1]) / examples
-    low, high = np.percentile(means, [2.5, 97.5], axis=-1)
-    return Intervals(values.mean(-1), low, high)
+        rows[...] = values @ times_drawn(rng, examples, rows.shape[-1]) / examples
+    return percentiles(values.mean(-1), means)
 
 
 def share(
@@ -182,8 +193,8 @@ def resampled(
             f"resampled: expected repetitions and examples, got {len(repetitions)} and {examples}"
         )
     rng = np.random.default_rng(seed)
-    of_examples = _times_drawn(rng, examples, resamples)
-    of_repetitions = _times_drawn(rng, len(repetitions), resamples)
+    of_examples = times_drawn(rng, examples, resamples)
+    of_repetitions = times_drawn(rng, len(repetitions), resamples)
     weights = np.hstack([np.ones((examples, 1)), of_examples])
     values = np.stack([statistic(weights) for statistic in repetitions])
     if not np.isfinite(values).all():
@@ -194,13 +205,27 @@ def resampled(
 
 def interval(draws: Float[np.ndarray, " draws"]) -> Interval:
     """The value and its 95% interval of what `resampled` gives, or of a difference of two."""
-    low, high = np.percentile(draws[1:], [2.5, 97.5])
-    return Interval(float(draws[0]), float(low), float(high))
+    return percentiles(draws[0], draws[1:]).at()
 
 
-def _times_drawn(
+def group_sums(
+    values: Shaped[np.ndarray, "*measures cases"], group: Int[np.ndarray, " cases"]
+) -> Float[np.ndarray, "*measures groups"]:
+    """Sums over the cases of each group, such as the words of an image.
+
+    Args:
+      values: one number (or bool) per case.
+      group: the number of each case's group, from 0.
+    """
+    sums = np.zeros((group.max() + 1, *values.shape[:-1]))
+    np.add.at(sums, group, np.moveaxis(values, -1, 0).astype(np.float64))
+    return np.moveaxis(sums, 0, -1)
+
+
+def times_drawn(
     rng: np.random.Generator, examples: int, resamples: int
 ) -> Float[np.ndarray, "{examples} {resamples}"]:
+    """How often each example is in each resample drawn with replacement."""
     # One call draws the same numbers as a call per resample.
     drawn = rng.integers(0, examples, (resamples, examples))
     drawn += examples * np.arange(resamples)[:, None]

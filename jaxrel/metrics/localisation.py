@@ -10,8 +10,8 @@ Maps = Float[Array | np.ndarray, "batch rows columns"]
 Masks = Bool[np.ndarray, "masks height width"]
 
 
-def share_inside(relevance: Maps, masks: Masks) -> Float[np.ndarray, " batch"]:
-    """Share of positive relevance that lies inside a mask.
+def relevance_mass_accuracy(relevance: Maps, masks: Masks) -> Float[np.ndarray, " batch"]:
+    """Relevance mass accuracy (Arras et al. 2022): the share of positive relevance in a mask.
 
     Each cell of the map spreads its relevance evenly over the pixels it covers. What chance
     gives is the mask's share of the image, `chance(masks)`.
@@ -29,16 +29,15 @@ def share_inside(relevance: Maps, masks: Masks) -> Float[np.ndarray, " batch"]:
     inside = _cover(relevance, masks)
     positive = np.maximum(np.asarray(relevance, np.float64), 0)
     total = positive.sum((1, 2))
-    shares = (positive * inside).sum((1, 2)) / np.where(total > 0, total, 1)
-    return shares
+    return (positive * inside).sum((1, 2)) / np.where(total > 0, total, 1)
 
 
 def chance(masks: Masks) -> Float[np.ndarray, " masks"]:
-    """The share a map without any information has inside: the mask's share of the image."""
+    """The mass accuracy of a map without any information: the mask's share of the image."""
     return masks.mean((1, 2), dtype=np.float64)
 
 
-def hits(relevance: Maps, masks: Masks) -> Bool[np.ndarray, " masks"]:
+def pointing_game(relevance: Maps, masks: Masks) -> Bool[np.ndarray, " masks"]:
     """The pointing game (Zhang et al. 2018): is the most relevant point on the object?
 
     The map is interpolated (bilinear) to the image's size first.

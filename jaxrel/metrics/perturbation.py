@@ -16,7 +16,8 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from jaxrel.metrics.intervals import Interval, Intervals, bootstrap_many
+from jaxrel.metrics.intervals import Intervals, bootstrap_many
+from jaxrel.renamed import renamed
 
 PROTOCOL = "perturbation/1"
 
@@ -253,48 +254,6 @@ def summary(
     return result
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
-    """The table of a summary, a row per method in the summary's order.
-
-    Differences are bold where their interval excludes 0, for better or for worse.
-
-    Args:
-      summary: as `summary` returns it, or read back from JSON.
-
-    Raises:
-      ValueError: it is of another protocol.
-    """
-    check_protocol("markdown", summary)
-    methods, baseline = summary["methods"], summary["baseline"]
-    costs = any("cost" in one for one in methods.values())
-    less = [] if baseline is None else [f"less {_cell(baseline)}'s"]
-    head = ["method", "negative AUC (higher is better)", *less]
-    head += ["positive AUC (lower is better)", *less, *(["cost"] if costs else [])]
-    rows = [head, ["---"] * len(head)]
-    for name, one in methods.items():
-        row = [_cell(name)]
-        for sign in SIGNS:
-            row.append(_area(Interval(**one[sign]["auc"])))
-            if less:
-                row.append(_difference(one[sign].get("difference")))
-        rows.append(row + ([_cell(one.get("cost", ""))] if costs else []))
-    caption = (
-        f"Perturbation test (`{summary['protocol']}`), {summary['measure']}, "
-        f"{summary['examples']} examples, bootstrap 95% intervals"
-    )
-    caption += "; bold: the interval of the difference excludes 0." if less else "."
-    return "\n".join([caption, "", *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
-
-
-def check_protocol(what: str, summary: Mapping[str, Any]) -> None:
-    """Refuse a summary that is not of this protocol."""
-    if (found := summary.get("protocol")) != PROTOCOL:
-        raise ValueError(
-            f"{what}: expected a summary of {PROTOCOL!r}, as perturbation.summary returns it, "
-            f"got protocol {found!r}"
-        )
-
-
 @functools.partial(jax.jit, static_argnames="steps")
 def _keep(
     score: Float[Array, "batch tokens"],
@@ -441,18 +400,4 @@ def _curve(curves: Intervals, method: int, sign: int) -> dict[str, list[float]]:
     return {name: part[method, sign].tolist() for name, part in curves._asdict().items()}
 
 
-def _area(interval: Interval) -> str:
-    mean, low, high = interval
-    return f"{mean:z.2f} [{low:z.1f}, {high:z.1f}]"
-
-
-def _difference(difference: Mapping[str, float] | None) -> str:
-    if difference is None:
-        return ""
-    mean, low, high = Interval(**difference)
-    text = f"{mean:+z.2f} [{low:+z.2f}, {high:+z.2f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+__getattr__ = renamed(__name__, {"markdown": "jaxrel.train.evaluate.perturbation.markdown"})

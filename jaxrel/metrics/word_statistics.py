@@ -6,13 +6,12 @@ image from those that are not, as the area under the ROC curve. One statistic pe
 reference implementation keeps the largest of a true word's mentions and the smallest of a
 hallucinated word's, which widens the gap by itself.
 
-    found = mentions(captions, references, FLICKR30K_FREQUENT)
     scores = map_statistics(maps)                # maps[i] is the map of mention i
-    auc_intervals(scores, found.true, image=found.image)
+    auc_intervals(scores, true, image=image)     # true[i]: is it true of its image?
 """
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,9 +19,8 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxrel.metrics.caption_scores import References, Tokens, _check
 from jaxrel.metrics.correctness import check_maps
-from jaxrel.metrics.intervals import Interval, _times_drawn
+from jaxrel.metrics.intervals import Interval, percentiles, times_drawn
 
 QUANTILES: tuple[float, ...] = tuple(i / 100 for i in range(100))
 _PLAIN = ("mean", "mean_abs", "mean_positive", "max")
@@ -35,22 +33,6 @@ Scores = Shaped[Array | np.ndarray, "*statistics mentions"]
 Statistics = Mapping[str, Shaped[Array | np.ndarray, "..."]]
 Labels = Shaped[Array | np.ndarray, "..."]
 Images = Int[Array | np.ndarray, "..."]
-
-
-class Mentions(NamedTuple):
-    """Where captions mention words, in the order of the captions.
-
-    Attributes:
-      words: the word.
-      image: the number of its caption.
-      position: its place in the caption, from 0.
-      true: is it in a reference of the image?
-    """
-
-    words: tuple[str, ...]
-    image: Int[np.ndarray, " mentions"]
-    position: Int[np.ndarray, " mentions"]
-    true: Bool[np.ndarray, " mentions"]
 
 
 class Threshold(NamedTuple):
@@ -67,40 +49,6 @@ class Threshold(NamedTuple):
     threshold: float
     sensitivity: float
     specificity: float
-
-
-def mentions(
-    captions: Sequence[Tokens], references: Sequence[References], words: Collection[str]
-) -> Mentions:
-    """Every mention of a word in captions, and whether the references have the word too.
-
-    Words are compared as they are. A word that a caption has twice is two mentions.
-
-    Args:
-      captions: one per image.
-      references: the references of each image, at least one.
-      words: those to look for, such as `FLICKR30K_FREQUENT`.
-
-    Raises:
-      ValueError: no captions, numbers that differ, an image without references, or text in
-        place of tokens or of words.
-    """
-    _check("mentions", captions, references)
-    if isinstance(words, str):
-        raise ValueError(f"mentions: the words are the text {words!r}; expected a set or list")
-    union = [{word for reference in image for word in reference} for image in references]
-    found = [
-        (word, i, place, word in union[i])
-        for i, caption in enumerate(captions)
-        for place, word in enumerate(caption)
-        if word in words
-    ]
-    return Mentions(
-        tuple(word for word, *_ in found),
-        np.array([i for _, i, _, _ in found], np.int64),
-        np.array([place for _, _, place, _ in found], np.int64),
-        np.array([true for *_, true in found], bool),
-    )
 
 
 def map_statistics(
@@ -260,8 +208,7 @@ def best_threshold(statistics: Statistics, true: Labels) -> Threshold:
 
     The statistic has the largest `roc_auc`, the first of equal ones; the threshold is the score
     with the largest sensitivity + specificity - 1 (Youden 1950), the highest of equal ones.
-    Both are chosen on these mentions, which flatters them: measure on others with
-    `sensitivity_specificity`.
+    Both are chosen on these mentions, which flatters them: measure on others.
 
     Args:
       statistics: scores of the same mentions by name.
@@ -280,27 +227,6 @@ def best_threshold(statistics: Statistics, true: Labels) -> Threshold:
     return Threshold(
         names[best], float(thresholds[i]), float(accepted[i] / real), float(caught[i] / false)
     )
-
-
-def sensitivity_specificity(
-    scores: Shaped[Array | np.ndarray, " scores"], true: Labels, threshold: int | float
-) -> tuple[float, float]:
-    """The shares of true and of hallucinated mentions that a threshold tells.
-
-    Args:
-      scores: of each mention.
-      true: bool, False for hallucinated mentions.
-      threshold: mentions with at least this score are said to be true.
-
-    Returns:
-      The share of true mentions said to be true, and of hallucinated ones said not to be.
-
-    Raises:
-      ValueError: as `roc_auc`, since one of the shares is of none.
-    """
-    values, kind = _checked("sensitivity_specificity", scores, true)
-    accepted, caught = _told(values, kind, np.array([threshold], np.float64))
-    return float(accepted[0] / kind.sum()), float(caught[0] / (~kind).sum())
 
 
 @functools.partial(jax.jit, static_argnames="quantiles")
@@ -328,7 +254,7 @@ def _resampled(
     chunk = max(1, _WEIGHTS_AT_ONCE // len(group))
     areas = []
     for start in range(0, resamples, chunk):
-        drawn = _times_drawn(rng, int(group.max()) + 1, min(chunk, resamples - start))
+        drawn = times_drawn(rng, int(group.max()) + 1, min(chunk, resamples - start))
         areas.append(_areas(scores, true, drawn[group]))
     found = np.concatenate(areas, axis=-1)
     defined = np.isfinite(found[0])
@@ -383,9 +309,8 @@ def _intervals(
     means: Float[np.ndarray, " statistics"],
     drawn: Float[np.ndarray, "statistics resamples"],
 ) -> dict[str, Interval]:
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=-1)
-    rows = zip(names, means, low, high, strict=True)
-    return {name: Interval(float(a), float(b), float(c)) for name, a, b, c in rows}
+    intervals = percentiles(means, drawn)
+    return {name: intervals.at(i) for i, name in enumerate(names)}
 
 
 def _groups(what: str, image: Images | None, count: int) -> Int[np.ndarray, " mentions"]:

@@ -6,14 +6,13 @@ package is installed, they are computed anew.
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 
 import numpy as np
 import pytest
 
-from jaxrel.metrics import CiderD, bleu, caption_scores, chair, cider_d, rouge_l, tokenise
+from jaxrel.metrics import CiderD, bleu, chair, cider_d, rouge_l, tokenise
 from tests.paths import FIXTURES
 
 FIXTURE = json.loads((FIXTURES / "caption_metrics.json").read_text())
@@ -156,18 +155,3 @@ def test_bad_objects_are_refused():
         chair([], [])
     with pytest.raises(ValueError, match=r"objects of image 1 are the text 'dog'; expected a"):
         chair([["dog"], []], [["dog"], "dog"])
-
-
-def test_plugins(monkeypatch):
-    with pytest.raises(ValueError, match=r"no metric 'ROUGE'; choose from METEOR, SPICE, BERT"):
-        caption_scores.plugin("ROUGE")
-    monkeypatch.setattr(caption_scores, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"METEOR needs pycocoevalcap, .* pip install pycocoev"):
-        caption_scores.plugin("METEOR")
-    with pytest.raises(ImportError, match=r"BERTScore needs bert-score, which is not installed"):
-        caption_scores.plugin("BERTScore")
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("pycocoevalcap"), reason="needs pycocoevalcap")
-def test_plugin_is_the_packages_class():
-    assert caption_scores.plugin("METEOR").__name__ == "Meteor"  # to make one needs Java

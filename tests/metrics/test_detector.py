@@ -19,14 +19,13 @@ from jaxrel.metrics.word_statistics import map_statistic, map_statistics
 from jaxrel.models import CLIP
 from jaxrel.models.captioner import Captioner
 from jaxrel.train.data.shapes import Shapes
-from jaxrel.train.evaluate import caption_explanations
-from jaxrel.train.evaluate.caption_explanations import METHODS
+from jaxrel.train.evaluate import caption_explanations, explained_words
+from jaxrel.train.evaluate.captioned_images import ShapesImages
 from jaxrel.train.evaluate.detector import detector
-from jaxrel.train.evaluate.examples import ShapesImages
-from tests.train.evaluate.test_caption_explanations import QUICK, Lights, judge_lights
-from tests.train.evaluate.test_caption_explanations import captioner as captioner_of_lights
 from tests.zoo.captioners import TEXTS, captioner
 from tests.zoo.images import random_images
+from tests.zoo.lights import QUICK, Lights, judge_lights
+from tests.zoo.lights import captioner as captioner_of_lights
 
 WHOLE = Interval(0.8, 0.7, 0.9)
 
@@ -267,12 +266,13 @@ def test_the_statistics_are_those_of_the_evaluation():
     asked = {"image": random_images(1)[0], "text": TEXTS[0]}
     inputs, positions = model.prepare(**asked), jnp.array([[4, 0]])
     keys = jax.random.split(jax.random.key(0), 1)
-    maps, _ = caption_explanations._relevance(model, inputs, positions, keys, METHODS)
-    for name in ("lrp", "attention", "grad_cam"):
-        statistics = map_statistics(maps[METHODS.index(name), 0, 0], quantiles=QUICK.quantiles)
+    methods = ("lrp", "attention", "grad_cam")
+    maps, _ = explained_words.relevance_of_words(model, inputs, positions, keys, methods)
+    for name, of_name in zip(methods, maps[:, 0, 0], strict=True):
+        statistics = map_statistics(of_name, quantiles=QUICK.quantiles)
         for statistic in ("mean", "max", "quantile 0.9"):
-            methods = {name: criterion(statistic)}
-            found = jaxrel.explain(model, **asked, method=name, detector=made(methods))
+            one = made({name: criterion(statistic)})
+            found = jaxrel.explain(model, **asked, method=name, detector=one)
             # float32 in a program of another size.
             expected = pytest.approx(float(statistics[statistic]), rel=1e-4, abs=1e-6)
             assert found.flags[3].value == expected

@@ -12,23 +12,23 @@ MASK[0, :2, :3] = True  # all of the cell at the top left, half of the one besid
 def test_share_inside_by_hand():
     relevance = np.array([[[2.0, 1.0], [-5.0, 1.0]]])
     # (2 * 1 + 1 * 1/2) of 4: negative relevance does not count.
-    np.testing.assert_allclose(metrics.share_inside(relevance, MASK), [2.5 / 4])
+    np.testing.assert_allclose(metrics.relevance_mass_accuracy(relevance, MASK), [2.5 / 4])
 
 
 def test_an_even_map_has_the_share_of_chance():
-    shares = metrics.share_inside(np.ones((1, 2, 2)), MASK)
+    shares = metrics.relevance_mass_accuracy(np.ones((1, 2, 2)), MASK)
     np.testing.assert_allclose(shares, metrics.chance(MASK))
 
 
 def test_a_map_without_positive_relevance_has_no_share():
-    assert metrics.share_inside(np.zeros((1, 2, 2)), MASK) == 0
+    assert metrics.relevance_mass_accuracy(np.zeros((1, 2, 2)), MASK) == 0
 
 
 def test_pointing_game():
     left, right = np.zeros((2, 1, 2, 2), np.float32)
     left[0, 0, 0], right[0, 1, 1] = 1, 1
-    assert metrics.hits(left, MASK).tolist() == [True]
-    assert metrics.hits(right, MASK).tolist() == [False]
+    assert metrics.pointing_game(left, MASK).tolist() == [True]
+    assert metrics.pointing_game(right, MASK).tolist() == [False]
 
 
 def test_bootstrap_interval_has_the_width_of_the_standard_error():
@@ -43,8 +43,14 @@ def test_bootstrap_interval_has_the_width_of_the_standard_error():
 
 
 ERRORS = {
-    "numbers": (lambda: metrics.share_inside(np.ones((2, 2, 2)), MASK), "2 maps and 1 masks"),
-    "cells": (lambda: metrics.share_inside(np.ones((1, 3, 3)), MASK), "3 x 3 cells do not divide"),
+    "numbers": (
+        lambda: metrics.relevance_mass_accuracy(np.ones((2, 2, 2)), MASK),
+        "2 maps and 1 masks",
+    ),
+    "cells": (
+        lambda: metrics.relevance_mass_accuracy(np.ones((1, 3, 3)), MASK),
+        "3 x 3 cells do not divide",
+    ),
     "no values": (
         lambda: metrics.bootstrap(np.zeros(0)),
         "expected one value per example, got none",

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 
 import jax
 import numpy as np
@@ -11,7 +10,6 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
-from PIL import Image
 from scipy import stats
 
 from jaxrel.metrics import bootstrap, bootstrap_many, perturbation, randomisation
@@ -20,7 +18,6 @@ from jaxrel.metrics.perturbation import (
     STEPS,
     auc,
     keep_masks,
-    markdown,
     random_relevance,
     summary,
     sweep,
@@ -28,7 +25,6 @@ from jaxrel.metrics.perturbation import (
 )
 from jaxrel.metrics.randomisation import agreement, cascade, rank_correlation
 from jaxrel.report.plots import lines
-from jaxrel.train.evaluate.perturbation import curves
 
 
 def naive_keep(relevance, removable, positive, steps):
@@ -246,47 +242,6 @@ def test_differences_are_paired(summarised):
     np.testing.assert_allclose(list(other["difference"].values()), 1, rtol=1e-9)
 
 
-def test_markdown(summarised):
-    text = markdown(json.loads(json.dumps(summarised)))
-    unsure = summarised["methods"]["un|sure"]["negative"]
-    low, high = unsure["auc"]["low"], unsure["auc"]["high"]
-    assert text == (
-        "Perturbation test (`perturbation/1`), accuracy, 4 examples, bootstrap 95% intervals; "
-        "bold: the interval of the difference excludes 0.\n"
-        "\n"
-        "| method | negative AUC (higher is better) | less equal's "
-        "| positive AUC (lower is better) | less equal's | cost |\n"
-        "| --- | --- | --- | --- | --- | --- |\n"
-        "| equal | 90.00 [90.0, 90.0] |  | 55.00 [55.0, 55.0] |  | 1 forward, 1 backward |\n"
-        "| other | 75.00 [75.0, 75.0] | **-15.00 [-15.00, -15.00]** "
-        "| 55.00 [55.0, 55.0] | +0.00 [+0.00, +0.00] |  |\n"
-        f"| un\\|sure | 90.00 [{low:.1f}, {high:.1f}] | +0.00 [{low - 90:+.2f}, {high - 90:+.2f}] "
-        "| 55.00 [55.0, 55.0] | +0.00 [+0.00, +0.00] |  |\n"
-    )
-    assert low < 85
-    assert high > 95
-    alone = markdown(summary({"random": straight(0.5, 0.5)}, measure="score", baseline=None))
-    assert "| random | 75.00 [75.0, 75.0] | 75.00 [75.0, 75.0] |\n" in alone
-    assert "less" not in alone
-
-
-def test_curves_draw_both_tests(summarised, tmp_path):
-    curves(summarised, tmp_path / "new" / "curves.png")
-    image = np.asarray(Image.open(tmp_path / "new" / "curves.png").convert("RGB"))
-    left, right = np.split(image[:, : image.shape[1] // 2 * 2], 2, axis=1)
-    for half in (left, right):
-        # The line of "other" (#0072b2) is seen in both.
-        assert (half == (0x00, 0x72, 0xB2)).all(-1).sum() > 100
-    assert "matplotlib.pyplot" not in sys.modules
-
-
-def test_curves_name_the_extra_they_need(summarised, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"matplotlib, which is missing: .*'jaxrel\[report\]'"):
-        curves(summarised, tmp_path / "curves.png")
-    assert not list(tmp_path.iterdir())
-
-
 ONES = np.ones((2, 3), np.float32)
 FREE = np.ones((2, 3), bool)
 NAN = np.where(np.arange(6).reshape(2, 3) == 4, np.nan, ONES)
@@ -343,8 +298,6 @@ ERRORS = {
         "baseline 'equal' is not among the methods raw, rollout",
     ),
     "cost": (lambda: table({"equal": LINE}, cost={"raw": "?"}), "cost 'raw' is not among"),
-    "markdown": (lambda: markdown({"protocol": "x/1"}), "'perturbation/1', .* got protocol 'x/1'"),
-    "curves": (lambda: curves({}, "a.png"), "'perturbation/1', .* got protocol None"),
     "suffix": (lambda: lines({}, [], "a.pdf", x="", y=""), "ends in .png"),
     "bootstrap_many": (lambda: bootstrap_many(NAN), "of 6 values some are not finite"),
     "ranks": (lambda: rank_correlation(ONES, NAN), "1 of 2 pairs of maps .* at example 1"),

@@ -3,7 +3,7 @@
 import pytest
 
 import jaxrel
-from jaxrel.metrics import chance, share_inside
+from jaxrel.metrics import chance, relevance_mass_accuracy
 from jaxrel.metrics.detector import Detector
 from jaxrel.models import Captioner, CLIPMapper
 from jaxrel.models.checkpoint import find_folder
@@ -38,7 +38,7 @@ def test_relevance_of_a_noun_lies_on_its_object(captioner):
     text = f"a {thing.colour} {thing.shape}"
     found = jaxrel.explain(captioner, image=scene.image, text=text, target=3, method="equal")
     mask = scene.masks[:1]
-    assert share_inside(found.image, mask)[0] > 3 * chance(mask)[0]
+    assert relevance_mass_accuracy(found.image, mask)[0] > 3 * chance(mask)[0]
 
 
 def test_questions_about_one_object_are_answered(scenes):
@@ -78,7 +78,7 @@ def test_lrp_of_a_noun_lies_on_its_object(name):
     text = f"a {thing.size} {thing.colour} {thing.shape}"
     found = jaxrel.explain(model, image=scene.image, text=text, target=4, method="lrp")
     mask = scene.masks[:1]
-    assert share_inside(found.image, mask)[0] > 3 * chance(mask)[0]
+    assert relevance_mass_accuracy(found.image, mask)[0] > 3 * chance(mask)[0]
 
 
 @pytest.mark.parametrize("name", ["gridtd-shapes", "aoa-shapes"])

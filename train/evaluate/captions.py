@@ -12,6 +12,8 @@ from jaxrel.models.captioner import Captioner
 from jaxrel.models.clipmapper import CLIPMapperCaption
 from jaxrel.train.data.shapes import Scene, Shapes
 from jaxrel.train.data.shapes.claims import claims, facts
+from jaxrel.train.evaluate.batching import equal_batches
+from jaxrel.train.evaluate.tables import Table, cell
 
 
 def evaluate(
@@ -70,10 +72,8 @@ def write_captions(
       batch: images at a time.
     """
     captions: list[str] = []
-    # One size compiles once: the last batch is filled with what is there already.
-    padded = [*scenes, *[scenes[0]] * (-len(scenes) % batch)]
-    for start in trange(0, len(padded), batch, desc="captioning", leave=False):
-        images = [scene.image for scene in padded[start : start + batch]]
+    for rows in equal_batches(len(scenes), batch, "captioning", leave=False):
+        images = [scenes[i].image for i in rows]
         captions += model.predict({"image": model.processor.image(images)})
     return captions[: len(scenes)]
 
@@ -129,3 +129,15 @@ HALLUCINATIONS = (
     ("named shapes that are not there (CHAIR_i)", "no_such_shape", "shapes"),
     ("captions that name such a shape (CHAIR_s)", "hallucinates_shape", "captions"),
 )
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """What share of what captions say is true.
+
+    Args:
+      result: of `evaluate`, or read back from JSON.
+    """
+    rows = [[name, cell(found)] for name, found in result["truth"].items()]
+    rows.append(["CIDEr-D (times 10, five references)", cell(result["CIDEr-D"])])
+    note = f"Greedy captions of {result['scenes']} scenes of the split `{result['split']}`."
+    return [Table("Captions", note, ["share of", ""], rows)]

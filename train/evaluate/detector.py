@@ -6,24 +6,25 @@ from typing import Any
 from jaxrel.explanations.words import WORD_METHODS
 from jaxrel.metrics import Interval
 from jaxrel.metrics.detector import Criterion, Detector, WordGroup
-from jaxrel.train.evaluate.caption_explanation_tables import check_protocol
+from jaxrel.train.evaluate.caption_explanations import PROTOCOL
+from jaxrel.train.evaluate.tables import check_protocol
 
 
 def detector(result: Mapping[str, Any]) -> Detector:
     """Keep what was "chosen" of each explanation that tells words well enough to mark them.
 
-    That is where, on the images that nothing was chosen on, the interval of the area under the
-    ROC curve lies above 0.5, and words below the threshold are hallucinated at least twice as
-    often as all. Others would mark words with hardly a reason.
+    On held-out images, the interval of the area under the ROC curve must lie above 0.5, and words
+    below the threshold must be hallucinated at least twice as often as all. Others would flag
+    words with hardly a reason.
 
     Args:
-      result: of `captioner_evaluation.evaluate`, or read back from JSON.
+      result: of `caption_explanations.evaluate`, or read back from JSON.
 
     Raises:
       ValueError: a result of another protocol or of an older version, or no explanation tells
         the words of any group.
     """
-    check_protocol("detector", result)
+    check_protocol("detector", result, PROTOCOL)
     if "weights" not in result or "vocabulary" not in result:
         raise ValueError(
             "detector: this result does not say which weights and words it is of; an older jaxrel "

@@ -1,10 +1,9 @@
-"""Does going on with a captioner make it hallucinate less (`finetuning/1`)?
+"""Does fine-tuning make a captioner hallucinate less (`finetuning/1`)?
 
-Captioners of Shapes that went on in several modes (`jaxrel train finetune-shapes`) beside the
-captioners that they began as: what they hallucinate, what they leave out, and how like people's
-their captions are. Several trainings with other seeds are repetitions, and modes are compared
-with the control (`plain`: as many steps of the first training) on the same images and
-beginnings.
+Captioners of Shapes that were fine-tuned in several modes (`jaxrel train finetune-shapes`) beside
+their base checkpoints: what they hallucinate, what they leave out, and how like people's their
+captions are. Several trainings with other seeds are repetitions, and modes are compared with the
+control (`plain`: as many steps of the first training) on the same images and base checkpoints.
 """
 
 import dataclasses
@@ -19,16 +18,17 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm, trange
 
-from jaxrel.files import write_atomically
-from jaxrel.metrics import Interval
 from jaxrel.metrics.caption_scores import CiderD, bleu_counts, bleu_of_counts, tokenise
 from jaxrel.metrics.frequent_words import mean_scores
 from jaxrel.metrics.intervals import Statistic, interval, resampled, share
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.checkpoint import find_folder
 from jaxrel.train.data.shapes import Scene, Shapes
+from jaxrel.train.evaluate.captioned_images import ShapesImages
 from jaxrel.train.evaluate.captions import caption_counts, write_captions
-from jaxrel.train.evaluate.examples import ShapesImages
+from jaxrel.train.evaluate.record import save as save_result
+from jaxrel.train.evaluate.tables import Table, by_row, check_protocol, difference
+from jaxrel.train.evaluate.tables import markdown as tables_markdown
 from jaxrel.train.loop.train import SETTINGS_FILE
 from jaxrel.train.recipes.finetune import FinetuneShapes
 
@@ -68,25 +68,26 @@ _DRAWN = ("CHAIR_i", "stated", "mean_precision", "mentioned", "CIDEr-D")
 
 _DEFAULTS = dataclasses.asdict(FinetuneShapes())
 
-Begun = tuple[str, int]
-Runs = dict[str, dict[Begun, Path]]
+# A base checkpoint and the seed of the fine-tuning.
+Base = tuple[str, int]
+Runs = dict[str, dict[Base, Path]]
 
 
 def find_runs(folder: Path) -> Runs:
-    """The models below a folder that `jaxrel train finetune-shapes` wrote, and their beginnings.
+    """The models below a folder that `jaxrel train finetune-shapes` wrote, and their bases.
 
     Args:
       folder: with a folder per model.
 
     Returns:
-      {mode: {(the captioner that it began as, seed): its folder}}, with the beginnings
-      themselves as the mode "baseline"; each mode has the same beginnings and seeds. Variants of
-      a mode are modes of their own, such as "lrp, mixing 0.0".
+      {mode: {(base checkpoint, seed): its folder}}, with the base checkpoints themselves as the
+      mode "baseline"; each mode has the same bases and seeds. Variants of a mode are modes of
+      their own, such as "lrp, mixing 0.0".
 
     Raises:
-      FileNotFoundError: no such folder, no models in it, or a beginning is not there any more.
-      ValueError: a settings file cannot be read, two models have one mode, beginning and seed, a
-        mode lacks what another has, or runs differ in other settings.
+      FileNotFoundError: no such folder, no models in it, or a base checkpoint is gone.
+      ValueError: a settings file cannot be read, two models have one mode, base and seed, a mode
+        lacks what another has, or runs differ in other settings.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -95,27 +96,27 @@ def find_runs(folder: Path) -> Runs:
     for file in sorted(folder.glob(f"*/{SETTINGS_FILE}")):
         read = _read(file)
         if "mode" not in read:
-            # Such as a captioner that the others began as.
+            # Such as a base checkpoint.
             continue
-        mode, begun = _name(read), (read["model"], read["seed"])
-        if (other := found.setdefault(mode, {}).get(begun)) is not None:
+        mode, base = _name(read), (read["model"], read["seed"])
+        if (other := found.setdefault(mode, {}).get(base)) is not None:
             raise ValueError(
-                f"{file.parent} and {other} both went on with {begun[0]!r} in mode {mode!r} and "
-                f"with seed {begun[1]}; keep one of them here"
+                f"{file.parent} and {other} are both fine-tuned from {base[0]!r} in mode {mode!r} "
+                f"with seed {base[1]}; keep one of them here"
             )
-        found[mode][begun] = file.parent
+        found[mode][base] = file.parent
         # What an older version did not ask for was as it is by default now.
         settings[file.parent] = {
             name: x for name, x in {**_DEFAULTS, **read}.items() if name not in (*_OWN, *_OF_MODE)
         }
     if not found:
         raise FileNotFoundError(
-            f"{folder} has no models that went on; make some with jaxrel train finetune-shapes "
+            f"{folder} has no fine-tuned models; make some with jaxrel train finetune-shapes "
             f"--model CAPTIONER --mode lrp --out {folder}/NAME"
         )
     _check_same(found, settings)
-    beginnings = next(iter(found.values()))
-    return {BASELINE: {begun: find_folder(begun[0]) for begun in beginnings}, **found}
+    bases = next(iter(found.values()))
+    return {BASELINE: {base: find_folder(base[0]) for base in bases}, **found}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -142,14 +143,14 @@ def _name(settings: Mapping[str, Any]) -> str:
 
 
 def _check_same(found: Runs, settings: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Raise ValueError unless all modes have the same beginnings, and runs the same settings."""
-    every = {begun for runs in found.values() for begun in runs}
+    """Raise ValueError unless all modes have the same bases, and runs the same settings."""
+    every = {base for runs in found.values() for base in runs}
     for mode, runs in found.items():
         if lacking := sorted(every - set(runs)):
             model, seed = lacking[0]
             raise ValueError(
-                f"mode {mode!r} has no model that began as {model!r} with seed {seed}, and other "
-                f"modes do ({len(lacking)} are lacking); train it, or take the others away"
+                f"mode {mode!r} has no model fine-tuned from {model!r} with seed {seed}, and other "
+                f"modes do ({len(lacking)} are lacking); train it, or remove the others"
             )
     (first, expected), *others = settings.items()
     for folder, one in others:
@@ -179,7 +180,7 @@ def evaluate(
       scenes: how many of each split.
       batch: images at a time.
       data_seed: of the Shapes data set.
-      resamples: of the bootstrap, over images and beginnings.
+      resamples: of the bootstrap, over images and base checkpoints.
 
     Returns:
       What JSON can hold: `protocol`, the settings, and `splits`: by split and mode each of
@@ -202,8 +203,8 @@ def evaluate(
     total = sum(map(len, runs.values()))
     with tqdm(total=total, desc="models", unit="model") as bar:
         for mode in modes:
-            for begun in sorted(runs[mode]):
-                model = Captioner.from_pretrained(runs[mode][begun])
+            for base in sorted(runs[mode]):
+                model = Captioner.from_pretrained(runs[mode][base])
                 for split, some in drawn.items():
                     captions = write_captions(model, some, batch=batch)
                     judged[split][mode].append(_measured(captions, some, cider[split]))
@@ -312,57 +313,41 @@ def _summary(
     }
 
 
-def markdown(result: Mapping[str, Any], split: str) -> str:
-    """Two tables of a split: the measures by mode, and the differences from the control.
-
-    Differences are bold where their interval excludes 0, for better or for worse.
+def tables(result: Mapping[str, Any], *splits: str) -> list[Table]:
+    """Two tables of a split: the measures by mode, and the differences to the control.
 
     Args:
       result: of `evaluate`, or read back from JSON.
-      split: one of its splits.
+      splits: of the result; all by default.
 
     Raises:
       ValueError: it is of another protocol, or has no such split.
     """
-    _check_protocol(result)
-    if split not in result["splits"]:
+    check_protocol("finetuning", result, PROTOCOL)
+    if unknown := [split for split in splits if split not in result["splits"]]:
         raise ValueError(
-            f"finetuning: no split {split!r}; the result has {', '.join(result['splits'])}"
+            f"finetuning: no split {unknown[0]!r}; the result has {', '.join(result['splits'])}"
         )
-    found = result["splits"][split]
-    heads = [str(one) for one in MEASURES.values()]
-    lines = [
-        f"{split}, {result['scenes']} scenes, {len(result['beginnings'])} beginnings:",
-        "",
-        *_table(["mode", *heads], [[m, *map(_cell, one.values())] for m, one in found.items()]),
-    ]
-    if CONTROL in found:
-        rows = [
-            [mode, *(_difference(x["difference"][CONTROL]) for x in one.values())]
-            for mode, one in found.items()
-            if mode != CONTROL
-        ]
-        lines += ["", f"Less that of `{CONTROL}`:", "", *_table(["mode", *heads], rows)]
-    return "\n".join(lines) + "\n"
+    note = f"{result['scenes']} scenes, {len(result['beginnings'])} base checkpoints."
+    heads = {name: str(one) for name, one in MEASURES.items()}
+    found = []
+    for split in splits or result["splits"]:
+        modes = result["splits"][split]
+        found.append(by_row(split, note, "mode", modes, heads))
+        if CONTROL in modes:
+            rows = [
+                [mode, *(difference(x["difference"][CONTROL]) for x in one.values())]
+                for mode, one in modes.items()
+                if mode != CONTROL
+            ]
+            title = f"{split}, difference to {CONTROL}"
+            found.append(Table(title, note, ["mode", *heads.values()], rows))
+    return found
 
 
-def _check_protocol(result: Mapping[str, Any]) -> None:
-    if (found := result.get("protocol")) != PROTOCOL:
-        raise ValueError(f"finetuning: expected a result of {PROTOCOL!r}, got protocol {found!r}")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def _cell(one: Mapping[str, Any]) -> str:
-    return str(Interval(one["mean"], one["low"], one["high"]))
-
-
-def _difference(one: Mapping[str, float]) -> str:
-    mean, low, high = one["mean"], one["low"], one["high"]
-    text = f"{mean:+z.3f} [{low:+z.3f}, {high:+z.3f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
+def markdown(result: Mapping[str, Any], *splits: str) -> str:
+    """`tables` as text; arguments and errors are theirs."""
+    return tables_markdown(tables(result, *splits))
 
 
 def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -382,29 +367,24 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     from jaxrel.report import plots
 
-    _check_protocol(result)
-    tables = "\n".join(markdown(result, split) for split in result["splits"])
-    data = json.dumps(result, indent=1, allow_nan=False)
-    files = [folder / "finetuning.json", folder / "finetuning.md"]
-    for file, text in zip(files, (data, tables), strict=True):
-        write_atomically(file, text.encode())
+    files = save_result(result, markdown(result), folder / "finetuning")
     for split, found in result["splits"].items():
         files.append(folder / f"finetuning-{split}.png")
         note = (
             f"{PROTOCOL}, Shapes {split}, {result['scenes']} scenes, "
-            f"{len(result['beginnings'])} beginnings; 95% intervals over both"
+            f"{len(result['beginnings'])} base checkpoints; 95% intervals over both"
         )
         plots.bars(_panels(found), files[-1], note=note)
     return files
 
 
 def _panels(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What to draw: differences from the control, since beginnings differ by more than modes do."""
+    """What to draw: differences to the control, since bases differ by more than modes do."""
     compared = CONTROL in found
     panels = {}
     for name in _DRAWN:
         title, better = MEASURES[name]
-        less = f", less {CONTROL}'s" if compared else ""
+        less = f", difference to {CONTROL}" if compared else ""
         panels[f"{title}{less}\n({better} is better)"] = {
             mode: one[name]["difference"][CONTROL] if compared else one[name]
             for mode, one in found.items()

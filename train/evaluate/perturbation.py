@@ -1,13 +1,11 @@
 """The perturbation test of CLIPmapper on Shapes (`perturbation/1`, after Chefer et al. 2021).
 
 Tokens are removed in the order of their relevance: patches are left out, and words are hidden from
-attention everywhere. The model is watched: does its answer stay right, does its own caption stay
-probable, and how good is the caption that it writes anew? One program goes through methods, signs
-and steps, for each of these.
+attention everywhere. Does the model's answer stay right, does its own caption stay probable, and
+how good is a regenerated caption? One program goes through methods, signs and steps, for each of
+these.
 """
 
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -19,18 +17,25 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float
-from tqdm.auto import tqdm, trange
 
 from jaxrel.explanations.explain import token_relevance
-from jaxrel.files import write_atomically
 from jaxrel.metrics import perturbation
 from jaxrel.metrics.caption_scores import CiderD, References, tokenise
-from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption, CLIPMapperVQA
+from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption
 from jaxrel.report import plots
-from jaxrel.train.data.shapes import Shapes
-from jaxrel.train.evaluate.vqa import answer_indices, check_answers, model_inputs
+from jaxrel.train.evaluate.batching import equal_batches
+from jaxrel.train.evaluate.mapper_examples import (
+    STREAMS,
+    Examples,
+    check_sizes,
+    draw_examples,
+    once_each,
+)
+from jaxrel.train.evaluate.record import save as save_result
+from jaxrel.train.evaluate.tables import Measured, Table, check_protocol, difference
+from jaxrel.train.evaluate.tables import markdown as tables_markdown
 
-STREAMS = {"image": "vision", "text": "text"}
+PROTOCOL = perturbation.PROTOCOL
 # The methods of the table, and the passes through the model that each needs. LRP's backward
 # pass goes with rules of its own, beside the gradient's.
 COST = {
@@ -50,32 +55,8 @@ COST = {
     "input_x_gradient": "forward + gradient",
 }
 METHODS = tuple(COST)
-# The result in which captions are written anew from the patches that are left.
-ANEW = "image-cider"
-# Before the fifth word of a caption there are three that may be removed: fewer have no order.
-FIRST = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """What is perturbed: inputs with one row per example, and which tokens may be removed.
-
-    Attributes:
-      inputs: as `model.pairs` returns them.
-      removable: by modality, bool [examples, tokens].
-      explained: what is explained, in words.
-      measure: what is measured, in words.
-      measured: `(model, words, inputs) -> [examples]`; `words` are the text's tokens in the end,
-        as `model.map` returns them where some tokens are hidden.
-      references: of captions, what people say of each example's scene, in words.
-    """
-
-    inputs: dict[str, Any]
-    removable: dict[str, np.ndarray]
-    explained: str
-    measure: str
-    measured: Callable[[Any, Array, Any], Array]
-    references: Sequence[References] = ()
+# The result for captions that are regenerated from the patches that are left.
+REGENERATED = "image-cider"
 
 
 def evaluate(
@@ -96,7 +77,7 @@ def evaluate(
     answer is explained; measured is whether its answer is right. A model that captions writes
     its own captions. Where patches are removed, the caption as a whole is explained, and measured
     is the mean log-probability of its words and end; of the first examples also the CIDEr-D of
-    the caption that the model writes anew from the patches that are left, against the scene's
+    the caption that the model regenerates from the patches that are left, against the scene's
     captions, with the document frequencies of all scenes' captions. Where words are removed, one
     word of each caption is explained, drawn by `seed` from the fifth on, and measured is its
     log-probability.
@@ -109,27 +90,20 @@ def evaluate(
       data_seed: of the Shapes data set.
       split: of the data set.
       examples: how many.
-      regenerated: for how many of them captions are written anew, which takes longer; 0 for none.
+      regenerated: for how many of them captions are regenerated, which takes longer; 0 for none.
       batch: examples at a time.
       seed: of the choice of questions or words, and of the random method.
 
     Returns:
-      {modality: as `jaxrel.metrics.perturbation.summary`, and the settings}; captions that are
-      written anew are under "image-cider".
+      {modality: as `jaxrel.metrics.perturbation.summary`, and the settings}; regenerated captions
+      are under "image-cider".
 
     Raises:
       ValueError: an unknown method or modality, or a number out of range.
     """
-    modality, methods = tuple(dict.fromkeys(modality)), tuple(dict.fromkeys(methods))
-    for name, known, given in (("method", METHODS, methods), ("modality", STREAMS, modality)):
-        unknown = [one for one in given if one not in known]
-        if unknown or not given:
-            wrong = f"unknown {name} {unknown[0]!r}" if unknown else f"no {name} given"
-            raise ValueError(f"perturbation: {wrong}; there are {', '.join(known)}")
-    if examples < 1 or batch < 1:
-        raise ValueError(
-            f"perturbation: examples and batch must be at least 1, got {examples} and {batch}"
-        )
+    methods = once_each("perturbation", "method", methods, METHODS)
+    modality = once_each("perturbation", "modality", modality, STREAMS)
+    check_sizes("perturbation", examples, batch)
     if regenerated < 0:
         raise ValueError(f"perturbation: regenerated must be at least 0, got {regenerated}")
     batch = min(batch, examples)
@@ -164,9 +138,9 @@ def evaluate(
         return found | settings | {"modality": modality, "explained": drawn[modality].explained}
 
     result = {one: summary(one, one, drawn[one].measure) for one in modality}
-    if ANEW in values:
-        found = summary(ANEW, "image", "CIDEr-D of the caption written anew")
-        result[ANEW] = found | {"frequencies": f"captions of {examples} scenes"}
+    if REGENERATED in values:
+        found = summary(REGENERATED, "image", "CIDEr-D of the regenerated caption")
+        result[REGENERATED] = found | {"frequencies": f"captions of {examples} scenes"}
     return result
 
 
@@ -180,29 +154,28 @@ def _perturbed(
     batch: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """By modality (or `ANEW`), what is measured: [methods, signs, steps, examples]."""
+    """By modality (or `REGENERATED`), what is measured: [methods, signs, steps, examples]."""
     graph, parameters = nnx.split(model)
     examples = len(drawn.inputs["text"])
     counts = dict.fromkeys(modality, examples)
     if "image" in modality and drawn.references and regenerated:
-        counts[ANEW] = min(regenerated, examples)
+        counts[REGENERATED] = min(regenerated, examples)
     sweeps = {name: sweep_program(graph, drawn, name) for name in counts}
     found: dict[str, list[np.ndarray]] = {name: [] for name in counts}
-    for start in trange(0, examples, batch, desc="perturbing", unit="batch"):
-        # One size compiles once: the last batch begins again with the first examples.
-        rows = np.arange(start, start + batch) % examples
+    for rows in equal_batches(examples, batch, "perturbing"):
+        start = int(rows[0])
         inputs = jax.tree.map(lambda x: x[rows], drawn.inputs)  # noqa: B023
         key = jax.random.fold_in(jax.random.key(seed), start)
         relevance = relevance_by_method(model, inputs, methods, key)
         for name in (name for name, count in counts.items() if start < count):
-            one = "image" if name == ANEW else name
+            one = "image" if name == REGENERATED else name
             stacked = jnp.stack([relevance[method][STREAMS[one]] for method in methods])
             removable = jnp.asarray(drawn.removable[one][rows])
             found[name].append(np.asarray(sweeps[name](parameters, inputs, stacked, removable)))
     values = {name: np.concatenate(x, axis=3)[:, :, :, : counts[name]] for name, x in found.items()}
-    if ANEW in values:
+    if REGENERATED in values:
         assert isinstance(model, CLIPMapperCaption)
-        values[ANEW] = caption_scores(model, values[ANEW], drawn.references)
+        values[REGENERATED] = caption_scores(model, values[REGENERATED], drawn.references)
     return values
 
 
@@ -279,7 +252,7 @@ def sweep_program(graph: Any, drawn: Examples, name: str) -> Callable:
         return perturbation.sweep_indices(measured, relevance, patches)
 
     @jax.jit
-    def sweep_anew(parameters, inputs, relevance, removable):
+    def sweep_regenerated(parameters, inputs, relevance, removable):
         model, image = nnx.merge(graph, parameters), jnp.asarray(inputs["image"])
         return perturbation.sweep_indices(
             lambda kept: model.generate(image, kept), relevance, patches
@@ -300,107 +273,58 @@ def sweep_program(graph: Any, drawn: Examples, name: str) -> Callable:
         return sweep_text
     # Images have the same patches.
     patches = drawn.removable["image"][0]
-    return sweep_anew if name == ANEW else sweep_image
+    return sweep_regenerated if name == REGENERATED else sweep_image
 
 
-def draw_examples(model: CLIPMapper, **options: Any) -> list[Examples]:
-    """Questions or captions, as the model has it; see `question_examples`, `caption_examples`."""
-    if isinstance(model, CLIPMapperVQA):
-        check_answers(model)
-        return [question_examples(model, **options)]
-    if isinstance(model, CLIPMapperCaption):
-        return caption_examples(model, **options)
-    raise TypeError(f"expected a CLIPMapperVQA or CLIPMapperCaption, got {type(model).__name__}")
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The table of one modality or measure, a row per method in the summary's order.
 
+    Args:
+      summary: of `evaluate`, one of its values, or read back from JSON.
 
-def question_examples(
-    model: CLIPMapperVQA, *, data_seed: int, split: str, count: int, seed: int, batch: int
-) -> Examples:
-    """One question for each scene."""
-    data, rng = Shapes(seed=data_seed), np.random.default_rng(seed)
-    asked = []
-    for i in trange(count, desc="drawing", leave=False):
-        scene = data.scene(split, i)
-        asked.append((scene, scene.questions[int(rng.integers(len(scene.questions)))]))
-    parts = [
-        model.pairs(model_inputs(model, asked[start : start + batch]))
-        for start in range(0, count, batch)
-    ]
-    inputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    inputs["truth"] = answer_indices(model, asked)
-    content = jax.device_get(model.content(inputs))
-
-    def right(model: CLIPMapperVQA, words: Array, inputs: Any) -> Array:
-        answer = model.answer_logits(words, jnp.asarray(inputs["text"])).argmax(-1)
-        return (answer == inputs["truth"]).astype(jnp.float32)
-
-    return Examples(
-        inputs,
-        {"image": content["vision"], "text": content["text"]},
-        "the model's own answer",
-        "share of right answers",
-        right,
+    Raises:
+      ValueError: it is of another protocol.
+    """
+    check_protocol("tables", summary, PROTOCOL)
+    baseline = summary["baseline"]
+    costs = any("cost" in one for one in summary["methods"].values())
+    to_baseline = [] if baseline is None else [f"difference to {baseline}"]
+    columns = ["method"]
+    for sign, better in zip(perturbation.SIGNS, ("higher", "lower"), strict=True):
+        columns += [f"{sign} AUC ({better} is better)", *to_baseline]
+    rows = []
+    for name, one in summary["methods"].items():
+        row = [name]
+        for sign in perturbation.SIGNS:
+            row.append(_area(one[sign]["auc"]))
+            if to_baseline:
+                row.append(difference(one[sign].get("difference"), digits=2))
+        rows.append([*row, one.get("cost", "")] if costs else row)
+    note = (
+        f"Perturbation test (`{summary['protocol']}`), {summary['measure']}, "
+        f"{summary['examples']} examples, bootstrap 95% intervals"
     )
+    note += "; bold: the interval of the difference excludes 0." if to_baseline else "."
+    return [Table(_title(summary), note, [*columns, *(["cost"] if costs else [])], rows)]
 
 
-def caption_examples(
-    model: CLIPMapperCaption, *, data_seed: int, split: str, count: int, seed: int, batch: int
-) -> list[Examples]:
-    """The model's own caption of each scene, and one word of it, from the fifth on."""
-    data, rng = Shapes(seed=data_seed), np.random.default_rng(seed)
-    parts, references, made, index = [], [], 0, 0
-    with tqdm(total=count, desc="captioning", leave=False) as bar:
-        while made < count:
-            scenes = [data.scene(split, i) for i in range(index, index + batch)]
-            index += batch
-            inputs = model.prepare(image=[scene.image for scene in scenes])
-            words = np.asarray(model.content(inputs)["text"]).sum(-1)
-            chosen = np.flatnonzero(words >= FIRST)[: count - made]
-            part = {name: np.asarray(value)[chosen] for name, value in inputs.items()}
-            part["position"] = rng.integers(FIRST, words[chosen] + 1).astype(np.int32)
-            parts.append(part)
-            references += [[tokenise(c.text) for c in scenes[i].captions] for i in chosen]
-            made += len(chosen)
-            bar.update(len(chosen))
-            if not len(chosen) and index > 10 * count:
-                raise ValueError(
-                    f"perturbation: the model's captions have fewer than {FIRST} words; it is not "
-                    "trained"
-                )
-    inputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    captions = {name: inputs[name] for name in ("image", "text")}
-    whole = jax.device_get(dict(model.pairs(captions, "caption")))
-    content = jax.device_get(model.content(inputs))
-    # What the word is predicted from stays.
-    columns = np.arange(content["text"].shape[1])
-    text = content["text"] & (columns < inputs["position"][:, None] - 1)
+def _title(summary: Mapping[str, Any]) -> str:
+    """Such as "Questions, patches removed"."""
+    if "task" not in summary:
+        return "Perturbation test"
+    asked = "Questions" if summary["task"] == "vqa" else "Captions"
+    removed = "patches" if summary["modality"] == "image" else "words"
+    return f"{asked}, {removed} removed" + (", regenerated" if "frequencies" in summary else "")
 
-    def of_word(model: CLIPMapperCaption, words: Array, inputs: Any) -> Array:
-        row, position = jnp.arange(len(words)), jnp.asarray(inputs["position"])
-        log_probability = jax.nn.log_softmax(model.word_logits(words)[row, position - 1])
-        return log_probability[row, jnp.asarray(inputs["text"])[row, position]]
 
-    def of_caption(model: CLIPMapperCaption, words: Array, inputs: Any) -> Array:
-        logits, text = model.word_logits(words), jnp.asarray(inputs["text"])
-        return model.mean_log_probability(logits, text)
+def _area(measured: Measured) -> str:
+    assert measured is not None
+    return f"{measured['mean']:z.2f} [{measured['low']:z.1f}, {measured['high']:z.1f}]"
 
-    return [
-        Examples(
-            whole,
-            {"image": content["vision"]},
-            "the model's own caption as a whole: the mean of its words' logits",
-            "mean log-probability of the model's own caption",
-            of_caption,
-            references,
-        ),
-        Examples(
-            inputs,
-            {"text": text},
-            "one word of the model's own caption",
-            "log-probability of the model's own word",
-            of_word,
-        ),
-    ]
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """`tables` as text; arguments and errors are theirs."""
+    return tables_markdown(tables(summary))
 
 
 def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -416,17 +340,15 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
     Raises:
       ImportError: matplotlib is not installed (extra `report`); JSON and tables are written.
     """
-    files = []
-    for one, summary in result.items():
-        name = f"perturbation-{summary['task']}-{one}"
-        data = json.dumps(summary, indent=1).encode()
-        table = perturbation.markdown(summary).encode()
-        for suffix, content in ((".json", data), (".md", table)):
-            files.append(folder / f"{name}{suffix}")
-            write_atomically(files[-1], content)
-    for one, summary in result.items():
-        files.append(folder / f"perturbation-{summary['task']}-{one}.png")
-        curves(summary, files[-1])
+    stems = {one: folder / f"perturbation-{found['task']}-{one}" for one, found in result.items()}
+    files = [
+        file
+        for one, stem in stems.items()
+        for file in save_result(result[one], markdown(result[one]), stem)
+    ]
+    for one, stem in stems.items():
+        files.append(stem.with_name(f"{stem.name}.png"))
+        curves(result[one], files[-1])
     return files
 
 
@@ -445,7 +367,7 @@ def curves(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
       ValueError: another suffix, or a summary of another protocol.
       OSError: the file cannot be written there.
     """
-    perturbation.check_protocol("curves", summary)
+    check_protocol("curves", summary, PROTOCOL)
     titles = {
         "negative": "Least relevant first: higher is better",
         "positive": "Most relevant first: lower is better",

@@ -1,6 +1,7 @@
 """Do explanations depend on what the model learned? Cascading randomisation on Shapes."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,11 +9,14 @@ import numpy as np
 from flax import nnx
 
 from jaxrel.explanations.explain import token_relevance
-from jaxrel.metrics import Interval
 from jaxrel.metrics.randomisation import agreement, cascade
 from jaxrel.models.clipmapper import CLIPMapper
-from jaxrel.train.evaluate.perturbation import STREAMS, Examples, draw_examples
+from jaxrel.train.evaluate.mapper_examples import STREAMS, Examples, draw_examples
+from jaxrel.train.evaluate.record import save as save_result
+from jaxrel.train.evaluate.tables import Table, by_row, check_protocol
+from jaxrel.train.evaluate.tables import markdown as tables_markdown
 
+PROTOCOL = "randomisation/1"
 METHODS = (
     "raw",
     "rollout",
@@ -63,7 +67,7 @@ def evaluate(
         model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=examples
     )
     result: dict[str, Any] = {
-        "protocol": "randomisation/1",
+        "protocol": PROTOCOL,
         "task": model.task,
         "split": split,
         "data_seed": data_seed,
@@ -117,18 +121,42 @@ def groups(model: CLIPMapper) -> dict[str, list[str]]:
     return names
 
 
-def markdown(result: Mapping[str, Any], modality: str) -> str:
-    """A table: a row per method, a column per group of parameters, in cascading order."""
-    table = result[modality]
-    heads = list(table)
-    lines = [
-        f"Rank correlation with the trained model's {modality} relevance, {result['examples']} "
-        "examples; columns are cumulative:",
-        "",
-        f"| method | {' | '.join(heads)} |",
-        f"|---|{'---|' * len(heads)}",
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """By modality a row per method, and a column per group of parameters, in cascading order.
+
+    Args:
+      result: of `evaluate`, or read back from JSON.
+
+    Raises:
+      ValueError: it is of another protocol.
+    """
+    check_protocol("tables", result, PROTOCOL)
+    asked = "Questions" if result["task"] == "vqa" else "Captions"
+    note = (
+        f"Rank correlation with the trained model's relevance, {result['examples']} examples; "
+        "columns are cumulative."
+    )
+    return [
+        by_row(f"{asked}, {tokens}", note, "method", _by_method(result[modality]))
+        for modality, tokens in (("image", "patches"), ("text", "words"))
+        if modality in result
     ]
-    for method in table[heads[0]]:
-        cells = [str(Interval(**table[name][method])) for name in heads]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+
+
+def _by_method(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    methods = next(iter(table.values()))
+    return {method: {group: row[method] for group, row in table.items()} for method in methods}
+
+
+def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a result: JSON and the tables.
+
+    Args:
+      result: of `evaluate`, or with a "model" beside the settings.
+      folder: made if it is not there.
+
+    Returns:
+      The files.
+    """
+    text = tables_markdown(tables(result))
+    return save_result(result, text, folder / f"sanity-{result['task']}")

@@ -9,11 +9,14 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Int
 from tqdm.auto import trange
 
-from jaxrel.explanations.explain import BIMODAL_METHODS, explain
-from jaxrel.metrics import Interval, bootstrap, bootstrap_ratio, chance, hits, share_inside
+from jaxrel.explanations.explain import BIMODAL_METHODS
+from jaxrel.metrics import bootstrap, bootstrap_ratio
 from jaxrel.models.clipmapper import CLIPMapperVQA
 from jaxrel.train.data.shapes import Scene, Shapes, answers
 from jaxrel.train.data.shapes.questions import ANSWERS, Question
+from jaxrel.train.evaluate.batching import equal_batches
+from jaxrel.train.evaluate.localisation import localisation_table, localise
+from jaxrel.train.evaluate.tables import Table, cell
 
 # What points at objects of the image: the answer is read off them.
 LOCATED = ("colour", "shape", "size")
@@ -34,8 +37,8 @@ def evaluate(
 
     Accuracy is also given with the image withheld (all its patches hidden from attention):
     then it should be that of always giving the most frequent answer of the kind. Localisation:
-    the share of each method's relevance inside the object that a question about a colour, a
-    shape or a size names, where the answer is right, and the pointing game.
+    relevance mass accuracy on the object that a question about a colour, a shape or a size names,
+    where the answer is right, and the pointing game, by method.
 
     Args:
       model: one that knows Shapes' words and answers.
@@ -105,10 +108,8 @@ def _right(
 ) -> Bool[np.ndarray, " questions"]:
     found = []
     truth = answer_indices(model, asked)
-    # What does not fill the last batch is answered together with what is there twice.
-    padded = [*asked, *([asked[0]] * (-len(asked) % batch))]
-    for start in trange(0, len(padded), batch, desc="answering", leave=False):
-        inputs = model_inputs(model, padded[start : start + batch])
+    for rows in equal_batches(len(asked), batch, "answering", leave=False):
+        inputs = model_inputs(model, [asked[i] for i in rows])
         if withheld:
             keep = np.arange(model.config.clip.vision.tokens) == 0
             inputs["image_keep"] = jnp.broadcast_to(jnp.asarray(keep), (batch, len(keep)))
@@ -149,41 +150,40 @@ def _localisation(
         if fine and one[1].kind in LOCATED and len(one[0].objects) > 1
     ]
     batch = min(batch, len(chosen), count)
-    # Batches of one size compile once; what does not fill the last one is left out.
-    chosen = chosen[: min(count, len(chosen)) // max(batch, 1) * batch]
-    if not chosen:
+    if not batch:
         return {"examples": 0}
-    truth = np.stack([scene.masks[question.objects[0]] for scene, question in chosen])
-    inside: dict[str, list[np.ndarray]] = {method: [] for method in BIMODAL_METHODS}
-    points: dict[str, list[np.ndarray]] = {method: [] for method in BIMODAL_METHODS}
-    for start in trange(0, len(chosen), batch, desc="relevance", leave=False):
-        rows = slice(start, start + batch)
-        images = [scene.image for scene, _ in chosen[rows]]
-        texts = [question.text for _, question in chosen[rows]]
-        for one in explain(model, image=images, text=texts, method=BIMODAL_METHODS):
-            inside[one.method].append(share_inside(one.image, truth[rows]))
-            points[one.method].append(hits(one.image, truth[rows]))
-    shares = {method: np.concatenate(found) for method, found in inside.items()}
-    return {
-        "examples": len(chosen),
-        "chance": bootstrap(chance(truth))._asdict(),
-        "share inside": {m: bootstrap(x)._asdict() for m, x in shares.items()},
-        "share inside less equal's": {
-            m: bootstrap(x - shares["equal"])._asdict() for m, x in shares.items() if m != "equal"
-        },
-        "pointing game": {m: bootstrap(np.concatenate(x))._asdict() for m, x in points.items()},
-    }
+    chosen = chosen[:count]
+    return localise(
+        model,
+        [scene.image for scene, _ in chosen],
+        [question.text for _, question in chosen],
+        np.stack([scene.masks[question.objects[0]] for scene, question in chosen]),
+        methods=BIMODAL_METHODS,
+        batch=batch,
+    )
 
 
-def localisation_table(found: dict[str, Any]) -> str:
-    """Markdown rows of shares inside, their differences from equal's, and pointing games."""
-    paired = found["share inside less equal's"]
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Accuracy by kind of question, and relevance by method.
+
+    Args:
+      result: of `evaluate`, or read back from JSON.
+    """
+    frequent = result["most frequent answer"]
     rows = [
-        "| method | share inside | less equal's | pointing game |",
-        "|---|---|---|---|",
+        [kind, cell(found), cell(result["image withheld"][kind]), _share(frequent.get(kind))]
+        for kind, found in result["accuracy"].items()
     ]
-    for method, share in found["share inside"].items():
-        less = str(Interval(**paired[method])) if method in paired else ""
-        point = Interval(**found["pointing game"][method])
-        rows.append(f"| {method} | {Interval(**share)} | {less} | {point} |")
-    return "\n".join(rows)
+    head = ["questions", "accuracy", "image withheld", "most frequent answer"]
+    note = (
+        f"Split `{result['split']}`, {result['questions']} questions of {result['scenes']} scenes."
+    )
+    local = result["localisation"]
+    return [
+        Table("Accuracy", note, head, rows),
+        *([localisation_table(local)] if local["examples"] else []),
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -3,11 +3,13 @@
 On CLIPmapper and Shapes: how far the weights are from 1, how the maps differ from those of equal
 accumulation, and what the perturbation test says of variants that weigh in one place only, by
 layers or by tokens only, elsewhere in the equations, or at random.
+
+This study is finished: its result is in train/results (`weighting-*.json`), and the code goes when
+the rule of weighting is decided.
 """
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,6 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
-from tqdm.auto import trange
 
 from jaxrel.attention import (
     Layers,
@@ -30,17 +31,22 @@ from jaxrel.attention import (
     value_and_layers,
     weights,
 )
-from jaxrel.files import write_atomically
 from jaxrel.metrics import perturbation
-from jaxrel.metrics.intervals import Interval, bootstrap
+from jaxrel.metrics.intervals import bootstrap
 from jaxrel.metrics.randomisation import rank_correlation
 from jaxrel.models.clipmapper import CLIPMapper
-from jaxrel.train.evaluate.perturbation import (
+from jaxrel.train.evaluate.batching import equal_batches
+from jaxrel.train.evaluate.mapper_examples import (
     STREAMS,
     Examples,
+    check_sizes,
     draw_examples,
-    sweep_program,
+    once_each,
 )
+from jaxrel.train.evaluate.perturbation import sweep_program
+from jaxrel.train.evaluate.perturbation import tables as perturbation_tables
+from jaxrel.train.evaluate.record import save as save_result
+from jaxrel.train.evaluate.tables import Table, by_row, check_protocol, markdown
 
 PROTOCOL = "weighting/1"
 IMPORTANCE = "grad_value"
@@ -221,8 +227,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Take the weights of weighted accumulation apart; see `perturbation.evaluate`.
 
-    What is explained, removed and measured is what it is there, but that no caption is written
-    anew.
+    It explains, removes and measures the same, but regenerates no caption.
 
     Args:
       model: either CLIPmapper.
@@ -242,16 +247,9 @@ def evaluate(
     Raises:
       ValueError: an unknown variant or modality, or a number out of range.
     """
-    modality, variants = tuple(dict.fromkeys(modality)), tuple(dict.fromkeys((BASELINE, *variants)))
-    for name, known, given in (("variant", VARIANTS, variants), ("modality", STREAMS, modality)):
-        unknown = [one for one in given if one not in known]
-        if unknown or not given:
-            wrong = f"unknown {name} {unknown[0]!r}" if unknown else f"no {name} given"
-            raise ValueError(f"weighting: {wrong}; there are {'; '.join(known)}")
-    if examples < 1 or batch < 1:
-        raise ValueError(
-            f"weighting: examples and batch must be at least 1, got {examples} and {batch}"
-        )
+    variants = once_each("weighting", "variant", (BASELINE, *variants), VARIANTS)
+    modality = once_each("weighting", "modality", modality, STREAMS)
+    check_sizes("weighting", examples, batch)
     batch = min(batch, examples)
     sets = draw_examples(
         model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=batch
@@ -438,11 +436,9 @@ def _compare(
     sweep = sweep_program(graph, drawn, modality)
     examples = len(drawn.inputs["text"])
     found = []
-    for start in trange(0, examples, batch, desc=f"weighting, {modality}", unit="batch"):
-        # One size compiles once: the last batch begins again with the first examples.
-        rows = np.arange(start, start + batch) % examples
+    for rows in equal_batches(examples, batch, f"weighting, {modality}"):
         inputs = jax.tree.map(lambda x: x[rows], drawn.inputs)  # noqa: B023
-        key = jax.random.fold_in(jax.random.key(seed), start)
+        key = jax.random.fold_in(jax.random.key(seed), int(rows[0]))
         relevance, facts = relevance_by_variant(model, inputs, variants, key)
         maps = jnp.stack([relevance[name][STREAMS[modality]] for name in variants])
         removable = jnp.asarray(drawn.removable[modality][rows])
@@ -494,7 +490,7 @@ def _intervals(values: Mapping[str, np.ndarray]) -> dict[str, dict[str, float] |
     return {name: bootstrap(x)._asdict() if x.size else None for name, x in found.items()}
 
 
-def markdown(result: Mapping[str, Any]) -> str:
+def tables(result: Mapping[str, Any]) -> list[Table]:
     """The tables of one modality.
 
     Args:
@@ -503,37 +499,19 @@ def markdown(result: Mapping[str, Any]) -> str:
     Raises:
       ValueError: it is of another protocol.
     """
-    if (found := result.get("protocol")) != PROTOCOL:
-        raise ValueError(
-            f"markdown: expected a result of {PROTOCOL!r}, as weighting.evaluate returns it, got "
-            f"protocol {found!r}"
-        )
-    title = (
-        f"Weights (`{PROTOCOL}`, {result['importance']}), {result['modality']}, "
-        f"{result['examples']} examples of {result['split']}, bootstrap 95% intervals"
-    )
-    return "\n".join(
-        [
-            f"{title}; spreads are standard deviations:",
-            "",
-            _table("attention", result["weights"], FACTS),
-            "At the target token, where its stream attends to itself:",
-            "",
-            _table("layer", result["target_token"], AT_TARGET),
-            "Relevance of the tokens that may be removed:",
-            "",
-            _table("variant", result["maps"], LIKENESS),
-            perturbation.markdown(result["perturbation"]),
-        ]
-    )
-
-
-def _table(head: str, rows: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    lines = [f"| {head} | {' | '.join(columns.values())} |", f"|---|{'---|' * len(columns)}"]
-    for name, values in rows.items():
-        cells = [str(Interval(**values[c])) if values[c] else "" for c in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    check_protocol("tables", result, PROTOCOL)
+    note = f"{result['examples']} examples of {result['split']}, {result['importance']}; "
+    modality = result["modality"]
+    removable = f"{note}relevance of the tokens that may be removed."
+    target = f"{note}where its stream attends to itself."
+    spread = f"{note}spreads are standard deviations."
+    task = {"task": result["task"], "modality": modality}
+    return [
+        by_row(f"Weights, {modality}", spread, "attention", result["weights"], FACTS),
+        by_row(f"Target token, {modality}", target, "layer", result["target_token"], AT_TARGET),
+        by_row(f"Maps, {modality}", removable, "variant", result["maps"], LIKENESS),
+        *perturbation_tables(result["perturbation"] | task),
+    ]
 
 
 def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -546,11 +524,9 @@ def save(result: Mapping[str, Any], folder: Path) -> list[Path]:
     Returns:
       The files.
     """
-    files = []
-    for one, found in result.items():
-        name = f"weighting-{found['task']}-{one}"
-        data = json.dumps(found, indent=1).encode()
-        for suffix, content in ((".json", data), (".md", markdown(found).encode())):
-            files.append(folder / f"{name}{suffix}")
-            write_atomically(files[-1], content)
-    return files
+    stems = {one: folder / f"weighting-{found['task']}-{one}" for one, found in result.items()}
+    return [
+        file
+        for one, stem in stems.items()
+        for file in save_result(result[one], markdown(tables(result[one])), stem)
+    ]

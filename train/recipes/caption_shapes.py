@@ -10,11 +10,11 @@ from typing import Any
 
 from jaxtyping import Array
 
-from jaxrel.metrics import Interval
 from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption
 from jaxrel.train.data.shapes.examples import CaptionExamples
 from jaxrel.train.evaluate import captions
+from jaxrel.train.evaluate.tables import grid
 from jaxrel.train.losses.captions import mapper_caption_loss
 from jaxrel.train.recipes.mapper import MapperShapes, new_model_of_shapes, train_on_shapes
 from jaxrel.train.recipes.registry import Recipe
@@ -48,13 +48,12 @@ def train(recipe: CaptionShapes, folder: Path) -> CLIPMapper:
 
 def card(folder: Path, result: dict[str, Any]) -> str:
     """The model card; `result` is what `evaluate` found."""
-    rows = [f"| {name} | {Interval(**found)} |" for name, found in result["truth"].items()]
-    rows.append(f"| CIDEr-D (times 10, five references) | {Interval(**result['CIDEr-D'])} |")
+    (table,) = captions.tables(result)
     return write_card(
         CARD,
         folder,
         CaptionShapes(),
-        rows="\n".join(rows),
+        table=grid(table.columns, table.rows),
         split=result["split"],
         tested=result["scenes"],
         examples="\n".join(f"- {caption}" for caption in result["examples"]),
@@ -77,15 +76,14 @@ train.jsonl the loss.
 
 Its greedy captions judged on the split `{split}` ({tested} scenes), with bootstrap 95% intervals:
 
-| share of | |
-|---|---|
-{rows}
-
+{table}
 The first captions (its tokenizer knows no commas; they are left out):
 
 {examples}
 """
 
 RECIPES = {
-    "caption-shapes": Recipe(CaptionShapes, CLIPMapperCaption, train, captions.evaluate, card)
+    "caption-shapes": Recipe(
+        CaptionShapes, CLIPMapperCaption, train, captions.evaluate, card, captions.tables
+    )
 }

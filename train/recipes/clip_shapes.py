@@ -17,8 +17,8 @@ from jax import numpy as jnp
 from jaxtyping import Array, Int, UInt8
 from tqdm.auto import tqdm, trange
 
-from jaxrel.explanations.explain import METHODS, explain
-from jaxrel.metrics import Interval, bootstrap, chance, hits, share_inside
+from jaxrel.explanations.explain import METHODS
+from jaxrel.metrics import bootstrap
 from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from jaxrel.models.processor import Processor, image_processing
@@ -26,7 +26,8 @@ from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.train.data.shapes import Scene, Shapes, vocabulary
 from jaxrel.train.data.shapes.examples import CAPTIONS, FULL, SIDE, draw_scenes, normalise
 from jaxrel.train.data.shapes.language import with_article
-from jaxrel.train.evaluate.vqa import localisation_table
+from jaxrel.train.evaluate.localisation import localisation_table, localise
+from jaxrel.train.evaluate.tables import cell, grid
 from jaxrel.train.loop.optimiser import warmup_cosine
 from jaxrel.train.loop.train import write_settings
 from jaxrel.train.losses.contrastive import contrastive_loss
@@ -179,8 +180,8 @@ def evaluate(
     """Judge a model on held-out scenes: retrieval, and where the relevance lies.
 
     Retrieval: does an image find its full caption among `among`, and a caption its image?
-    Localisation: for an object that a one-object phrase names uniquely ("a red circle"), the
-    share of each method's relevance inside the object's mask, and the pointing game.
+    Localisation: relevance mass accuracy and the pointing game, by method, for an object that a
+    one-object phrase names uniquely ("a red circle").
 
     Args:
       model: a CLIP that knows Shapes' words.
@@ -221,7 +222,8 @@ def _retrieval(model: CLIP, scenes: list[Scene], among: int) -> dict[str, Any]:
         found["caption"].append(logits.argmax(1) == np.arange(among))
         found["image"].append(logits.argmax(0) == np.arange(among))
     scores = {name: bootstrap(np.concatenate(hits)) for name, hits in found.items()}
-    return {"scenes": len(scenes), "among": among, "chance": 1 / among, **_plain(scores)}
+    shown = {name: interval._asdict() for name, interval in scores.items()}
+    return {"scenes": len(scenes), "among": among, "chance": 1 / among, **shown}
 
 
 def _localisation(model: CLIP, scenes: list[Scene]) -> dict[str, Any]:
@@ -234,55 +236,29 @@ def _localisation(model: CLIP, scenes: list[Scene]) -> dict[str, Any]:
                 images.append(scene.image)
                 masks.append(scene.masks[index])
                 break
-    truth = np.stack(masks)
-    inside: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
-    points: dict[str, list[np.ndarray]] = {method: [] for method in METHODS}
-    # Batches of one size compile once; what does not fill the last one is left out.
-    step = min(64, len(phrases))
-    used = truth[: len(phrases) - len(phrases) % step]
-    for start in trange(0, len(used), step, desc="relevance", leave=False):
-        rows = slice(start, start + step)
-        for one in explain(model, image=images[rows], text=phrases[rows], method=METHODS):
-            inside[one.method].append(share_inside(one.image, truth[rows]))
-            points[one.method].append(hits(one.image, truth[rows]))
-    shares = {method: np.concatenate(found) for method, found in inside.items()}
-    pointed = {method: np.concatenate(found) for method, found in points.items()}
-    return {
-        "examples": len(used),
-        "chance": bootstrap(chance(used))._asdict(),
-        "share inside": _plain({m: bootstrap(x) for m, x in shares.items()}),
-        "share inside less equal's": _plain(
-            {m: bootstrap(x - shares["equal"]) for m, x in shares.items() if m != "equal"}
-        ),
-        "pointing game": _plain({m: bootstrap(x) for m, x in pointed.items()}),
-    }
-
-
-def _plain(intervals: dict[str, Interval]) -> dict[str, dict[str, float]]:
-    return {name: interval._asdict() for name, interval in intervals.items()}
+    return localise(
+        model, images, phrases, np.stack(masks), methods=METHODS, batch=min(64, len(phrases))
+    )
 
 
 def card(folder: Path, result: dict[str, Any]) -> str:
     """The model card; `result` is what `evaluate` found."""
     retrieval, local = result["retrieval"], result["localisation"]
+    table = localisation_table(local)
     return write_card(
         CARD,
         folder,
         ClipShapes(),
         split=result["split"],
-        caption=_shown(retrieval["caption"]),
-        image=_shown(retrieval["image"]),
+        caption=cell(retrieval["caption"]),
+        image=cell(retrieval["image"]),
         tested=retrieval["scenes"],
         among=retrieval["among"],
         by_chance=retrieval["chance"],
         examples=local["examples"],
-        chance=_shown(local["chance"]),
-        rows=localisation_table(local),
+        chance=cell(local["chance"]),
+        table=grid(table.columns, table.rows),
     )
-
-
-def _shown(interval: dict[str, float]) -> str:
-    return str(Interval(**interval))
 
 
 CARD = """\
@@ -304,12 +280,12 @@ Judged on the split `{split}`, with bootstrap 95% intervals:
 | an image finds its caption | {caption} |
 | a caption finds its image | {image} |
 
-Relevance for a phrase that names one object of several, all layers ({examples} examples): the
-share inside the object's mask, the same less equal accumulation's on the same examples, and how
-often the most relevant point is on the object (pointing game). A map without information has the
-mask's share of the image inside: {chance}.
+Relevance for a phrase that names one object of several, all layers ({examples} examples): relevance
+mass accuracy (the share of relevance inside the object's mask), its difference to equal
+accumulation's on the same examples, and how often the most relevant point is on the object
+(pointing game). The mass accuracy of a map without information is the mask's share of the image:
+{chance}.
 
-{rows}
-"""
+{table}"""
 
 RECIPES = {"clip-shapes": Recipe(ClipShapes, CLIP, train, evaluate, card)}

@@ -39,6 +39,7 @@ class Recipe(NamedTuple):
       evaluate: `evaluate(model, ...)` judges one on held-out data.
       card: `card(folder, result)` makes the model's README of what `evaluate` returned, if the
         recipe has one. A folder without settings.json raises FileNotFoundError.
+      tables: `tables(result)` gives the tables of a result, where they are not simply all numbers.
     """
 
     settings: type
@@ -46,6 +47,7 @@ class Recipe(NamedTuple):
     train: Callable[..., Any]
     evaluate: Callable[..., dict[str, Any]]
     card: Callable[..., str] | None = None
+    tables: Callable[..., list[Any]] | None = None
 
 
 def is_real(name: str) -> bool:

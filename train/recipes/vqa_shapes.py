@@ -16,13 +16,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from jaxrel.metrics import Interval
 from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperVQA
 from jaxrel.train.data.shapes import Scene, answers
 from jaxrel.train.data.shapes.examples import draw_scenes
 from jaxrel.train.data.shapes.patches import QUESTIONS, asked_by_patch, asked_places
 from jaxrel.train.evaluate import vqa
+from jaxrel.train.evaluate.tables import cell, grid
 from jaxrel.train.loop.batches import Arrays
 from jaxrel.train.losses.answers import answer_loss
 from jaxrel.train.losses.auxiliary import Asked
@@ -86,27 +86,19 @@ def train(recipe: VqaShapes, folder: Path) -> CLIPMapper:
 def card(folder: Path, result: dict[str, Any]) -> str:
     """The model card; `result` is what `evaluate` found."""
     local = result["localisation"]
-    rows = [
-        f"| {kind} | {Interval(**found)} | {Interval(**result['image withheld'][kind])} "
-        f"| {_share(result['most frequent answer'].get(kind))} |"
-        for kind, found in result["accuracy"].items()
-    ]
+    accuracy, *localisation = (grid(one.columns, one.rows) for one in vqa.tables(result))
     return write_card(
         CARD,
         folder,
         VqaShapes(),
-        rows="\n".join(rows),
+        accuracy=accuracy,
         split=result["split"],
         tested=result["scenes"],
         questions=result["questions"],
         examples=local["examples"],
-        chance=Interval(**local["chance"]) if local["examples"] else "-",
-        localisation=vqa.localisation_table(local) if local["examples"] else "",
+        chance=cell(local.get("chance"), nothing="-"),
+        localisation="".join(localisation),
     )
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 CARD = """\
@@ -127,16 +119,13 @@ Judged on the split `{split}` ({tested} scenes, {questions} questions), with boo
 intervals. With the image withheld all patches are hidden from attention; the last column is the
 share of the most frequent answer.
 
-| questions | accuracy | image withheld | most frequent answer |
-|---|---|---|---|
-{rows}
-
+{accuracy}
 Relevance for rightly answered questions about the colour, shape or size of one object of several
-({examples} questions): the share inside the object's mask, the same less equal accumulation's on
-the same questions, and how often the most relevant point is on the object (pointing game). A map
-without information has the mask's share of the image inside: {chance}.
+({examples} questions): relevance mass accuracy (the share of relevance inside the object's mask),
+its difference to equal accumulation's on the same questions, and how often the most relevant point
+is on the object (pointing game). The mass accuracy of a map without information is the mask's share
+of the image: {chance}.
 
-{localisation}
-"""
+{localisation}"""
 
-RECIPES = {"vqa-shapes": Recipe(VqaShapes, CLIPMapperVQA, train, vqa.evaluate, card)}
+RECIPES = {"vqa-shapes": Recipe(VqaShapes, CLIPMapperVQA, train, vqa.evaluate, card, vqa.tables)}

@@ -7,19 +7,15 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from jax import numpy as jnp
 from PIL import Image
 
-from jaxrel.metrics import hits, share_inside
+from jaxrel.metrics import pointing_game, relevance_mass_accuracy
 from jaxrel.metrics.correctness import correctness
 from jaxrel.metrics.words import COCO_FREQUENT
-from jaxrel.models import Processor, image_processing, word_tokenizer
-from jaxrel.models.captioner import Captioner, CaptionerConfig
-from jaxrel.models.vision import VGGConfig
 from jaxrel.report import plots
-from jaxrel.train.data.shapes import Shapes, vocabulary
-from jaxrel.train.evaluate import caption_explanations
+from jaxrel.train.data.shapes import Shapes
+from jaxrel.train.evaluate import caption_explanations, explained_words
 from jaxrel.train.evaluate.caption_explanation_tables import markdown, save
 from jaxrel.train.evaluate.caption_explanations import (
     METHODS,
@@ -27,9 +23,8 @@ from jaxrel.train.evaluate.caption_explanations import (
     WORDS_EXPLAINED,
     Settings,
     evaluate,
-    judge,
 )
-from jaxrel.train.evaluate.examples import STOP, ShapesImages, Word, open_images
+from jaxrel.train.evaluate.captioned_images import STOP, ShapesImages, Word, open_images
 from tests.train.folders import (
     CAPTIONS,
     INSTANCES,
@@ -37,96 +32,7 @@ from tests.train.folders import (
     write_image,
     write_json,
 )
-
-SIDE, CONTEXT = 32, 10
-VOCABULARY = vocabulary()
-QUICK = Settings(resamples=200)
-ENCODER = VGGConfig(((4,), (5,), (6,)))
-
-
-@functools.cache
-def captioner(kind="adaptive", words=VOCABULARY, side=SIDE, seed=0, **changes):
-    """A small model with parameters from NumPy, which needs no compilation."""
-    processor = Processor(word_tokenizer(words, CONTEXT), image_processing(side))
-    config = CaptionerConfig(
-        kind=kind,
-        encoder=ENCODER,
-        image_size=side,
-        vocab_size=len(processor.tokenizer),
-        embed=5,
-        hidden=8,
-        heads=2,
-        context=CONTEXT,
-    )
-    config, rng = replace(config, **changes), np.random.default_rng(seed)
-    model = nnx.eval_shape(lambda: Captioner(config, rngs=nnx.Rngs(0), processor=processor))
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), "float32"), model)
-
-
-class Lights:
-    """Black images with a light rectangle, and every word of a caption names it.
-
-    In every other pair of images the rectangle is bright and words are true; in the others it
-    is dim and they are hallucinated.
-    """
-
-    name, groups, frequent = "Lights", ("thing",), ("a", "star")
-
-    def __init__(self, count):
-        rng = np.random.default_rng(0)
-        self.masks_of = np.zeros((count, 2, SIDE, SIDE), bool)
-        for mask in self.masks_of[:, 0]:
-            left, top = rng.integers(0, SIDE - 12, 2)
-            width, height = rng.integers(4, 12, 2)
-            mask[top : top + height, left : left + width] = True
-
-    def __len__(self):
-        return len(self.masks_of)
-
-    def true(self, i):
-        return i // 2 % 2 == 0
-
-    def image(self, i):
-        light = 255 if self.true(i) else 128
-        return np.repeat(self.masks_of[i, 0, ..., None] * np.uint8(light), 3, axis=-1)
-
-    def masks(self, i):
-        return self.masks_of[i]
-
-    def words(self, i, caption):
-        return [Word(k + 1, word, "thing", self.true(i), (0,)) for k, word in enumerate(caption)]
-
-    def references(self, i):
-        return [["a", "star"], ["a", "dim", "square"]]
-
-    def corpus(self):
-        return [self.references(i) for i in range(len(self))]
-
-    def forms(self, caption):
-        return list(caption)
-
-    def vocabulary(self, group):
-        return VOCABULARY
-
-
-def light(model, inputs, positions, *, method):
-    """In place of `word_relevance`: the image's light, and maps that know nothing."""
-    brightness = (inputs["image"].mean(-1) + 1) / 2
-    shape, batch = (*positions.shape, SIDE, SIDE), len(positions)
-    oracle = jnp.broadcast_to(brightness[:, None], shape)
-    grid = jnp.ones((*positions.shape, 8, 8))
-    words = jnp.broadcast_to(
-        jnp.arange(1.0, CONTEXT + 1), (batch, positions.shape[1], inputs["text"].shape[1])
-    )
-    known = {"lrp": oracle, "gradient": -oracle, "attention": grid}
-    return jnp.zeros(positions.shape), {one: (known[one], words) for one in method}
-
-
-def judge_lights(batch):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caption_explanations, "word_relevance", light)
-        methods = ("lrp", "gradient", "attention", RANDOM)
-        return judge(captioner(), Lights(20), methods=methods, batch=batch, words=5, settings=QUICK)
+from tests.zoo.lights import CONTEXT, QUICK, SIDE, Lights, captioner, judge_lights
 
 
 @pytest.fixture(scope="module")
@@ -208,14 +114,16 @@ def test_shares_on_objects_are_those_of_the_metrics():
     masks[:, 1] = np.roll(masks[:, 0], 9, axis=-1)
     named = np.zeros((3, 4, 2), bool)
     named[:, :2, 0] = named[:, 1:, 1] = True
-    found = caption_explanations._on_objects(*map(jnp.asarray, (maps, named, masks)), QUICK)
+    found = explained_words.on_objects(*map(jnp.asarray, (maps, named, masks)), QUICK)
     for m, i, w in np.ndindex(2, 3, 4):
         objects = masks[i] & named[i, w, :, None, None]
         union = objects.any(0)[None]
         one = maps[m, i, w]
         # float32 sums of 1024 values.
-        assert found["mass"][i, w, m] == pytest.approx(share_inside(one[None], union)[0], rel=1e-4)
-        assert bool(found["pointing"][i, w, m]) == hits(one[None], union)[0]
+        assert found["mass"][i, w, m] == pytest.approx(
+            relevance_mass_accuracy(one[None], union)[0], rel=1e-4
+        )
+        assert bool(found["pointing"][i, w, m]) == pointing_game(one[None], union)[0]
         np.testing.assert_allclose(
             found["correctness"][i, w, m], correctness(one[..., None], objects), rtol=1e-4
         )
@@ -241,7 +149,7 @@ def padded(ids):
 def test_words_are_taken_away_as_a_person_would(inputs):
     model = captioner()
     relevance = np.random.default_rng(0).normal(size=(2, 2, 3, CONTEXT)).astype(np.float32)
-    taken = jax.jit(functools.partial(caption_explanations._without_words, settings=QUICK))
+    taken = jax.jit(functools.partial(explained_words.without_words, settings=QUICK))
     features = jax.jit(lambda model, image: model.encode(image))(model, inputs["image"])
     found = taken(model, features, inputs["text"], POSITIONS, relevance)
     text = np.asarray(inputs["text"])
@@ -260,7 +168,7 @@ def test_patches_are_taken_away_as_a_person_would(inputs):
     model, maps = captioner(), random_maps(2, 2, 3)
     settings = Settings(patch=1 / 4, area=5 / 16)
     assert settings.patches(SIDE) == (8, 5)
-    taken = functools.partial(caption_explanations._without_patches, settings=settings, beams=1)
+    taken = functools.partial(explained_words.without_patches, settings=settings, beams=1)
     found = jax.jit(taken)(model, inputs, POSITIONS, maps)
     for b, w, m in np.ndindex(2, 3, 2):
         position = int(POSITIONS[b, w])
@@ -363,7 +271,7 @@ def captions_are(patch, captions):
         given = [captions[i % len(captions)] for i in range(len(images))]
         return model.processor.text(given, CONTEXT), [one.split() for one in given]
 
-    patch.setattr(caption_explanations, "_write", write)
+    patch.setattr(caption_explanations, "caption_images", write)
 
 
 def test_captions_that_name_nothing_leave_nothing_to_judge(monkeypatch, tmp_path):

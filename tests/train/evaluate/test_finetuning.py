@@ -1,4 +1,4 @@
-"""What is found of captioners that went on, and the intervals over images and beginnings."""
+"""What is found of fine-tuned captioners, and the intervals over images and base checkpoints."""
 
 import json
 
@@ -19,8 +19,8 @@ from jaxrel.metrics.intervals import interval, resampled, share
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.data.shapes.claims import facts
 from jaxrel.train.evaluate import finetuning
+from jaxrel.train.evaluate.captioned_images import ShapesImages
 from jaxrel.train.evaluate.captions import write_captions
-from jaxrel.train.evaluate.examples import ShapesImages
 from jaxrel.train.evaluate.finetuning import MEASURES, evaluate, find_runs, markdown
 
 CAPTIONS = [["a", "red", "circle"], ["a", "star"], ["a", "blue", "ring", "and", "a", "star"]]
@@ -120,15 +120,15 @@ def test_runs_that_cannot_be_compared_are_said(tmp_path, begun):
     model = str(begun / "aoa")
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         find_runs(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"no models that went on; .* finetune-shapes"):
+    with pytest.raises(FileNotFoundError, match=r"no fine-tuned models; .* finetune-shapes"):
         find_runs(tmp_path)
     write(tmp_path / "one", mode="lrp", model=model, seed=0, steps=3)
     write(tmp_path / "two", mode="lrp", model=model, seed=0, steps=3)
-    with pytest.raises(ValueError, match=r"two and .*one both went on .* keep one of them"):
+    with pytest.raises(ValueError, match=r"two and .*one are both fine-tuned .* keep one of them"):
         find_runs(tmp_path)
     (tmp_path / "two" / "settings.json").unlink()
     write(tmp_path / "three", mode="plain", model=model, seed=1, steps=3)
-    with pytest.raises(ValueError, match=r"mode 'lrp' has no model that began .* with seed 1"):
+    with pytest.raises(ValueError, match=r"mode 'lrp' has no model fine-tuned from .* with seed 1"):
         find_runs(tmp_path)
     (tmp_path / "three" / "settings.json").unlink()
     write(tmp_path / "four", mode="plain", model=model, seed=0, steps=4)
@@ -151,7 +151,7 @@ def test_settings_that_cannot_be_read_are_said(text, message, tmp_path):
         find_runs(tmp_path)
 
 
-def test_a_beginning_that_is_gone_is_said(tmp_path):
+def test_a_base_checkpoint_that_is_gone_is_said(tmp_path):
     write(tmp_path / "one", mode="lrp", model=str(tmp_path / "gone"), seed=0)
     with pytest.raises(FileNotFoundError, match="gone"):
         find_runs(tmp_path)
@@ -162,7 +162,7 @@ def test_a_beginning_that_is_gone_is_said(tmp_path):
 
 @pytest.fixture(scope="module")
 def models(begun, tmp_path_factory):
-    """A beginning, and as what went on with it: itself, and another captioner."""
+    """A base checkpoint, and as fine-tuned from it: itself, and another captioner."""
     root = tmp_path_factory.mktemp("models")
     for mode, kind in (("plain", "gridtd"), ("lrp", "aoa")):
         folder = root / mode
@@ -174,7 +174,7 @@ def models(begun, tmp_path_factory):
     return root
 
 
-def test_the_control_that_is_the_beginning_does_not_differ_from_it(models):
+def test_the_control_that_is_its_base_does_not_differ_from_it(models):
     result = evaluate(models, splits=["test"], scenes=6, batch=4, resamples=20)
     assert result["modes"] == ["baseline", "plain", "lrp"]
     assert result["settings"] == {"steps": 5}
@@ -224,9 +224,9 @@ def test_the_command_line(models, tmp_path, capsys):
     command = ["evaluate", "finetuning", "--models", str(models), "--split", "biased_test"]
     assert cli.main([*command, "--scenes", "5", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "biased_test, 5 scenes, 1 beginnings:" in printed
+    assert "### biased_test\n\n5 scenes, 1 base checkpoints." in printed
     assert "| lrp | " in printed
-    assert "Less that of `plain`:" in printed
+    assert "### biased_test, difference to plain" in printed
     assert {file.name for file in out.iterdir()} == {
         "finetuning.json",
         "finetuning.md",
@@ -239,7 +239,7 @@ def test_the_command_line(models, tmp_path, capsys):
 def test_what_cannot_be_evaluated_is_said(models, tmp_path, capsys):
     with pytest.raises(ValueError, match="scenes must be at least 1, got 0"):
         evaluate(models, scenes=0)
-    with pytest.raises(ValueError, match="expected a result of 'finetuning/1', got protocol 'x'"):
+    with pytest.raises(ValueError, match=r"expected .* 'finetuning/1', .* got protocol 'x'"):
         markdown({"protocol": "x"}, "test")
     with pytest.raises(ValueError, match="no split 'val'; the result has test"):
         markdown({"protocol": "finetuning/1", "splits": {"test": {}}}, "val")
