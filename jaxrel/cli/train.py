@@ -2,24 +2,12 @@
 
 import argparse
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import options as shared
-
-
-class _RecipeParser(argparse.ArgumentParser):
-    """A recipe's command; its module, which has the settings, is imported when it is used."""
-
-    recipe = ""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Add an option per setting, and parse."""
-        for field in dataclasses.fields(shared.recipe(self.recipe).settings):
-            flag = f"--{field.name.replace('_', '-')}"
-            kind, meaning = type(field.default), field.metadata["help"]
-            self.add_argument(flag, type=kind, default=field.default, help=meaning)
-        return super().parse_known_args(args, namespace)
 
 
 def add(commands: Any) -> None:
@@ -27,12 +15,35 @@ def add(commands: Any) -> None:
     from jaxrel.train.recipes.registry import RECIPES
 
     train = commands.add_parser("train", help="train a model with a recipe")
-    recipes = train.add_subparsers(required=True, metavar="recipe", parser_class=_RecipeParser)
+    recipes = train.add_subparsers(required=True, metavar="recipe", parser_class=_LateParser)
     for name in RECIPES:
-        parser = recipes.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        parser.recipe = name
-        parser.add_argument("--out", required=True, type=Path, help="the model's folder")
-        parser.set_defaults(run=run, recipe=name)
+        recipe = recipes.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        recipe.add_argument("--out", required=True, type=Path, help="the model's folder")
+        recipe.set_defaults(run=run, recipe=name)
+        recipe.add_late = functools.partial(_add_settings, recipe, name)
+
+
+class _LateParser(argparse.ArgumentParser):
+    """A parser that gets options only when it is used: to know a recipe's, its module is imported.
+
+    Attributes:
+      add_late: adds those options.
+    """
+
+    add_late: Callable[[], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Add the options, and parse."""
+        if self.add_late is not None:
+            self.add_late()
+        return super().parse_known_args(args, namespace)
+
+
+def _add_settings(parser: argparse.ArgumentParser, name: str) -> None:
+    for field in dataclasses.fields(shared.recipe(name).settings):
+        flag = f"--{field.name.replace('_', '-')}"
+        kind, meaning = type(field.default), field.metadata["help"]
+        parser.add_argument(flag, type=kind, default=field.default, help=meaning)
 
 
 def run(options: argparse.Namespace) -> None:

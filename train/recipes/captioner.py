@@ -20,10 +20,6 @@ _DECAY = "from 0 to below 1"
 class Adam(Training):
     """The optimiser's settings, of captioners and of those that are fine-tuned."""
 
-    # The paper's; a recipe may have them as settings.
-    b1: ClassVar[float] = 0.8
-    b2: ClassVar[float] = 0.999
-
     batch: int = setting(
         32, "images per step, each with one caption (the paper's: 32)", "at least 1"
     )
@@ -45,8 +41,12 @@ class Adam(Training):
         """Adam with bounded gradients, slower in the encoder if the recipe says so."""
         rate = getattr(self, "encoder_rate", None)
         factors = {} if rate is None else {"model/encoder": rate}
-        options = {"clip": None, "clamp": self.clamp, "b1": self.b1, "b2": self.b2}
-        return options | {"factors": factors}
+        b1, b2 = self.decays()
+        return {"clip": None, "clamp": self.clamp, "b1": b1, "b2": b2, "factors": factors}
+
+    def decays(self) -> tuple[float, float]:
+        """Adam's decays of both moments, the paper's if they are no settings."""
+        return 0.8, 0.999
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,10 @@ class NewCaptioner(Adam):
     embed: int = setting(512, "features of a word (the paper's: 512)")
     hidden: int = setting(512, "features of states and attended values (the paper's: 512)")
     context: int = setting(32, "tokens of the longest caption, with start and end")
+
+    def decays(self) -> tuple[float, float]:
+        """Adam's decays of both moments."""
+        return self.b1, self.b2
 
 
 @dataclasses.dataclass(frozen=True)
