@@ -29,9 +29,7 @@ def train_model(
     source: Source,
     *,
     name: str,
-    workers: int = 0,
     dtype: str = "float16",
-    **optimiser: Any,
 ) -> Any:
     """Train, and write the model, its settings and `train.jsonl` into a folder.
 
@@ -42,14 +40,14 @@ def train_model(
     same call resumes from the newest one.
 
     Args:
-      recipe: the settings.
+      recipe: the settings, a `jaxrel.train.recipes.settings.Training`.
       folder: where the model goes; check it with `check_new_folder` before any work.
       parts: what is trained: "model", and what is thrown away afterwards.
       loss: `(parts, batch, key) -> (value, metrics)`, the key for dropout and samples.
-      source, workers: see `jaxrel.train.loop.batches.batches`.
+      source: see `jaxrel.train.loop.batches.batches`; a recipe on photographs says how many
+        processes read them.
       name: the recipe's, for the progress bar and messages.
       dtype: of the file. float16 halves it, and hardly an answer or a word changes.
-      **optimiser: options of `adamw`.
 
     Returns:
       The model as it is in the folder.
@@ -59,6 +57,7 @@ def train_model(
     """
     folder = Path(folder).expanduser().resolve()
     checkpoints = folder.with_name(f"{folder.name}.checkpoints")
+    workers = getattr(recipe, "workers", 0)
     rate = warmup_cosine(recipe.learning_rate, recipe.steps, recipe.warmup)
     graph, params, *rest = nnx.split(parts, nnx.Param, ...)
 
@@ -68,7 +67,7 @@ def train_model(
     params = fit(
         of_params,
         params,
-        adamw(rate, **optimiser),
+        adamw(rate, **recipe.optimiser()),
         batches(source, batch=recipe.batch, seed=recipe.seed, workers=workers),
         steps=recipe.steps,
         key=jax.random.key(recipe.seed),

@@ -13,8 +13,9 @@ from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.models.clipmapper import CLIPMapper, CLIPMapperCaption
 from jaxrel.train.data import coco
 from jaxrel.train.data.image_texts import ImageTexts
+from jaxrel.train.loop.train import train_model
 from jaxrel.train.losses.captions import mapper_caption_loss
-from jaxrel.train.recipes.mapper import MapperReal, new_model, train_mapper
+from jaxrel.train.recipes.mapper import MapperReal, new_model
 from jaxrel.train.recipes.real import judge_captions, read_images
 from jaxrel.train.recipes.registry import Recipe
 
@@ -35,12 +36,12 @@ def train(recipe: CaptionCoco, folder: Path) -> CLIPMapper:
     captions = [record["captions"] for record in source.records]
     examples = ImageTexts(source, captions, model.processor, recipe.context)
 
-    def loss(parts: Any, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def loss(parts: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         tokens, _ = parts["model"].encode_image(batch["image"])
         return mapper_caption_loss(parts["model"], tokens, batch["text"])
 
-    parts, workers = {"model": model}, recipe.workers
-    return train_mapper(recipe, folder, parts, loss, examples, name="caption-coco", workers=workers)
+    name, dtype = "caption-coco", "float32"
+    return train_model(recipe, folder, {"model": model}, loss, examples, name=name, dtype=dtype)
 
 
 def evaluate(

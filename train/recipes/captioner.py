@@ -7,14 +7,10 @@ is theirs.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
-from jaxrel.models.captioner import Captioner, CaptionerConfig
+from jaxrel.models.captioner import CaptionerConfig
 from jaxrel.models.vision import PRESETS, EncoderConfig, VGGConfig
-from jaxrel.train.loop.batches import Source
-from jaxrel.train.loop.train import Loss, train_model
 from jaxrel.train.recipes.settings import Training, setting
 
 _DECAY = "from 0 to below 1"
@@ -23,10 +19,6 @@ _DECAY = "from 0 to below 1"
 @dataclasses.dataclass(frozen=True)
 class Adam(Training):
     """The optimiser's settings, of captioners and of those that are fine-tuned."""
-
-    # The paper's; a recipe may have them as settings.
-    b1: ClassVar[float] = 0.8
-    b2: ClassVar[float] = 0.999
 
     batch: int = setting(
         32, "images per step, each with one caption (the paper's: 32)", "at least 1"
@@ -45,6 +37,17 @@ class Adam(Training):
         "positive (inf: no bound)",
     )
 
+    def optimiser(self) -> dict[str, Any]:
+        """Adam with bounded gradients, slower in the encoder if the recipe says so."""
+        rate = getattr(self, "encoder_rate", None)
+        factors = {} if rate is None else {"model/encoder": rate}
+        b1, b2 = self.decays()
+        return {"clip": None, "clamp": self.clamp, "b1": b1, "b2": b2, "factors": factors}
+
+    def decays(self) -> tuple[float, float]:
+        """Adam's decays of both moments, the paper's if they are no settings."""
+        return 0.8, 0.999
+
 
 @dataclasses.dataclass(frozen=True)
 class NewCaptioner(Adam):
@@ -57,6 +60,10 @@ class NewCaptioner(Adam):
     embed: int = setting(512, "features of a word (the paper's: 512)")
     hidden: int = setting(512, "features of states and attended values (the paper's: 512)")
     context: int = setting(32, "tokens of the longest caption, with start and end")
+
+    def decays(self) -> tuple[float, float]:
+        """Adam's decays of both moments."""
+        return self.b1, self.b2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,31 +137,3 @@ def new_config(recipe: Any, **sizes: Any) -> CaptionerConfig:
     """
     chosen = {name: getattr(recipe, name) for name in _SIZES if hasattr(recipe, name)}
     return CaptionerConfig(**(chosen | sizes), encoder=read_encoder(recipe.encoder))
-
-
-def train_captioner(
-    recipe: Any,
-    folder: Path,
-    parts: dict[str, Any],
-    loss: Loss,
-    source: Source,
-    *,
-    name: str,
-    factors: Mapping[str, float] | None = None,
-    workers: int = 0,
-) -> Captioner:
-    """`train_model` with Adam and bounded gradients; `factors` are those of `adamw`."""
-    return train_model(
-        recipe,
-        folder,
-        parts,
-        loss,
-        source,
-        name=name,
-        workers=workers,
-        clip=None,
-        clamp=recipe.clamp,
-        b1=recipe.b1,
-        b2=recipe.b2,
-        factors=factors,
-    )

@@ -26,13 +26,13 @@ from jaxrel.models.vision import imagenet_processing, load_encoder
 from jaxrel.train.data import coco, flickr30k
 from jaxrel.train.data.files import ImageSource, Record
 from jaxrel.train.data.image_texts import ImageTexts
+from jaxrel.train.loop.train import train_model
 from jaxrel.train.losses.captions import caption_loss
 from jaxrel.train.recipes.captioner import (
     AoA,
     GridTD,
     NewCaptioner,
     new_config,
-    train_captioner,
 )
 from jaxrel.train.recipes.real import judge_captions, read_images
 from jaxrel.train.recipes.registry import Recipe
@@ -189,15 +189,13 @@ def train(recipe: CaptionerReal, folder: Path) -> Captioner:
         features = parts["model"].encode(batch["image"])
         return caption_loss(parts["model"], features, batch["text"], key)
 
-    return train_captioner(
+    return train_model(
         recipe,
         folder,
         {"model": model},
         loss,
         examples(source, model.processor, recipe.context),
         name=f"{recipe.kind}-{recipe.dataset}",
-        factors={"model/encoder": recipe.encoder_rate},
-        workers=recipe.workers,
     )
 
 

@@ -27,6 +27,7 @@ from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.train.data.shapes import vocabulary
 from jaxrel.train.data.shapes.examples import SIDE, CaptionExamples, normalise
 from jaxrel.train.evaluate import captions
+from jaxrel.train.loop.train import train_model
 from jaxrel.train.losses.auxiliary import PatchNames
 from jaxrel.train.losses.captions import caption_loss
 from jaxrel.train.recipes.captioner import (
@@ -34,7 +35,6 @@ from jaxrel.train.recipes.captioner import (
     GridTD,
     NewCaptioner,
     new_config,
-    train_captioner,
 )
 from jaxrel.train.recipes.registry import Recipe
 from jaxrel.train.recipes.settings import OnShapes, setting, write_card
@@ -122,7 +122,7 @@ def train(recipe: CaptionerShapes, folder: Path) -> Captioner:
     def weighed(parts: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         return loss(parts, batch, key, patch_loss=recipe.patch_loss)
 
-    return train_captioner(
+    return train_model(
         recipe,
         folder,
         {"model": model, "names": names},

@@ -22,7 +22,7 @@ from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.train.data.shapes import vocabulary
 from jaxrel.train.data.shapes.examples import SIDE, CaptionExamples, normalise
 from jaxrel.train.loop.batches import Example, Source
-from jaxrel.train.loop.train import Loss, read_settings
+from jaxrel.train.loop.train import Loss, read_settings, train_model
 from jaxrel.train.losses.captions import caption_loss
 from jaxrel.train.losses.lrp_inference import (
     WEIGHED,
@@ -32,7 +32,7 @@ from jaxrel.train.losses.lrp_inference import (
 )
 from jaxrel.train.losses.scst import ENDS, IDFS, CiderReward, Reward, scst_loss
 from jaxrel.train.recipes import captioner_real, captioner_shapes
-from jaxrel.train.recipes.captioner import Adam, train_captioner
+from jaxrel.train.recipes.captioner import Adam
 from jaxrel.train.recipes.captioner_real import READERS, caption_words
 from jaxrel.train.recipes.captioner_shapes import table_rows
 from jaxrel.train.recipes.real import read_images
@@ -212,7 +212,6 @@ def train_real(recipe: FinetuneReal, folder: Path) -> Captioner:
         WithImages(examples, examples.images),
         lambda: [caption_words(record) for record in source.records],
         name=f"finetune-{recipe.dataset}",
-        workers=recipe.workers,
     )
 
 
@@ -225,7 +224,6 @@ def _finetune(
     references: Callable[[], Sequence[Sequence[Tokens]]],
     *,
     name: str,
-    workers: int = 0,
 ) -> Captioner:
     """Train in the recipe's mode; the references of all images are asked for if they count."""
     reward = None
@@ -234,15 +232,13 @@ def _finetune(
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         form = model.caption_format()
         reward = CiderReward(references(), tokens, form, idf=recipe.idf, ends=recipe.ends)
-    return train_captioner(
+    return train_model(
         recipe,
         folder,
         {"model": model},
         mode_loss(recipe, model, encode, reward),
         source,
         name=name,
-        factors={"model/encoder": recipe.encoder_rate},
-        workers=workers,
     )
 
 

@@ -18,7 +18,6 @@ from jaxrel.train.losses.auxiliary import PatchNames
 from jaxrel.train.recipes.settings import OnImages, OnShapes, Training, setting
 
 M = TypeVar("M", bound=CLIPMapper)
-Loss = Callable[[dict[str, Any], dict[str, Array]], tuple[Array, dict[str, Array]]]
 TokensLoss = Callable[[dict[str, Any], Array, dict[str, Array]], tuple[Array, dict[str, Array]]]
 
 
@@ -36,6 +35,11 @@ class Mapper(Training):
     heads: int = setting(4, "attention heads of the mapper")
     mlp_width: int = setting(256, "hidden features of the mapper's MLPs")
     context: int = setting(20, "tokens of the longest text")
+
+    def optimiser(self) -> dict[str, Any]:
+        """AdamW, slower in stage 1."""
+        factors = {"model/vision": self.stage1_rate, "model/text": self.stage1_rate}
+        return {"weight_decay": self.weight_decay, "b2": 0.98, "factors": factors}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,34 +119,6 @@ def new_model_of_shapes(recipe: MapperShapes, kind: type[M], **options: Any) -> 
     return model
 
 
-def train_mapper(
-    recipe: Mapper,
-    folder: Path,
-    parts: dict[str, Any],
-    loss: Loss,
-    source: Source,
-    *,
-    name: str,
-    workers: int = 0,
-    dtype: str = "float32",
-) -> CLIPMapper:
-    """`train_model` with AdamW, for a loss that draws nothing: `(parts, batch)`."""
-    rates = {"model/vision": recipe.stage1_rate, "model/text": recipe.stage1_rate}
-    return train_model(
-        recipe,
-        folder,
-        parts,
-        lambda parts, batch, key: loss(parts, batch),
-        source,
-        name=name,
-        workers=workers,
-        dtype=dtype,
-        weight_decay=recipe.weight_decay,
-        b2=0.98,
-        factors=rates,
-    )
-
-
 def train_on_shapes(
     recipe: MapperShapes,
     folder: Path,
@@ -161,11 +137,11 @@ def train_on_shapes(
     vision = parts["model"].config.clip.vision
     parts = parts | {"names": PatchNames(vision.width, vision.grid, rngs=nnx.Rngs(recipe.seed))}
 
-    def loss(parts: dict[str, Any], batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def loss(parts: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         model = parts["model"]
         tokens, _ = model.encode_image(normalise(batch["image"]))
         value, metrics = loss_of_tokens(parts, tokens, batch)
         named = parts["names"].loss(model.vision_norm(tokens), batch["shown"])
         return value + recipe.patch_loss * named, metrics | {"patches": named}
 
-    return train_mapper(recipe, folder, parts, loss, source, name=name, dtype="float16")
+    return train_model(recipe, folder, parts, loss, source, name=name)

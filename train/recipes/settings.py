@@ -101,6 +101,10 @@ class Training(Settings):
     )
     checkpoint_every: int = setting(250, "steps between two checkpoints", "at least 1")
 
+    def optimiser(self) -> dict[str, Any]:
+        """Options of `jaxrel.train.loop.optimiser.adamw`."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class OnShapes:

@@ -20,8 +20,9 @@ from jaxrel.train.data.files import ImageSource
 from jaxrel.train.data.image_texts import ImageTexts
 from jaxrel.train.evaluate.vqa import best_answers
 from jaxrel.train.loop.batches import Example, padded
+from jaxrel.train.loop.train import train_model
 from jaxrel.train.losses.answers import soft_answer_loss
-from jaxrel.train.recipes.mapper import MapperReal, new_model, train_mapper
+from jaxrel.train.recipes.mapper import MapperReal, new_model
 from jaxrel.train.recipes.real import how_many, read_images
 from jaxrel.train.recipes.registry import Recipe
 from jaxrel.train.recipes.settings import setting
@@ -70,14 +71,14 @@ def train(recipe: VqaV2, folder: Path) -> CLIPMapper:
     model = new_model(recipe, CLIPMapperVQA, answers=vocabulary.answers, several=True)
     examples = Questions(source, model.processor, recipe.context, vocabulary)
 
-    def loss(parts: Any, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    def loss(parts: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         model, text = parts["model"], batch["text"]
         tokens, _ = model.encode_image(batch["image"])
         logits = model.answer_logits(model.map(tokens, text)[0], text)
         return soft_answer_loss(logits, batch["target"])
 
-    parts, workers = {"model": model}, recipe.workers
-    return train_mapper(recipe, folder, parts, loss, examples, name="vqa-v2", workers=workers)
+    name, dtype = "vqa-v2", "float32"
+    return train_model(recipe, folder, {"model": model}, loss, examples, name=name, dtype=dtype)
 
 
 def evaluate(

@@ -25,7 +25,6 @@ from jaxrel.train.recipes import captioner_shapes
 from jaxrel.train.recipes.captioner import (
     new_config,
     read_encoder,
-    train_captioner,
 )
 from jaxrel.train.recipes.captioner_shapes import AoAShapes, GridTDShapes
 from jaxrel.train.recipes.registry import RECIPES, find_recipe, is_real
@@ -183,7 +182,7 @@ def test_statistics_of_normalisation_are_not_trained(examples, tmp_path, monkeyp
     config = dataclasses.replace(untrained.config, encoder=encoder)
     model = Captioner(config, rngs=nnx.Rngs(0), processor=untrained.processor)
     model.encoder.stem.norm.mean.set_value(jnp.full(4, 0.25))
-    found = train_captioner(
+    found = trainer.train_model(
         recipe, tmp_path / "model", {"model": model}, caption_loss, examples[0], name="test"
     )
     norm = found.encoder.stem.norm

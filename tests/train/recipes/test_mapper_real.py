@@ -20,10 +20,10 @@ from jaxrel.models import (
 )
 from jaxrel.train.data import coco, vqa_v2
 from jaxrel.train.data.image_texts import ImageTexts
+from jaxrel.train.loop.train import train_model
 from jaxrel.train.recipes import caption_coco
 from jaxrel.train.recipes import vqa_v2 as vqa
 from jaxrel.train.recipes.caption_coco import CaptionCoco
-from jaxrel.train.recipes.mapper import train_mapper
 from jaxrel.train.recipes.vqa_v2 import VqaV2
 from tests.train.folders import Repeated
 
@@ -64,8 +64,8 @@ def enough(monkeypatch):
     for recipe in (vqa, caption_coco):
         monkeypatch.setattr(
             recipe,
-            "train_mapper",
-            lambda recipe, folder, parts, loss, source, **more: train_mapper(
+            "train_model",
+            lambda recipe, folder, parts, loss, source, **more: train_model(
                 recipe, folder, parts, loss, Repeated(source), **more
             ),
         )
