@@ -2,4 +2,10 @@
 
 from jaxrel.renamed import renamed
 
-__getattr__ = renamed(__name__, {"*": "jaxrel.explanations.explain"})
+__getattr__ = renamed(
+    __name__,
+    {
+        "*": "jaxrel.explanations.explain",
+        "TWO_STREAM": "jaxrel.explanations.explain.BIMODAL_METHODS",
+    },
+)

@@ -13,9 +13,9 @@ from PIL import Image
 from jaxrel.attention.methods import check_methods
 from jaxrel.explanations import captions, tokens
 from jaxrel.explanations.methods import (
+    BIMODAL_METHODS,
     METHODS,
     SIGNED,
-    TWO_STREAM,
     WORD_BY_WORD,
     Detector,
     Request,
@@ -23,8 +23,9 @@ from jaxrel.explanations.methods import (
 )
 from jaxrel.explanations.result import Explanation
 from jaxrel.explanations.tokens import token_relevance
+from jaxrel.renamed import renamed
 
-__all__ = ["METHODS", "SIGNED", "TWO_STREAM", "Explainable", "explain", "token_relevance"]
+__all__ = ["BIMODAL_METHODS", "METHODS", "SIGNED", "Explainable", "explain", "token_relevance"]
 
 
 class Explainable(Protocol):
@@ -88,38 +89,38 @@ def explain(
 ) -> Any:
     """Explain how much each patch of an image and each word of a sentence matters to a score.
 
-    For CLIP the score is the similarity of the image and the sentence, for CLIPMapper the
+    For CLIP the score is the similarity of the image and the sentence. For CLIPMapper it is the
     logit of an answer to a question, or of each word of a caption, as for Captioner. Everything
     is one compiled program: one forward and one backward pass for all examples and all methods
-    that need no LRP. For Captioner see `jaxrel.explanations.words`: its maps are of pixels, and the
-    backward pass, not the forward pass, is one per word.
+    that need no LRP. A Captioner is explained in pixels, with one forward pass per caption and
+    one backward pass per word: see `jaxrel.explanations.words`.
 
     Inside `jax.set_mesh` the rows (pairs, questions, words; of a Captioner captions) are shared
     among the devices of the mesh's first axis if their number is a multiple of its size, else
     computed whole. The result is the same.
 
     Args:
-      model: a model that speaks the protocol `Explainable`, such as `jaxrel.models.CLIP`, and
-        where it also speaks `jaxrel.explanations.words.Captions`, is explained by that.
+      model: a model that speaks the protocol `Explainable`, such as `jaxrel.models.CLIP`; its
+        `layout` says which methods there are.
       image: a PIL image, a uint8 `[height, width, 3]` array, or a list of them.
       text: a sentence, question or caption, or a list of them; see `model.pairs` for how
         images and texts are matched. None where the model writes the text (captions).
       target: what to explain of these, in the model's terms: by default the matching pairs, the
         most probable answer, all words of the caption.
-      method: one of `jaxrel.explanations.explain.METHODS` (of a model whose streams attend to
-        each other, `TWO_STREAM`), or several: those of `jaxrel.attention`, and 'lrp' (AttnLRP),
-        'cp_lrp' and 'input_x_gradient', which propagate to the embedded tokens; of a Captioner,
-        those of `jaxrel.explanations.words.WORD_METHODS`. By default 'weighted', of a
+      method: one of `jaxrel.explanations.explain.METHODS`, or several: those of
+        `jaxrel.attention`, and 'lrp' (AttnLRP), 'cp_lrp' and 'input_x_gradient', which propagate
+        to the embedded tokens. Models whose streams attend to each other have `BIMODAL_METHODS`,
+        Captioners `jaxrel.explanations.words.WORD_METHODS`. By default 'weighted', of a
         Captioner 'lrp'.
-      layers: the layers that count, such as `[-1]` for the last alone; all, by default. Not of
-        models whose streams attend to each other, nor of a Captioner.
-      heads: the attention heads that count; as `layers`. Of a Captioner with several heads,
-        those through which relevance reaches the image.
+      layers: the layers that count, such as `[-1]` for the last alone; all, by default. Models
+        whose streams attend to each other and Captioners have no such choice.
+      heads: the attention heads that count; as `layers`, but a Captioner with several heads has
+        the choice: of those through which relevance reaches the image.
       importance: the measure of the weighted method.
       lrp: other rules for the method 'lrp': see `jaxrel.lrp`.
       name: the model's name, for the record.
-      detector: of a Captioner, what tells words that are likely hallucinated by their maps: see
-        `jaxrel.metrics.detector`. It judges with all heads and the usual rules alone.
+      detector: flags words of a Captioner that are likely hallucinated, by their maps, such as
+        `jaxrel.metrics.Detector`. It judges only maps of all heads and of the usual rules.
 
     Returns:
       An `Explanation` of the batch, or a list of them, one per method if several were given.
@@ -158,3 +159,6 @@ def _seen(model: Any, image: Any, rows: int, example: Any) -> tuple[np.ndarray, 
     if example is not None:
         return tuple(seen[i] for i in np.asarray(example))
     return tuple(seen) if len(seen) == rows else tuple(seen * rows)
+
+
+__getattr__ = renamed(__name__, {"TWO_STREAM": "jaxrel.explanations.explain.BIMODAL_METHODS"})

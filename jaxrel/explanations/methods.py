@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxrel import attention
-from jaxrel.attention.methods import BIMODAL_METHODS, TABLE
+from jaxrel.attention.methods import TABLE
 from jaxrel.flags import Flag
 from jaxrel.propagation import composites, rules
 from jaxrel.propagation.composites import Composite, everything
@@ -19,7 +19,7 @@ BY_RULES = {
 # Of models whose streams attend to themselves alone.
 METHODS = (*attention.METHODS, *BY_RULES)
 # Of models whose streams attend to each other.
-TWO_STREAM = (*BIMODAL_METHODS, *BY_RULES)
+BIMODAL_METHODS = (*attention.BIMODAL_METHODS, *BY_RULES)
 SIGNED = frozenset({*(one.name for one in TABLE.values() if one.signed), *BY_RULES})
 LAST_LAYER = frozenset(one.name for one in TABLE.values() if one.layers == "last")
 
@@ -53,7 +53,7 @@ class Family:
 
 
 UNIMODAL = Family(METHODS, "weighted", SIGNED)
-BIMODAL = Family(TWO_STREAM, "weighted", SIGNED)
+BIMODAL = Family(BIMODAL_METHODS, "weighted", SIGNED)
 WORD_BY_WORD = Family(WORD_METHODS, "lrp", SIGNED_WORDS)
 
 

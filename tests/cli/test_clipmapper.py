@@ -2,11 +2,9 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax import numpy as jnp
 from PIL import Image
 
 from jaxrel import cli
@@ -21,6 +19,7 @@ from jaxrel.models import (
     image_processing,
     word_tokenizer,
 )
+from tests.zoo.clipmappers import random_values
 
 WORDS = ("circle", "colour", "is", "red", "the", "what")
 CLIP = CLIPConfig(
@@ -34,11 +33,7 @@ SIZES = {"width": 8, "layers": 1, "heads": 2, "mlp_width": 8}
 def save(kind, folder, **config):
     config = CLIPMapperConfig(task=kind.task, clip=CLIP, **SIZES, **config)
     processor = Processor(word_tokenizer(WORDS, 9), image_processing(16))
-    rng = np.random.default_rng(0)
-    model = jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype),
-        nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), processor=processor)),
-    )
+    model = random_values(lambda: kind(config, rngs=nnx.Rngs(0), processor=processor), scale=0.3)
     if kind is CLIPMapperCaption:
         # Random captions of some length: the end is the least probable word.
         model.head.bias[...] = model.head.bias[...].at[3].set(-9.0)
@@ -109,7 +104,7 @@ def test_captions_are_explained_word_by_word(run, images):
     assert status == 0
     examples = json.loads(printed)["explanations"][0]["examples"]
     for path in images:
-        targets = [one["target"] for one in examples if one["image"] == str(path)]
+        targets = [one["target"] for one in examples if one["file"] == str(path)]
         # Each target is the caption so far, with its last word in brackets.
         caption = targets[-1].replace("[", "").replace("]", "").split()
         assert len(targets) == len(caption)

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from jaxrel.explanations.result import Explanation
-from jaxrel.files import write_atomically
 from jaxrel.flags import Flag
 from tests.paths import FIXTURES
 
@@ -301,23 +300,6 @@ def test_writing_leaves_nothing_behind_on_failure(tmp_path, monkeypatch):
         make().save(path)
     assert os.listdir(tmp_path) == ["a.npz"]
     assert path.read_bytes() == b"before"
-
-
-def test_writing_says_where_it_cannot(tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(NotADirectoryError, match="file is not a folder; give another place"):
-        write_atomically(tmp_path / "file" / "a.npz", b"")
-    with pytest.raises(NotADirectoryError, match="is not a folder; give another place"):
-        write_atomically(tmp_path / "file" / "deeper" / "a.npz", b"")
-    with pytest.raises(IsADirectoryError, match="it is a folder; give the name of a file"):
-        write_atomically(tmp_path, b"")
-
-
-def test_written_files_follow_the_umask(tmp_path):
-    plain = tmp_path / "plain"
-    plain.write_bytes(b"")
-    write_atomically(tmp_path / "ours", b"")
-    assert (tmp_path / "ours").stat().st_mode == plain.stat().st_mode
 
 
 def test_show_returns_an_image_outside_notebooks(monkeypatch):

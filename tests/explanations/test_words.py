@@ -284,7 +284,7 @@ def test_explain_captions(small, relevance):
         model, image=random_images(), text=TEXTS, target=[2, 1], method=["lrp", "attention"]
     )
     for one in maps:
-        assert one.report["image"] == [0, 0, 1, 1]
+        assert one.report["example"] == [0, 0, 1, 1]
         assert one.target[:2] == ("a [small]", "[a]")
         image, words = found[one.method]
         close(one.image[:2], image[0, 1:])

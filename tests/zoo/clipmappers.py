@@ -40,11 +40,11 @@ def processor():
     return Processor(word_tokenizer(WORDS, STAGE1.text.context), image_processing(16))
 
 
-def random_values(make, seed=0):
+def random_values(make, seed=0, scale=0.5):
     """A model with values from NumPy, which needs no compilation."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype),
+        lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype),
         nnx.eval_shape(make),
     )
 

@@ -48,7 +48,7 @@ def evaluate(
 
     Args:
       model: either CLIPmapper.
-      methods: of `jaxrel.explanations.explain.TWO_STREAM`.
+      methods: of `jaxrel.explanations.explain.BIMODAL_METHODS`.
       data_seed: of the Shapes data set.
       split: of the data set.
       examples: how many.

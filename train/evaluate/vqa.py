@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from jaxtyping import Bool, Int
 from tqdm.auto import trange
 
-from jaxrel.explanations.explain import TWO_STREAM
+from jaxrel.explanations.explain import BIMODAL_METHODS
 from jaxrel.metrics import bootstrap, bootstrap_ratio
 from jaxrel.models.clipmapper import CLIPMapperVQA
 from jaxrel.train.data.shapes import Scene, Shapes, answers
@@ -158,7 +158,7 @@ def _localisation(
         [scene.image for scene, _ in chosen],
         [question.text for _, question in chosen],
         np.stack([scene.masks[question.objects[0]] for scene, question in chosen]),
-        methods=TWO_STREAM,
+        methods=BIMODAL_METHODS,
         batch=batch,
     )
 

@@ -1,0 +1,22 @@
+"""Files are written whole, where the user says, as the user's other files."""
+
+import pytest
+
+from jaxrel.files import write_atomically
+
+
+def test_writing_says_where_it_cannot(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError, match="file is not a folder; give another place"):
+        write_atomically(tmp_path / "file" / "a.npz", b"")
+    with pytest.raises(NotADirectoryError, match="is not a folder; give another place"):
+        write_atomically(tmp_path / "file" / "deeper" / "a.npz", b"")
+    with pytest.raises(IsADirectoryError, match="it is a folder; give the name of a file"):
+        write_atomically(tmp_path, b"")
+
+
+def test_written_files_follow_the_umask(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    write_atomically(tmp_path / "ours", b"")
+    assert (tmp_path / "ours").stat().st_mode == plain.stat().st_mode
