@@ -1,6 +1,6 @@
 """From examples to batches: a Grain pipeline in a fixed order, whose place can be saved."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import absl.flags
@@ -126,16 +126,3 @@ class Arrays:
 
     def __getitem__(self, index: int) -> Example:
         return {"id": np.int64(index), **{name: a[index] for name, a in self._arrays.items()}}
-
-
-def padded(rows: Sequence[T], batch: int) -> list[T]:
-    """The rows, and the first one again until whole batches are full: one size compiles once.
-
-    Args:
-      rows: any number.
-      batch: rows at a time.
-
-    Returns:
-      The rows and up to `batch - 1` more; keep the first `len(rows)` of what is made of them.
-    """
-    return [*rows, *[*rows[:1]] * (-len(rows) % batch)]

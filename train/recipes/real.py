@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tqdm.auto import trange
 
 from jaxrel.metrics import bootstrap
 from jaxrel.metrics.caption_scores import CiderD, tokenise
 from jaxrel.train.data.files import ImageSource
-from jaxrel.train.loop.batches import padded
+from jaxrel.train.evaluate.batching import equal_batches
 
 
 def read_images(reader: Callable[..., ImageSource], recipe: Any) -> ImageSource:
@@ -58,13 +57,12 @@ def judge_captions(
     """
     count = how_many(scenes, source)
     captions: list[str] = []
-    for start in trange(0, count, batch, desc="captioning", leave=False):
-        images = [source[i]["image"] for i in range(start, min(start + batch, count))]
-        inputs = {"image": model.processor.image(padded(images, batch))}
-        captions += model.predict(inputs, **options)[: len(images)]
+    for rows in equal_batches(count, batch, "captioning", leave=False):
+        inputs = {"image": model.processor.image([source[i]["image"] for i in rows])}
+        captions += model.predict(inputs, **options)
     references = [[tokenise(c) for c in record["captions"]] for record in source.records]
     cider = CiderD.from_references(references)
-    scores = cider.score([tokenise(c) for c in captions], references[:count])
+    scores = cider.score([tokenise(c) for c in captions[:count]], references[:count])
     return {
         "images": count,
         "CIDEr-D": bootstrap(np.asarray(scores))._asdict(),

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Array
-from tqdm.auto import trange
 
 from jaxrel.metrics import bootstrap
 from jaxrel.models.checkpoint import check_new_folder
@@ -18,8 +17,9 @@ from jaxrel.models.processor import Processor
 from jaxrel.train.data import vqa_v2
 from jaxrel.train.data.files import ImageSource
 from jaxrel.train.data.image_texts import ImageTexts
+from jaxrel.train.evaluate.batching import equal_batches
 from jaxrel.train.evaluate.vqa import best_answers
-from jaxrel.train.loop.batches import Example, padded
+from jaxrel.train.loop.batches import Example
 from jaxrel.train.loop.train import train_model
 from jaxrel.train.losses.answers import soft_answer_loss
 from jaxrel.train.recipes.mapper import MapperReal, new_model
@@ -99,18 +99,17 @@ def evaluate(
     source = vqa_v2.questions(data, split)
     count = how_many(scenes, source)
     scores, kinds = [], []
-    for start in trange(0, count, batch, desc="answering", leave=False):
-        records = [source[i] for i in range(start, min(start + batch, count))]
-        asked = padded(records, batch)
+    for rows in equal_batches(count, batch, "answering", leave=False):
+        records = [source[i] for i in rows]
         inputs = model.prepare(
-            image=[record["image"] for record in asked],
-            text=[record["question"] for record in asked],
+            image=[record["image"] for record in records],
+            text=[record["question"] for record in records],
         )
-        for record, index in zip(records, np.asarray(best_answers(model, inputs)), strict=False):
+        for record, index in zip(records, np.asarray(best_answers(model, inputs)), strict=True):
             answer = model.config.answers[index]
             scores.append(vqa_v2.vqa_accuracy(answer, record["answers"]))
             kinds.append(record["answer_type"])
-    accuracy, kind = np.asarray(scores), np.asarray(kinds)
+    accuracy, kind = np.asarray(scores[:count]), np.asarray(kinds[:count])
     return {
         "protocol": "vqa-v2/1",
         "split": split,

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrel.train.loop.batches import Arrays, batches, padded
+from jaxrel.train.loop.batches import Arrays, batches
 from jaxrel.train.loop.fit import fit
 from jaxrel.train.loop.optimiser import adamw, warmup_cosine
 from tests.paths import ROOT
@@ -474,14 +474,6 @@ def test_wrong_batches():
         batches(source(), batch=3, seed=0, workers=-1)
     with pytest.raises(ValueError, match=r"one common length, got {'x': 2, 'y': 3}"):
         Arrays(x=np.zeros(2), y=np.zeros(3))
-
-
-@pytest.mark.parametrize(
-    ("rows", "batch", "full"),
-    [("abcde", 4, "abcdeaaa"), ("abcd", 4, "abcd"), ("a", 3, "aaa"), ("", 3, "")],
-)
-def test_the_last_batch_is_filled_with_the_first_row(rows, batch, full):
-    assert padded(rows, batch) == list(full)
 
 
 if __name__ == "__main__":
