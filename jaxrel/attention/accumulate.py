@@ -314,7 +314,7 @@ def weighted(
       TypeError: as in `equal`.
     """
     maps = prepare("weighted", {"attn": attn, "grad": grad}, layers=layers, heads=heads)
-    values = {"before": before, "after": after, "value_grad": value_grad}
-    values = prepare_values("weighted", attn.shape, values, layers=layers)
+    given = {"before": before, "after": after, "value_grad": value_grad}
+    values = prepare_values("weighted", attn.shape, given, layers=layers)
     blocks = [[{"ss": Layers(*maps, *values)}]]
     return accumulate_blocks(blocks, importance=measure(importance)).ss

@@ -189,8 +189,8 @@ def _accumulate(
 ) -> Maps:
     """Check a schedule, in which the pairs `shorter` may lack a block's last layer, and run it."""
     importance = importance if importance is None else measure(importance)
-    given = [
-        [{p: x for p, x in stage.items() if x[1] is not None} for stage in block]
+    given: list[list[dict[str, tuple[str, Layers]]]] = [
+        [{p: (name, x) for p, (name, x) in stage.items() if x is not None} for stage in block]
         for block in schedule
     ]
     given = [block for block in given if any(block)]

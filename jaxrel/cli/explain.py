@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> None:
     from jaxrel.metrics import Detector
     from jaxrel.models.checkpoint import find_folder
 
-    asked = "question" if options.question else "caption" if options.caption else "text"
+    asked: Asked = "question" if options.question else "caption" if options.caption else "text"
     images, texts, named = _check(options, asked)
     options.model = options.model or DEFAULT_MODELS[asked]
     model = shared.load(options.model)

@@ -29,7 +29,7 @@ def encode(fields: Mapping[str, Any]) -> bytes:
     arrays[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     buffer = io.BytesIO()
     held = {name: array for name, array in arrays.items() if array is not None}
-    np.savez_compressed(buffer, **held)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, **held)
     return buffer.getvalue()
 
 
