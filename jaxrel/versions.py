@@ -43,7 +43,7 @@ def problem(python: str, jax: str, flax: str) -> str:
 
 def _cure(jax: str, flax: str) -> str:
     return (
-        "Install what is wanted, then start Python anew: python -m pip install --upgrade "
+        "Install what is wanted, then restart Python: python -m pip install --upgrade "
         f'"jax>={jax}" "flax>={flax}" (for a GPU or TPU with its extra, such as "jax[tpu]>={jax}")'
     )
 

@@ -38,13 +38,13 @@ def test_these_run(python, jax, flax):
         (
             ("3.12.1", "0.7.2", "0.12.12"),
             "jaxrel runs on jax 0.10.2 to 0.12; found: 0.7.2. Install what is wanted, then "
-            'start Python anew: python -m pip install --upgrade "jax>=0.10.2" "flax>=0.12.7" '
+            'restart Python: python -m pip install --upgrade "jax>=0.10.2" "flax>=0.12.7" '
             '(for a GPU or TPU with its extra, such as "jax[tpu]>=0.10.2")',
         ),
         (
             ("3.13.0", "0.12.0.1", "0.12.8"),
             "jax 0.12.0.1 needs flax 0.12.10 or newer; found: 0.12.8. Install what is "
-            "wanted, then start Python anew: python -m pip install --upgrade "
+            "wanted, then restart Python: python -m pip install --upgrade "
             '"jax>=0.12.0.1" "flax>=0.12.10" '
             '(for a GPU or TPU with its extra, such as "jax[tpu]>=0.12.0.1")',
         ),

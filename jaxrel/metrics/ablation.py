@@ -36,7 +36,7 @@ Cases = Mapping[str, Shaped[np.ndarray, "..."]]
 
 
 class Prefixes(NamedTuple):
-    """Beginnings of captions.
+    """The first words of captions.
 
     Attributes:
       ids: the tokens, the start token first, then padding.

@@ -183,7 +183,7 @@ class Detector:
         except ValueError as error:
             raise ValueError(
                 f"{path} does not tell which words this model hallucinates: {error}. Delete the "
-                f"file, or measure anew: jaxrel evaluate captioner --model {folder} --detector"
+                f"file, or measure again: jaxrel evaluate captioner --model {folder} --detector"
             ) from error
         return detector
 

@@ -52,11 +52,11 @@ fi
 export TQDM_DISABLE=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
 # Many processes share the device in the tests, and one has it in the measurements.
-tests="tracing primitives rules lrp lrp_patterns lrp_golden attention relevance bimodal two_streams
-  blockwise gradients clip clip_relevance explainer"
+suites=(tests/{tracing,attention} tests/propagation/test_[!z]*.py tests/test_gradients.py
+  tests/models/test_{clip,clip_relevance}.py tests/explanations/test_explain.py)
 if [ -n "$rehearse" ]; then
   export JAX_PLATFORMS=cpu
-  tests=tracing workers=2 choice=(-k "tag or sharded")
+  suites=(tests/tracing) workers=2 choice=(-k "tag or sharded")
 else
   export JAX_PLATFORMS=cuda,cpu
   workers=14 choice=()
@@ -69,28 +69,24 @@ settings=(
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
   JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES=none
 )
-files=()
-for name in $tests; do
-  [ -e "tests/test_$name.py" ] && files+=("tests/test_$name.py")
-done
 
 # float32 products are TF32 on a GPU unless asked otherwise, and the tests' tolerances are not.
 # Warnings are not errors here: another JAX and another device warn of other things.
 # What else pytest would load on a strange machine stays out.
-say "tests: ${#files[@]} files, $workers workers"
+say "tests: ${suites[*]}, $workers workers"
 env "${settings[@]}" JAX_DEFAULT_MATMUL_PRECISION=highest PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
   timeout --signal=INT --kill-after=20 "${SUITE_SECONDS:-170}" \
   "$python" -m pytest -p xdist.plugin -n "$workers" --dist worksteal --import-mode=append \
   -p no:cacheprovider -o filterwarnings=default --tb=short --durations=15 \
-  --junitxml="$out/suites.xml" ${choice[@]+"${choice[@]}"} "${files[@]}" >"$out/suites.log" 2>&1
-suites=$?
-case $suites in
+  --junitxml="$out/suites.xml" ${choice[@]+"${choice[@]}"} "${suites[@]}" >"$out/suites.log" 2>&1
+status=$?
+case $status in
   0) outcome="passed" ;;
   124 | 137) outcome="did not end in time" ;;
-  *) outcome="failed (pytest's status is $suites)" ;;
+  *) outcome="failed (pytest's status is $status)" ;;
 esac
 say "tests: $outcome: $(grep -E '^=* ?[0-9]+ (passed|failed|skipped|error)|passed|no tests' "$out/suites.log" | tail -n 1)"
-[ "$suites" = 0 ] || grep -E '^(FAILED|ERROR)' "$out/suites.log" | cut -c 1-160 | head -n 25
+[ "$status" = 0 ] || grep -E '^(FAILED|ERROR)' "$out/suites.log" | cut -c 1-160 | head -n 25
 
 left=$((${SECONDS_IN_ALL:-460} - ($(date +%s) - began)))
 say "figures: $left s are left"
@@ -103,4 +99,4 @@ figures=${PIPESTATUS[0]}
 [ "$figures" = 0 ] || { say "figures: failed (status $figures)"; tail -n 15 "$out/device.log"; }
 
 say "results are in $out"
-[ "$suites" = 0 ] && [ "$figures" = 0 ]
+[ "$status" = 0 ] && [ "$figures" = 0 ]

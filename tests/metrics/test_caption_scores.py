@@ -2,7 +2,7 @@
 
 The fixture holds sentences of the Shapes grammar (candidates with words changed, dropped or
 repeated, or of another scene) and odd cases, with the numbers of pycocoevalcap 1.2. Where the
-package is installed, they are computed anew.
+package is installed, they are computed again.
 """
 
 import dataclasses

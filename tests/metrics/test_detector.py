@@ -172,7 +172,7 @@ def test_a_file_that_is_no_detector(content, text, tmp_path):
     assert f"{tmp_path / FILE} does not tell which words this model hallucinates" in str(
         caught.value
     )
-    assert "Delete the file, or measure anew: jaxrel evaluate captioner" in str(caught.value)
+    assert "Delete the file, or measure again: jaxrel evaluate captioner" in str(caught.value)
 
 
 # ---- from an evaluation

@@ -125,7 +125,7 @@ def _read(file: Path) -> dict[str, Any]:
         read = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{file} is damaged: {error}; take its folder away or train anew"
+            f"{file} is damaged: {error}; take its folder away or train again"
         ) from error
     lacking = [n for n in ("model", "seed") if not isinstance(read, dict) or n not in read]
     if lacking and (not isinstance(read, dict) or "mode" in read):

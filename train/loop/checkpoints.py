@@ -115,7 +115,7 @@ class Checkpoints:
             if differing:
                 raise ValueError(
                     f"the checkpoint {where} has other {what}: {differing}; choose another folder, "
-                    f"or delete {self.folder} to begin anew"
+                    f"or delete {self.folder} to start over"
                 )
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays

@@ -238,7 +238,7 @@ def test_another_run_is_refused(whole):
         ValueError, match=r"params/first/kernel is 'float32\[6, 8\]' there"
     ) as error:
         run_net(folder, params=wide)
-    assert f"choose another folder, or delete {folder} to begin anew" in str(error.value)
+    assert f"choose another folder, or delete {folder} to start over" in str(error.value)
     with pytest.raises(ValueError, match="holds a run of 14 steps, more than steps=4"):
         run_net(folder, steps=4)
     assert steps_in(folder) == [12, 14]

@@ -153,10 +153,10 @@ def three_steps(monkeypatch):
 def test_perturbation(made, methods, request, tmp_path, three_steps):
     model, _ = request.getfixturevalue(made)
     result = perturbation.evaluate(model, methods=methods, examples=5, regenerated=2, batch=4)
-    anew = ["image-cider"] if made == "captioner" else []
-    assert list(result) == ["image", "text", *anew]
+    again = ["image-cider"] if made == "captioner" else []
+    assert list(result) == ["image", "text", *again]
     for name, summary in result.items():
-        assert summary["examples"] == (2 if name in anew else 5)
+        assert summary["examples"] == (2 if name in again else 5)
         assert summary["modality"] == name.removesuffix("-cider")
         assert set(summary["methods"]) == set(methods)
         for one in summary["methods"].values():
@@ -164,7 +164,7 @@ def test_perturbation(made, methods, request, tmp_path, three_steps):
             means = [one[sign]["curve"]["mean"] for sign in ("negative", "positive")]
             assert means[0][0] == means[1][0]
             assert means[0][-1] == pytest.approx(means[1][-1], rel=1e-5)
-    if anew:
+    if again:
         curve = result[perturbation.REGENERATED]["methods"]["random"]["positive"]["curve"]["mean"]
         assert curve[0] == pytest.approx(own_scores(model, 5)[:2].mean())
     files = perturbation.save(result, tmp_path)
@@ -229,7 +229,7 @@ BAD = {
     "modality": ({"modality": ("sound",)}, "unknown modality 'sound'; there are image, text"),
     "none": ({"modality": ()}, "no modality given"),
     "few": ({"examples": 0}, "examples and batch must be at least 1, got 0 and 32"),
-    "anew": ({"regenerated": -1}, "regenerated must be at least 0, got -1"),
+    "again": ({"regenerated": -1}, "regenerated must be at least 0, got -1"),
 }
 
 
