@@ -481,7 +481,7 @@ def test_explain_shares_its_rows(name, kind, monkeypatch):
         rows.append(shard_rows(tree))
         return rows[-1]
 
-    monkeypatch.setattr("jaxrel.explanations.explain.shard_rows", spy)
+    monkeypatch.setattr("jaxrel.explanations.tokens.shard_rows", spy)
     monkeypatch.setattr("jaxrel.explanations.captions.shard_rows", spy)
     by_row = NamedSharding(make_mesh(kind), P("data"))
     with jax.set_mesh(by_row.mesh):
