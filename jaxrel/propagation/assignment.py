@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jaxrel.propagation.composites import Composite, kinds_named, specific
 from jaxrel.propagation.finder import carriers, operations, stacked
-from jaxrel.propagation.operations import Linear, Operation, Product
+from jaxrel.propagation.operations import Elementwise, Linear, Operation, Product
 from jaxrel.propagation.rules import (
     KINDS,
     Epsilon,
@@ -223,6 +223,7 @@ def _then_shared(step: Step, rule: Epsilon) -> Step:
 def _covered(
     found: Sequence[tuple[Operation, int | None, Rule | None]], unknown: str
 ) -> Iterator[Choice]:
+    found = [(one, entry, _fitting(one, rule)) for one, entry, rule in found]
     missing = [operation for operation, _, rule in found if rule is None]
     if missing and unknown != "show":
         message = _missing(missing)
@@ -235,12 +236,25 @@ def _covered(
         yield Choice(operation, default if rule is None else rule, entry)
 
 
+def _fitting(operation: Operation, rule: Rule | None) -> Rule | None:
+    """The rule, if it is not Pass on what is no activation: f(x) / x would be without bound."""
+    elementwise = isinstance(operation, Elementwise)
+    wrong = elementwise and isinstance(rule, Pass) and not operation.is_activation
+    return None if wrong else rule
+
+
 def _missing(operations: Sequence[Operation]) -> str:
     lines = [f"lrp: {len(operations)} operation(s) carry relevance and have no rule:"]
     for operation in operations[:8]:
         paths = f", parameters {', '.join(operation.paths)}" if operation.paths else ""
         advice = cure(operation.node)
-        if advice is None and operation.kind in KINDS:
+        if advice is None and isinstance(operation, Elementwise):
+            advice = (
+                "no activation (its value at 0 is not 0), so relevance cannot pass it unchanged; "
+                f"put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the other "
+                "entries of the composite for its plain derivative"
+            )
+        elif advice is None and operation.kind in KINDS:
             advice = f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Epsilon()) to the composite"
         elif advice is None:
             advice = (

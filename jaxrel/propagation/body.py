@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from jaxrel.tracing.facts import Facts, active_ins
 from jaxrel.tracing.graph import Graph, Node, Value
@@ -50,14 +51,23 @@ class Body:
         layer = self.stack[0] if self.stack else _layer_in(names)
         return kind_of(node=node, paths=names, layer=layer, stack=self.stack, **fields)
 
-    def block(self, block: type, kind: str, node: Node, start: Value, nodes: Iterable[Node]):
+    def block(
+        self,
+        block: type,
+        kind: str,
+        node: Node,
+        start: Value,
+        nodes: Iterable[Node],
+        **fields: Any,
+    ):
         """An operation made of these nodes, a function of `start`."""
         inside = set(nodes)
         ordered = tuple(one for one in self.graph.nodes if one in inside)
         made = {out for one in ordered for out in one.outs} | {start}
         reads = dict.fromkeys(a for one in ordered for a in one.ins if isinstance(a, Value))
         consts = tuple(value for value in reads if value not in made)
-        return self.make(block, node, kind=kind, start=start, nodes=ordered, consts=consts)
+        fields |= {"start": start, "nodes": ordered, "consts": consts}
+        return self.make(block, node, kind=kind, **fields)
 
 
 def _layer_in(paths: Sequence[str]) -> int | None:

@@ -178,7 +178,7 @@ def op(*names: Any) -> Where:
     """Operations of a kind, or of a primitive's name.
 
     The kinds: 'dense' and 'conv' (linear maps of one value that carries relevance), 'matmul' and
-    'product' (of two), 'add', 'mean', 'max_pool', 'activation', 'softmax', 'norm', and
+    'product' (of two), 'add', 'mean', 'max_pool', 'activation', 'softmax', 'logsumexp', 'norm', and
     'batch_norm' (constants that scale and shift the features of a linear map, as of batch
     normalisation with stored statistics: part of the linear map unless an entry names it). Other
     operations are named by their JAX primitive: op('fft').
@@ -224,8 +224,8 @@ class Composite:
     An entry matches an operation if its condition does and its rule is for that kind of
     operation: `(everything(), Epsilon())` says nothing of activations. What no entry matches
     keeps its default: Pass for activations, Uniform for products of two values, constant
-    statistics (Stop) for normalisations, the derivative for a softmax and for whatever adds,
-    moves or selects. Linear maps and unknown operations have no default: see `jaxrel.lrp`.
+    statistics (Stop) for normalisations, the derivative for a softmax, for a logsumexp (that is
+    its softmax) and for whatever adds, moves or selects. Linear maps and unknown operations have no default: see `jaxrel.lrp`.
 
     Raises:
       TypeError: an entry is not a pair of a condition and a rule.
@@ -280,6 +280,7 @@ DEFAULTS: dict[str, Rule] = {
     "product": Uniform(),
     "matmul": Uniform(),
     "softmax": Gradient(),
+    "logsumexp": Gradient(),
     "norm": Stop(),
     "add": Gradient(),
     "mean": Gradient(),

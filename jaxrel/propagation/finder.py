@@ -5,10 +5,11 @@ from typing import Any
 
 from jaxrel.propagation.linear_maps import LinearMaps
 from jaxrel.propagation.operations import Block, Elementwise, Operation, Product
+from jaxrel.propagation.samples import Samples
 from jaxrel.tracing.facts import Facts, active_ins, fact_of, is_elementwise
 from jaxrel.tracing.flow import Backward, operands
-from jaxrel.tracing.graph import Graph, Node, Value, tag_name
-from jaxrel.tracing.patterns import softmaxes
+from jaxrel.tracing.graph import Constant, Graph, Node, Value, tag_name
+from jaxrel.tracing.patterns import between, logsumexps, softmaxes
 from jaxrel.tracing.primitives import (
     DIV,
     ELEMENTWISE,
@@ -56,20 +57,19 @@ class _Carriers(Backward):
 
 def softmax_nodes(graph: Graph, facts: Facts) -> dict[Node, tuple[Value, set[Node]]]:
     """Each softmax's last node, with the scores it begins with and all of its nodes."""
-    producers = graph.producers()
-    found: dict[Node, tuple[Value, set[Node]]] = {}
-    for last, scores in softmaxes(graph):
-        inside: set[Node] = set()
-        todo = [last]
-        while todo:
-            node = todo.pop()
-            if node in inside:
-                continue
-            inside.add(node)
-            made = (producers.get(v) for v in active_ins(facts, node) if v is not scores)
-            todo += [one for one in made if one is not None and one.name in _IN_SOFTMAX]
-        found[last] = scores, inside
-    return found
+
+    def active(value: Value) -> bool:
+        return facts[value].active
+
+    found = softmaxes(graph, active, again=True)
+    return {last: (start, between(graph, start, last)) for last, start in found if active(start)}
+
+
+def logsumexp_nodes(graph: Graph, facts: Facts) -> dict[Node, tuple[Value, set[Node]]]:
+    """The same of each log(sum(exp(s)))."""
+    found = logsumexps(graph, lambda value: facts[value].active)
+    nodes = {last: (start, between(graph, start, last)) for last, start in found}
+    return {last: one for last, one in nodes.items() if facts[one[0]].active}
 
 
 def norm_nodes(graph: Graph, facts: Facts) -> list[Node]:
@@ -126,9 +126,14 @@ class _Finder(LinearMaps):
     def __init__(self, *body: Any, apart: Callable[[Operation], bool]):
         super().__init__(*body, apart=apart)
         self.softmaxes = softmax_nodes(self.graph, self.facts)
+        known = set().union(*(inside for _, inside in self.softmaxes.values()))
+        logs = logsumexp_nodes(self.graph, self.facts)
+        # One inside of a softmax, exp(s - logsumexp(s)), is a part of that.
+        self.logsumexps = {last: one for last, one in logs.items() if last not in known}
         self.norms = norm_nodes(self.graph, self.facts)
-        softmaxes = (inside for _, inside in self.softmaxes.values())
-        self.inside = set().union(*softmaxes, *map(self._statistic, self.norms))
+        self._shifts: dict[Node, bool] = {}
+        parts = (inside for _, inside in self.logsumexps.values())
+        self.inside = known.union(*parts, *map(self._statistic, self.norms))
 
     def find(self) -> Iterator[Operation]:
         for node in self.graph.nodes:
@@ -153,8 +158,9 @@ class _Finder(LinearMaps):
         if any(v.aval.dtype.kind == "c" for v in [*active, *node.outs]):
             yield self.make(Operation, node, kind=node.name)
         elif node in self.softmaxes:
-            scores, inside = self.softmaxes[node]
-            yield self.block(Block, "softmax", node, scores, inside)
+            yield self.block(Block, "softmax", node, *self.softmaxes[node])
+        elif node in self.logsumexps:
+            yield self.block(Block, "logsumexp", node, *self.logsumexps[node])
         elif node in self.norms:
             yield self.make(Operation, node, kind="norm")
         elif node in self.inside or self._is_move(node, active):
@@ -271,7 +277,49 @@ class _Finder(LinearMaps):
             todo += [self.producers[v] for v in values if self.producers[v] not in inside]
         nodes = [one for one in self.graph.nodes if one in inside]
         start, nodes = self._past_affine(root, nodes)
-        return self.block(Elementwise, "activation", node, start, nodes)
+        shift = self.producers.get(start)
+        if shift is not None and self.shifts_gate(shift):
+            (start,), nodes = self.active(shift), [shift, *nodes]
+        nodes = self._without_sum(start, nodes)
+        samples = Samples(self.producers, start, nodes[-1].outs[0])
+        return self.block(Elementwise, "activation", nodes[-1], start, nodes, samples=samples)
+
+    def _without_sum(self, start: Value, nodes: list[Node]) -> list[Node]:
+        """The function without a number that is added to it, if it is 0 at 0 only so."""
+        last = nodes[-1]
+        if last.name not in SUMS or len(self.active(last)) != 1 or len(nodes) == 1:
+            return nodes
+        (before,) = self.active(last)
+        whole, bare = (Samples(self.producers, start, out) for out in (last.outs[0], before))
+        added = before is nodes[-2].outs[0] and bare.keeps_zero
+        added = added and not (whole.keeps_zero or whole.is_gate)
+        return self._without_sum(start, nodes[:-1]) if added else nodes
+
+    def shifts_gate(self, node: Node) -> bool:
+        """Whether the node adds a number that belongs to a gate after it.
+
+        The 3 of relu6(x + 3) / 6 is no bias: the function as a whole is a sigmoid.
+        """
+        if node not in self._shifts:
+            self._shifts[node] = self._shifts_gate(node)
+        return self._shifts[node]
+
+    def _shifts_gate(self, node: Node) -> bool:
+        known = [isinstance(atom, Constant) for atom in node.ins]
+        if node.name not in SUMS or sum(known) != 1 or len(self.active(node)) != 1:
+            return False
+        out = node.outs[0]
+        made, ends = {out}, []
+        for one in self.graph.nodes:
+            if made & {*self.active(one)} and self.facts[out].root is self._root_of(one):
+                made.update(one.outs)
+                ends += [one.outs[0]] if self._leaves(one) else []
+        bent = all(self.facts[end].nonlinear for end in ends)
+        gates = (Samples(self.producers, out, end).is_gate for end in ends)
+        return bool(ends) and bent and all(gates)
+
+    def _root_of(self, node: Node) -> Value | None:
+        return self.facts[node.outs[0]].root
 
     def _past_affine(self, root: Value, nodes: list[Node]) -> tuple[Value, list[Node]]:
         """Split off what is affine: a bias added before an activation is not part of it.

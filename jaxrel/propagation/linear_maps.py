@@ -78,6 +78,10 @@ class LinearMaps(Body):
         if norm is not None:
             yield norm
 
+    def shifts_gate(self, node: Node) -> bool:
+        """Whether the node adds a number that belongs to a function after it."""
+        raise NotImplementedError
+
     def _moved(self, node: Node) -> tuple[Node, list[Node]]:
         """Past the moves that the node's output goes through, each used once."""
         moves: list[Node] = []
@@ -114,7 +118,7 @@ class LinearMaps(Body):
 
     def _added(self, node: Node, value: Value) -> Atom | None:
         """What the node adds to (or subtracts from) a value, if that is a constant."""
-        if node.name in SUB and node.ins[0] is not value:
+        if (node.name in SUB and node.ins[0] is not value) or self.shifts_gate(node):
             return None
         others = [atom for atom in node.ins if atom is not value]
         if len(others) != 1 or fact_of(self.facts, others[0]).active:

@@ -101,14 +101,16 @@ class Block(Operation):
 
         def f(x, consts):
             known = {self.start: x, **dict(zip(self.consts, consts, strict=True))}
-            return _run(self.nodes, known)[out]
+            return run(self.nodes, known)[out]
 
         return f
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Elementwise(Block):
-    """An elementwise function of one value."""
+    """An elementwise function of one value, and that function at a few numbers."""
+
+    samples: Any
 
     @property
     def name(self) -> str:
@@ -120,15 +122,20 @@ class Elementwise(Block):
         """Whether the derivative is Pass already."""
         return len(self.nodes) == 1 and is_relu(self.nodes[0])
 
+    @property
+    def is_activation(self) -> bool:
+        """Whether relevance can pass it unchanged (see `Samples.is_activation`)."""
+        return self.is_relu or self.samples.is_activation
+
     def scalar(self) -> Callable | None:
         """The function of one number, if it depends on nothing else."""
         (out,) = self.node.outs
         return (
-            None if self.consts else lambda x: _run(self.nodes, {self.start: x}, opened=True)[out]
+            None if self.consts else lambda x: run(self.nodes, {self.start: x}, opened=True)[out]
         )
 
 
-def _run(nodes: Iterable[Node], known: dict[Value, Any], opened: bool = False) -> dict[Value, Any]:
+def run(nodes: Iterable[Node], known: dict[Value, Any], opened: bool = False) -> dict[Value, Any]:
     """Compute nodes in order; `opened` runs the bodies of calls, which fit any shape."""
     env = dict(known)
 
@@ -139,7 +146,7 @@ def _run(nodes: Iterable[Node], known: dict[Value, Any], opened: bool = False) -
         ins = list(map(read, node.ins))
         if opened and node.name in CUSTOM_JVP:
             (body,) = node.bodies
-            inner = _run(body.nodes, dict(zip(body.ins, ins, strict=True)), opened)
+            inner = run(body.nodes, dict(zip(body.ins, ins, strict=True)), opened)
             outs = [a.value if isinstance(a, Constant) else inner[a] for a in body.outs]
         else:
             outs = node.bind(*ins)

@@ -34,7 +34,7 @@ LINEAR = frozenset({"dense", "conv"})
 PRODUCTS = frozenset({"matmul", "product"})
 SUMS = frozenset({"add", "mean", "max_pool"})
 ELEMENTWISE = frozenset({"activation"})
-KINDS = LINEAR | PRODUCTS | SUMS | ELEMENTWISE | {"softmax", "norm", "batch_norm"}
+KINDS = LINEAR | PRODUCTS | SUMS | ELEMENTWISE | {"softmax", "logsumexp", "norm", "batch_norm"}
 
 
 def stabilise(z: Array, stabiliser: Stabiliser) -> Array:

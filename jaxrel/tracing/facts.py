@@ -178,7 +178,7 @@ class _Analysis(Forward[Fact]):
         )
         root = self._root(node, ins)
         if root is not None:
-            affine = _affine(node, ins) and not any(fact.nonlinear for fact in active)
+            affine = _affine(node, ins, root) and not any(fact.nonlinear for fact in active)
             fact = dataclasses.replace(fact, root=root, nonlinear=not affine)
         return [fact for _ in node.outs]
 
@@ -210,13 +210,18 @@ class _Analysis(Forward[Fact]):
     def _starts_another(self, node: Node, ins: list[Fact], active: list[Fact]) -> bool:
         """Whether what follows is no part of the activation that led here.
 
-        A bias or a scale with a value for each feature, or learned, after an activation is an
-        operation of its own.
+        A bias, a scale or a mask with a value for each feature, or learned, after an activation
+        is an operation of its own.
         """
-        if len(active) > 1 or not active[0].nonlinear or node.name not in SUMS | SCALES:
+        if len(active) > 1 or not active[0].nonlinear:
             return False
+        root = active[0].root
+        if node.name in SELECT:
+            return not _masks(ins[0], root)
         others = [(a, f) for a, f in zip(node.ins, ins, strict=True) if not f.active]
-        return any((a.shape != () or f.paths) and not f.nonlinear for a, f in others)
+        return node.name in SUMS | SCALES and any(
+            (a.shape != () or f.paths) and not _masks(f, root) for a, f in others
+        )
 
 
 def join(*facts: Fact) -> Fact:
@@ -250,6 +255,11 @@ def _nonneg(node: Node, ins: list[Fact]) -> bool:
     return node.name in NONNEG_IF_ALL and all(fact.nonneg for fact in ins)
 
 
+def _masks(fact: Fact, root: Value | None) -> bool:
+    """Whether a value without relevance is a comparison of this root, or made of one."""
+    return fact.nonlinear and not fact.active and fact.root is root
+
+
 def _stat(node: Node, active: list[Fact]) -> bool:
     if node.name in REDUCTIONS:
         return True
@@ -269,8 +279,9 @@ def _gate(node: Node, active: list[Fact]) -> str:
     return "activation" if is_elementwise(node) else ""
 
 
-def _affine(node: Node, ins: list[Fact]) -> bool:
-    if node.name not in AFFINE or any(fact.nonlinear and not fact.active for fact in ins):
+def _affine(node: Node, ins: list[Fact], root: Value) -> bool:
+    # A mask made of other values scales or selects as a constant does.
+    if node.name not in AFFINE or any(_masks(fact, root) for fact in ins):
         return False
     if node.name in MUL:
         return sum(fact.active for fact in ins) == 1

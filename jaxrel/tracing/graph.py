@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 
 from jaxrel.tracing import primitives
@@ -196,9 +197,13 @@ def tag_name(node: Node) -> str | None:
 
 
 def build(program: Program, callers: tuple[Any, ...] = ()) -> Graph:
-    """The graph of a program, with grouping calls inlined; `callers` hold the program."""
+    """The graph of a program, with grouping calls inlined; `callers` hold the program.
+
+    What is computed twice from the same values is one operation: exp(s) / sum(exp(s)), say.
+    """
     nodes: list[Node] = []
     constants: dict[Value, Any] = {}
+    computed: dict[Any, tuple[Value, ...]] = {}
 
     def inline(program: Program, atoms: Sequence[Atom], callers: tuple[Any, ...]) -> list[Atom]:
         env: dict[Any, Atom] = dict(zip(program.jaxpr.invars, atoms, strict=True))
@@ -217,6 +222,12 @@ def build(program: Program, callers: tuple[Any, ...] = ()) -> Graph:
                 env.update(zip(equation.outvars, inlined, strict=True))
                 continue
             outs = tuple(Value(var.aval) for var in equation.outvars)
+            same = primitives.same_as(equation)
+            if same is not None:
+                earlier = computed.setdefault((same, *map(_identity, ins)), outs)
+                if earlier is not outs:
+                    env.update(zip(equation.outvars, earlier, strict=True))
+                    continue
             env.update(zip(equation.outvars, outs, strict=True))
             within = (equation, *callers)
             bodies = tuple(build(body, within) for body in primitives.bodies(equation))
@@ -226,6 +237,13 @@ def build(program: Program, callers: tuple[Any, ...] = ()) -> Graph:
     ins = tuple(Value(var.aval) for var in program.jaxpr.invars)
     outs = inline(program, ins, callers)
     return Graph(ins, tuple(nodes), tuple(outs), constants)
+
+
+def _identity(atom: Atom) -> Any:
+    """What two inputs have in common that are the same value or number."""
+    if isinstance(atom, Value):
+        return atom
+    return atom.aval, np.asarray(atom.value).tobytes()
 
 
 def _short(file: str) -> str:

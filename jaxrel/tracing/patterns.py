@@ -1,25 +1,81 @@
-"""Structures that have no primitive of their own, found in a graph by what they compute."""
+"""Structures that have no primitive of their own, found in a graph by what they compute.
 
-from collections.abc import Iterator
+A softmax is exponentials over their sum, however either is written: the sum may be a reduction,
+a product with ones, a sum by segment; it may be kept from zero by an epsilon or a maximum; the
+quotient may be a product with a reciprocal, or exp(s - logsumexp(s)); what is exponentiated may
+be shifted, clipped, masked, and to any base.
+"""
 
-from jaxrel.tracing.graph import Atom, Graph, Node, Value, tag_name
-from jaxrel.tracing.primitives import ABS, ADD, DIV, EXP, LOG, MOVES, MUL, REDUCE_SUM, SELECT, SUB
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+from jaxrel.tracing import primitives
+from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value, tag_name
+from jaxrel.tracing.primitives import (
+    ABS,
+    ADD,
+    CLIPS,
+    DIV,
+    DOT,
+    ELEMENTWISE,
+    EXP,
+    EXPONENTIALS,
+    LOG,
+    LOOKUPS,
+    MEANS,
+    MOVES,
+    MUL,
+    PLACES,
+    REDUCTIONS,
+    SCALES,
+    SCATTER_ADD,
+    SCATTER_EXTREMA,
+    SELECT,
+    STOP_GRADIENT,
+    SUB,
+)
+
+# What leads from scores to the maximum that is subtracted from them.
+_TO_SHIFT = ELEMENTWISE | MOVES | PLACES | REDUCTIONS | SCATTER_EXTREMA | STOP_GRADIENT
+
+Varies = Callable[[Value], bool]
 
 
-def softmaxes(graph: Graph) -> Iterator[tuple[Node, Value]]:
+def softmaxes(
+    graph: Graph, varies: Varies | None = None, *, again: bool = False
+) -> Iterator[tuple[Node, Value]]:
     """Each softmax of the graph (not of its bodies), as (last node, its input: the scores).
 
-    Two forms are known: exp(s - max) / sum(exp(s - max)), and exp(s - logsumexp(s)).
+    Args:
+      graph: where to look.
+      varies: whether a value depends on the data; by default all does but what is made of the
+        program's own constants.
+      again: also what normalises a softmax once more, as after a mask.
     """
-    producers = graph.producers()
+    yield from _Matcher(graph, varies).softmaxes(again)
+
+
+def logsumexps(graph: Graph, varies: Varies | None = None) -> Iterator[tuple[Node, Value]]:
+    """Each log(sum(exp(s))), shifted or not, as (last node, its input s)."""
+    yield from _Matcher(graph, varies).logsumexps()
+
+
+def between(graph: Graph, start: Value, last: Node) -> set[Node]:
+    """The nodes on all ways from a value to a node."""
+    reached, inside = {start}, set()
     for node in graph.nodes:
-        scores: Atom | None = None
-        if node.name in DIV and (exp := _quotient(node, producers)) is not None:
-            scores = exp.ins[0]
-        elif node.name in EXP:
-            scores = _minus_logsumexp(node, producers)
-        if isinstance(scores, Value):
-            yield node, scores
+        if any(atom in reached for atom in node.ins):
+            reached.update(node.outs)
+        if node is last:
+            break
+    producers = graph.producers()
+    todo = [last]
+    while todo:
+        node = todo.pop()
+        inside.add(node)
+        values = (atom for atom in node.ins if atom in reached and atom is not start)
+        todo += [producers[value] for value in values if producers[value] not in inside]
+    return inside
 
 
 def trace_back(
@@ -45,49 +101,195 @@ def origin(value: Value, producers: dict[Value, Node]) -> Value:
     return value
 
 
-def _quotient(div: Node, producers: dict[Value, Node]) -> Node | None:
-    """The exponential of exp(.) / sum(exp(.)), masked or not."""
-    total = trace_back(div.ins[1], producers)
-    if total is None or total.name not in REDUCE_SUM:
-        return None
-    below = _exponentials(total.ins[0], producers)
-    above = _exponentials(div.ins[0], producers)
-    return above[0] if len(above) == 1 and above == below else None
+class _Matcher:
+    """Recognises exponentials, their sums, and quotients of the two, in one graph."""
 
+    def __init__(self, graph: Graph, varies: Varies | None):
+        self.graph, self.producers = graph, graph.producers()
+        self.varying = varies or functools.cache(self._made_of_data)
 
-def _exponentials(atom: Atom, producers: dict[Value, Node]) -> list[Node]:
-    """The exponentials that a value is, behind moves and masks (selects and products)."""
-    node = trace_back(atom, producers)
-    if node is None:
+    def softmaxes(self, again: bool) -> Iterator[tuple[Node, Value]]:
+        """See the function."""
+        for node in self.graph.nodes:
+            exps: list[Node] = []
+            if node.name in SCALES:
+                exps = self._normalised(node, again)
+            elif node.name in EXP and self._minus_logsumexp(node):
+                exps = [self._logsumexp_below(node)]
+            if exps and isinstance(start := self.unshifted(exps[0]), Value):
+                yield node, start
+
+    def logsumexps(self) -> Iterator[tuple[Node, Value]]:
+        """See the function."""
+        used = self.graph.users()
+        for node in self.graph.nodes:
+            exps = self._exponentials_of_log(node) if node.name in LOG else []
+            if not exps or not isinstance(start := self.unshifted(exps[0]), Value):
+                continue
+            # The maximum that was subtracted is added again.
+            users = used.get(node.outs[0], [])
+            if len(users) == 1 and users[0].name in ADD:
+                others = [atom for atom in users[0].ins if atom is not node.outs[0]]
+                node = users[0] if all(self._leads(start, atom) for atom in others) else node
+            yield node, start
+
+    def fixed(self, atom: Atom) -> bool:
+        """Whether it is the same whatever the data are."""
+        return isinstance(atom, Constant) or not self.varying(atom)
+
+    def before(self, atom: Atom) -> Node | None:
+        """The node that computed a value, looking past moves."""
+        return trace_back(atom, self.producers)
+
+    def unshifted(self, exp: Node) -> Atom:
+        """What is exponentiated, before a maximum of its own is subtracted."""
+        atom = whole = exp.ins[primitives.exponent(exp.equation)]
+        while (node := self.before(atom)) is not None:
+            if node.name in SUB and self._leads(node.ins[0], node.ins[1]):
+                return node.ins[0]
+            varying = [one for one in node.ins if not self.fixed(one)]
+            if node.name not in SCALES | CLIPS or len(varying) != 1:
+                break
+            (atom,) = varying
+        return whole
+
+    def exponentials(self, atom: Atom, again: bool = True) -> list[Node]:
+        """The exponentials that a value is, behind moves, masks and clips."""
+        node = self.before(atom)
+        if node is None:
+            return []
+        if self._is_exponential(node):
+            return [node]
+        if node.name in DIV and again and not self.fixed(node.ins[1]):
+            # A softmax is a multiple of its exponentials.
+            return self._normalised(node, again)
+        if node.name in SELECT:
+            cases = node.ins[1:]
+        elif node.name in CLIPS | SCALES | ADD:
+            cases = node.ins if node.name in MUL else self._only_varying(node)
+        else:
+            return []
+        return self._union(self.exponentials(case, again) for case in cases)
+
+    def summed(self, atom: Atom, again: bool = True) -> list[Node]:
+        """The exponentials of which a value is the sum, whatever keeps that from zero."""
+        node = trace_back(atom, self.producers, MOVES | LOOKUPS | ABS)
+        if node is None:
+            return []
+        if node.name in MEANS:
+            return self.exponentials(node.ins[0], again) or self.summed(node.ins[0], again)
+        if node.name in SCATTER_ADD and self.fixed(node.ins[0]):
+            return self.exponentials(node.ins[2], again)
+        if node.name in DOT:
+            (one,) = self._only_varying(node) or (None,)
+            known = one is not None and (self.exponentials(one, again) or self.summed(one, again))
+            return known or []
+        if node.name in ADD and not any(map(self.fixed, node.ins)):
+            # A part of the keys, or a sink that is no key, has a term of its own.
+            terms = [self.summed(one) or self.exponentials(one, again) for one in node.ins]
+            return self._union(terms) if all(terms) else []
+        if node.name in ADD | CLIPS | SCALES | SELECT:
+            cases = self._only_varying(node)
+            return self.summed(cases[0], again) if cases else []
         return []
-    if node.name in EXP:
-        return [node]
-    if node.name not in SELECT | MUL:
+
+    def _normalised(self, node: Node, again: bool) -> list[Node]:
+        """The exponentials of e / sum(e), or none."""
+        for above, below in self._quotients(node):
+            sums = self.summed(below, again)
+            exps = self.exponentials(above, again) if sums else []
+            if len(exps) == 1 and exps[0] in sums:
+                return exps
         return []
-    cases = node.ins[1:] if node.name in SELECT else node.ins
-    found = (exp for case in cases for exp in _exponentials(case, producers))
-    return list(dict.fromkeys(found))
 
+    def _quotients(self, node: Node) -> Iterator[tuple[Atom, Atom]]:
+        """(above, below) of a / b, or of a product with 1 / b."""
+        if node.name in DIV:
+            yield node.ins[0], node.ins[1]
+        elif node.name in MUL:
+            for above, inverse in (node.ins, node.ins[::-1]):
+                made = self.before(inverse)
+                if made is None:
+                    continue
+                if primitives.is_reciprocal(made.equation):
+                    yield above, made.ins[0]
+                elif made.name in DIV and self.fixed(made.ins[0]):
+                    yield above, made.ins[1]
 
-def _minus_logsumexp(exp: Node, producers: dict[Value, Node]) -> Atom | None:
-    """The scores s of exp(s - logsumexp(s))."""
-    sub = trace_back(exp.ins[0], producers)
-    if sub is None or sub.name not in SUB:
-        return None
-    log = _find_log(sub.ins[1], producers)
-    if log is None:
-        return None
-    # jax.nn.logsumexp takes the logarithm of an absolute value.
-    total = trace_back(log.ins[0], producers, MOVES | ABS)
-    if total is None or total.name not in REDUCE_SUM:
-        return None
-    return sub.ins[0] if _exponentials(total.ins[0], producers) else None
+    def _minus_logsumexp(self, exp: Node) -> bool:
+        """Whether the node is exp(s - logsumexp(s)), of the same scores s."""
+        sub = self.before(exp.ins[0])
+        if sub is None or sub.name not in SUB or self.fixed(sub.ins[0]):
+            return False
+        log = self._find_log(sub.ins[1])
+        exps = [] if log is None else self._exponentials_of_log(log)
+        return any(self._bare(one) is self._bare_scores(sub.ins[0]) for one in exps)
 
+    def _logsumexp_below(self, exp: Node) -> Node:
+        """The exponential of exp(s - logsumexp(s)) whose scores s are."""
+        sub = self.before(exp.ins[0])
+        assert sub is not None
+        log = self._find_log(sub.ins[1])
+        assert log is not None
+        exps = self._exponentials_of_log(log)
+        return next(e for e in exps if self._bare(e) is self._bare_scores(sub.ins[0]))
 
-def _find_log(atom: Atom, producers: dict[Value, Node]) -> Node | None:
-    """The logarithm in log(sum(exp(s - max))) or in log(...) + max."""
-    node = trace_back(atom, producers)
-    if node is not None and node.name in ADD:
-        terms = (trace_back(term, producers) for term in node.ins)
-        node = next((term for term in terms if term is not None and term.name in LOG), None)
-    return node if node is not None and node.name in LOG else None
+    def _bare(self, exp: Node) -> Atom:
+        return self._bare_scores(exp.ins[primitives.exponent(exp.equation)])
+
+    def _bare_scores(self, atom: Atom) -> Atom:
+        """Scores before they are moved, masked, and shifted by their maximum."""
+        while (node := self.before(atom)) is not None:
+            if node.name in SUB and self._leads(node.ins[0], node.ins[1]):
+                atom = node.ins[0]
+            elif node.name in SELECT and (cases := self._only_varying(node)):
+                (atom,) = cases
+            else:
+                break
+        return origin(atom, self.producers) if isinstance(atom, Value) else atom
+
+    def _find_log(self, atom: Atom) -> Node | None:
+        """The logarithm in log(sum(exp(s - max))) or in log(...) + max."""
+        node = self.before(atom)
+        if node is not None and node.name in ADD:
+            terms = (self.before(term) for term in node.ins)
+            node = next((term for term in terms if term is not None and term.name in LOG), None)
+        return node if node is not None and node.name in LOG else None
+
+    def _exponentials_of_log(self, log: Node) -> list[Node]:
+        return self.summed(log.ins[0], False)
+
+    def _is_exponential(self, node: Node) -> bool:
+        if node.name not in EXPONENTIALS:
+            return False
+        power = primitives.exponent(node.equation)
+        return power == 0 or (self.fixed(node.ins[0]) and not self.fixed(node.ins[1]))
+
+    def _only_varying(self, node: Node) -> list[Atom]:
+        """The one input that depends on the data, or none if there are several."""
+        ins = node.ins[1:] if node.name in SELECT else node.ins
+        varying = [atom for atom in ins if not self.fixed(atom)]
+        return varying if len(varying) == 1 else []
+
+    def _leads(self, start: Atom, atom: Atom) -> bool:
+        """Whether a value is a statistic of another, as its maximum is."""
+        todo, seen = [atom], set()
+        while todo:
+            one = todo.pop()
+            if one is start:
+                return True
+            node = self.producers.get(one) if isinstance(one, Value) else None
+            if node is not None and node not in seen and node.name in _TO_SHIFT:
+                seen.add(node)
+                todo += node.ins
+        return False
+
+    def _made_of_data(self, value: Value) -> bool:
+        if value in self.graph.constants:
+            return False
+        node = self.producers.get(value)
+        return node is None or any(not self.fixed(atom) for atom in node.ins)
+
+    @staticmethod
+    def _union(found: Iterable[list[Node]]) -> list[Node]:
+        return list(dict.fromkeys(exp for exps in found for exp in exps))

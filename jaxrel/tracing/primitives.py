@@ -68,9 +68,13 @@ MUL = _names("mul")
 DIV = _names("div")
 SCALES = MUL | DIV
 EXP = _names("exp")
+# A constant to the power of a value: `exponent` says which operand that is.
+EXPONENTIALS = EXP | _names("exp2 pow")
 LOG = _names("log")
 ABS = _names("abs")
 MAX = _names("max")
+SCATTER_ADD = _names("scatter-add")
+SCATTER_EXTREMA = _names("scatter-max scatter-min")
 SELECT = _names("select_n")
 SIGMOID = _names("logistic")
 ROOTS = _names("sqrt rsqrt pow")
@@ -271,6 +275,31 @@ def reduced(equation: Any, shape: tuple[int, ...]) -> int:
 def is_even_power(equation: Any) -> bool:
     """Whether the operation is x ** n with an even integer n."""
     return name_of(equation) == "integer_pow" and equation.params["y"] % 2 == 0
+
+
+def is_reciprocal(equation: Any) -> bool:
+    """Whether the operation is x ** -1."""
+    return name_of(equation) == "integer_pow" and equation.params["y"] == -1
+
+
+def exponent(equation: Any) -> int:
+    """Which operand of an exponential is the exponent."""
+    return 1 if name_of(equation) == "pow" else 0
+
+
+def same_as(equation: Any) -> Any:
+    """What operations have in common that are one function of their operands, or None.
+
+    Operations with bodies or effects, and tags, are never taken for one.
+    """
+    if equation.effects or name_of(equation) in TAG | CONTROL | CUSTOM | KERNELS | CALLBACKS:
+        return None
+    key = equation.primitive, tuple(sorted(equation.params.items())), equation.ctx
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
 
 
 def bind(equation: Any, values: Sequence) -> list:

@@ -1,0 +1,111 @@
+"""An elementwise function of one value, evaluated at a few numbers: is it an activation?"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from jaxrel.propagation.operations import run
+from jaxrel.tracing.facts import is_elementwise
+from jaxrel.tracing.graph import Atom, Constant, Node, Value
+from jaxrel.tracing.primitives import COMPARISONS, MOVES
+
+_POINTS = (-1e4, -5e3, -40, -20, -2, -0.5, 0, 0.5, 2, 20, 40, 5e3, 1e4)
+_ZERO = _POINTS.index(0)
+
+
+class Samples:
+    """f at a few points, for two choices of the arrays in it whose values are not known."""
+
+    def __init__(self, producers: Mapping[Value, Node], start: Value, out: Value):
+        self._producers, self._start, self._out = producers, start, out
+
+    @functools.cached_property
+    def keeps_zero(self) -> bool:
+        """Whether f(0) = 0, up to rounding."""
+        near = 8 * float(jnp.finfo(self._start.aval.dtype).eps)
+        # Beside f(0) those at -0.5 and 0.5 give the size.
+        around = slice(_ZERO - 1, _ZERO + 2)
+        return all(abs(y[_ZERO]) <= near * np.nanmax(np.abs(y[around])) for y in self._values)
+
+    @functools.cached_property
+    def is_activation(self) -> bool:
+        """Whether relevance can pass f unchanged: f(0) = 0, or f rises or falls throughout.
+
+        What is not 0 at 0 may be a squashing function or a smooth ReLU, not an exponential.
+        """
+        return self.keeps_zero or all(map(_gentle, self._values))
+
+    @functools.cached_property
+    def is_gate(self) -> bool:
+        """Whether f rises or falls between 0 and another limit, as a sigmoid does."""
+        return all(map(_between_limits, self._values))
+
+    @functools.cached_property
+    def _values(self) -> list[np.ndarray]:
+        with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
+            return [np.asarray(y, np.float64) for y in self._evaluated()]
+
+    def _evaluated(self) -> list[Any]:
+        found = []
+        for number in (0.37, 1.3):
+            filled: list[Atom] = []
+            env: dict[Value, Any] = {self._start: jnp.asarray(_POINTS, self._start.aval.dtype)}
+            fill = functools.partial(_filled, number=number, filled=filled)
+            found.append(self._value(self._out, env, fill))
+            if not filled:
+                break
+        return found
+
+    def _value(self, atom: Atom, env: dict[Value, Any], fill: Callable[[Value], Any]) -> Any:
+        if isinstance(atom, Constant):
+            return atom.value
+        if atom in env:
+            return env[atom]
+        node = self._producers.get(atom)
+        if node is not None and (is_elementwise(node) or node.name in COMPARISONS):
+            ins = [self._value(one, env, fill) for one in node.ins]
+            if any(np.shape(x) for x in ins):
+                # Scalars beside arrays are there for some operations only.
+                ins = [jnp.broadcast_to(jnp.asarray(x), (len(_POINTS),)) for x in ins]
+            values = {
+                one: x for one, x in zip(node.ins, ins, strict=True) if isinstance(one, Value)
+            }
+            env[atom] = run([node], values, opened=True)[atom]
+        elif node is not None and node.name in MOVES and node.ins[0].shape == ():
+            env[atom] = jnp.asarray(self._value(node.ins[0], env, fill))
+        else:
+            env[atom] = fill(atom)
+        return env[atom]
+
+
+def _filled(value: Value, number: float, filled: list[Atom]) -> Any:
+    filled.append(value)
+    dtype = value.aval.dtype
+    return jnp.full((len(_POINTS),), number < 1 if dtype == bool else number, dtype)
+
+
+def _gentle(y: np.ndarray) -> bool:
+    """Whether y only rises or only falls, and grows at most in proportion to x."""
+    y = y[~np.isnan(y)]
+    if len(y) < 3 or not np.all(np.isfinite(y)):
+        return False
+    steps = np.diff(y)
+    least = 1e-3 * np.max(np.abs(y))
+    one_way = np.all(steps >= -least) or np.all(steps <= least)
+    middle = y[len(y) // 2]
+    ends = ((0, 1), (-1, -2))
+    return bool(one_way) and all(
+        abs(y[a] - middle) <= 2.05 * abs(y[b] - middle) + least for a, b in ends
+    )
+
+
+def _between_limits(y: np.ndarray) -> bool:
+    if not _gentle(y) or np.isnan(y).any():
+        return False
+    least = 1e-3 * np.max(np.abs(y))
+    flat = abs(y[0] - y[1]) <= least and abs(y[-1] - y[-2]) <= least
+    return bool(flat and min(abs(y[0]), abs(y[-1])) <= least < max(abs(y[0]), abs(y[-1])))
