@@ -251,8 +251,9 @@ def _missing(operations: Sequence[Operation]) -> str:
         if advice is None and isinstance(operation, Elementwise):
             advice = (
                 "no activation (its value at 0 is not 0), so relevance cannot pass it unchanged; "
-                f"put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the other "
-                "entries of the composite for its plain derivative"
+                "if it is part of a softmax or a norm, write that with jax.nn.softmax or jnp.sqrt, "
+                f"else put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the "
+                "other entries of the composite for its plain derivative"
             )
         elif advice is None and operation.kind in KINDS:
             advice = f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Epsilon()) to the composite"

@@ -225,7 +225,8 @@ class Composite:
     operation: `(everything(), Epsilon())` says nothing of activations. What no entry matches
     keeps its default: Pass for activations, Uniform for products of two values, constant
     statistics (Stop) for normalisations, the derivative for a softmax, for a logsumexp (that is
-    its softmax) and for whatever adds, moves or selects. Linear maps and unknown operations have no default: see `jaxrel.lrp`.
+    its softmax) and for whatever adds, moves or selects. Linear maps and unknown operations have
+    no default, nor has a function like exp that is no activation: see `jaxrel.lrp`.
 
     Raises:
       TypeError: an entry is not a pair of a condition and a rule.

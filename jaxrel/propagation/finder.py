@@ -12,7 +12,7 @@ from jaxrel.tracing.graph import Constant, Graph, Node, Value, tag_name
 from jaxrel.tracing.patterns import between, logsumexps, softmaxes
 from jaxrel.tracing.primitives import (
     DIV,
-    ELEMENTWISE,
+    DOT,
     EXACT,
     LINEAR,
     LINEAR_IN,
@@ -25,8 +25,6 @@ from jaxrel.tracing.primitives import (
     SCALES,
     SUMS,
 )
-
-_IN_SOFTMAX = ELEMENTWISE | MOVES | REDUCTIONS
 
 
 def carriers(
@@ -72,10 +70,11 @@ def logsumexp_nodes(graph: Graph, facts: Facts) -> dict[Node, tuple[Value, set[N
     return {last: one for last, one in nodes.items() if facts[one[0]].active}
 
 
-def norm_nodes(graph: Graph, facts: Facts) -> list[Node]:
+def norm_nodes(graph: Graph, facts: Facts) -> tuple[list[Node], set[Node]]:
     """Roots of statistics that then divide or multiply a value: standard deviations, norms.
 
-    A model whose output itself is a norm has none: its root scales nothing.
+    A model whose output itself is a norm has none: its root scales nothing. Also what is made of
+    these roots alone before it scales: an epsilon added, a maximum, the product of two norms.
     """
     users = graph.users()
     roots = [
@@ -83,13 +82,18 @@ def norm_nodes(graph: Graph, facts: Facts) -> list[Node]:
         for node in graph.nodes
         if node.name in ROOTS and facts[node.outs[0]].active and facts[node.outs[0]].stat
     ]
-    # The roots, and what is made of roots alone, such as the product of two norms.
     sizes = {node.outs[0] for node in roots}
+    made: set[Node] = set()
     for node in graph.nodes:
         ins = active_ins(facts, node)
         if ins and sizes.issuperset(ins) and (is_elementwise(node) or node.name in MOVES):
             sizes.update(node.outs)
-    return [node for node in roots if _scales(node.outs[0], users, facts, sizes)]
+            made.add(node)
+
+    def scales(node: Node) -> bool:
+        return _scales(node.outs[0], users, facts, sizes)
+
+    return [*filter(scales, roots)], {*filter(scales, made)}
 
 
 def _scales(value: Value, users: dict[Value, list[Node]], facts: Facts, sizes: set[Value]) -> bool:
@@ -130,10 +134,10 @@ class _Finder(LinearMaps):
         logs = logsumexp_nodes(self.graph, self.facts)
         # One inside of a softmax, exp(s - logsumexp(s)), is a part of that.
         self.logsumexps = {last: one for last, one in logs.items() if last not in known}
-        self.norms = norm_nodes(self.graph, self.facts)
+        self.norms, sizes = norm_nodes(self.graph, self.facts)
         self._shifts: dict[Node, bool] = {}
         parts = (inside for _, inside in self.logsumexps.values())
-        self.inside = known.union(*parts, *map(self._statistic, self.norms))
+        self.inside = known.union(*parts, sizes, *map(self._statistic, self.norms))
 
     def find(self) -> Iterator[Operation]:
         for node in self.graph.nodes:
@@ -210,7 +214,7 @@ class _Finder(LinearMaps):
                 fact = self.facts[producer.outs[0]]
                 users = self.users[producer.outs[0]]
                 own = fact.nonlinear and all(user in inside for user in users)
-                if fact.stat or (node.name in REDUCTIONS and own):
+                if fact.stat or (node.name in REDUCTIONS | DOT and own):
                     todo.append(producer)
         return inside
 

@@ -130,9 +130,7 @@ class Elementwise(Block):
     def scalar(self) -> Callable | None:
         """The function of one number, if it depends on nothing else."""
         (out,) = self.node.outs
-        return (
-            None if self.consts else lambda x: run(self.nodes, {self.start: x}, opened=True)[out]
-        )
+        return None if self.consts else lambda x: run(self.nodes, {self.start: x}, opened=True)[out]
 
 
 def run(nodes: Iterable[Node], known: dict[Value, Any], opened: bool = False) -> dict[Value, Any]:

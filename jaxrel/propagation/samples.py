@@ -29,7 +29,8 @@ class Samples:
         near = 8 * float(jnp.finfo(self._start.aval.dtype).eps)
         # Beside f(0) those at -0.5 and 0.5 give the size.
         around = slice(_ZERO - 1, _ZERO + 2)
-        return all(abs(y[_ZERO]) <= near * np.nanmax(np.abs(y[around])) for y in self._values)
+        sizes = (np.abs(y[around]) for y in self._values)
+        return all(near_by[1] <= near * min(np.nanmax(near_by), 1e30) for near_by in sizes)
 
     @functools.cached_property
     def is_activation(self) -> bool:
@@ -85,7 +86,8 @@ class Samples:
 def _filled(value: Value, number: float, filled: list[Atom]) -> Any:
     filled.append(value)
     dtype = value.aval.dtype
-    return jnp.full((len(_POINTS),), number < 1 if dtype == bool else number, dtype)
+    x = number < 1 if dtype.kind == "b" else number
+    return jnp.full((len(_POINTS),), x, dtype)
 
 
 def _gentle(y: np.ndarray) -> bool:

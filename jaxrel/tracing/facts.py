@@ -15,6 +15,7 @@ from jaxrel.tracing.primitives import (
     COMPARISONS,
     CUSTOM_JVP,
     DIV,
+    DOT,
     ELEMENTWISE,
     LINEAR,
     LOOKUPS,
@@ -138,6 +139,7 @@ class _Analysis(Forward[Fact]):
     def __init__(self, sources, barriers, names):
         super().__init__()
         self._sources, self._barriers, self._names = sources, barriers, names
+        self._moved: dict[Value, Value] = {}
 
     def constant(self, array: Any) -> Fact:
         path = self._names(array)
@@ -153,6 +155,8 @@ class _Analysis(Forward[Fact]):
         if node is None:
             # What it is a function of is not seen inside.
             fact = dataclasses.replace(fact, root=value, nonlinear=False)
+        elif node.name in MOVES and isinstance(before := node.ins[0], Value):
+            self._moved[value] = self._moved.get(before, before)
         active = fact.active and inexact(value) and node not in self._barriers
         fact = dataclasses.replace(fact, active=active, root=fact.root or value)
         if not active and fact.fresh:
@@ -168,12 +172,13 @@ class _Analysis(Forward[Fact]):
         nonneg = _nonneg(node, ins)
         if not active or node.name in STOP_GRADIENT:
             return [self._constant(node, ins, nonneg) for _ in node.outs]
+        squares = self._sums_squares(node)
         linear = node.name in LINEAR and not all(f.active or f.literal for f in ins)
         fact = Fact(
             active=True,
             nonneg=nonneg,
             fresh=not linear and all(fact.fresh for fact in active),
-            stat=_stat(node, active),
+            stat=squares or _stat(node, active, ins),
             gate=_gate(node, active) if len(node.outs) == 1 else "",
         )
         root = self._root(node, ins)
@@ -181,6 +186,13 @@ class _Analysis(Forward[Fact]):
             affine = _affine(node, ins, root) and not any(fact.nonlinear for fact in active)
             fact = dataclasses.replace(fact, root=root, nonlinear=not affine)
         return [fact for _ in node.outs]
+
+    def _sums_squares(self, node: Node) -> bool:
+        """Whether the node is the inner product of a value with itself, however it is moved."""
+        if node.name not in DOT or not primitives.is_inner(node.equation):
+            return False
+        first, second = node.ins
+        return self._moved.get(first, first) is self._moved.get(second, second)
 
     def _constant(self, node: Node, ins: list[Fact], nonneg: bool) -> Fact:
         """The fact of what carries no relevance."""
@@ -260,8 +272,9 @@ def _masks(fact: Fact, root: Value | None) -> bool:
     return fact.nonlinear and not fact.active and fact.root is root
 
 
-def _stat(node: Node, active: list[Fact]) -> bool:
-    if node.name in REDUCTIONS:
+def _stat(node: Node, active: list[Fact], ins: list[Fact]) -> bool:
+    # A product with numbers of the program, such as ones, is a sum too.
+    if node.name in REDUCTIONS or (node.name in DOT and any(fact.literal for fact in ins)):
         return True
     flows = node.name in ELEMENTWISE or node.name in MOVES
     return flows and all(fact.stat for fact in active)

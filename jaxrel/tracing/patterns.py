@@ -15,6 +15,8 @@ from jaxrel.tracing.primitives import (
     ABS,
     ADD,
     CLIPS,
+    CONCATENATE,
+    CUMSUM,
     DIV,
     DOT,
     ELEMENTWISE,
@@ -25,12 +27,14 @@ from jaxrel.tracing.primitives import (
     MEANS,
     MOVES,
     MUL,
+    NEG,
     PLACES,
     REDUCTIONS,
     SCALES,
     SCATTER_ADD,
     SCATTER_EXTREMA,
     SELECT,
+    SLICES,
     STOP_GRADIENT,
     SUB,
 )
@@ -106,6 +110,7 @@ class _Matcher:
 
     def __init__(self, graph: Graph, varies: Varies | None):
         self.graph, self.producers = graph, graph.producers()
+        self.weights: dict[Node, Node] = {}
         self.varying = varies or functools.cache(self._made_of_data)
 
     def softmaxes(self, again: bool) -> Iterator[tuple[Node, Value]]:
@@ -143,6 +148,7 @@ class _Matcher:
 
     def unshifted(self, exp: Node) -> Atom:
         """What is exponentiated, before a maximum of its own is subtracted."""
+        exp = self.weights.get(exp, exp)
         atom = whole = exp.ins[primitives.exponent(exp.equation)]
         while (node := self.before(atom)) is not None:
             if node.name in SUB and self._leads(node.ins[0], node.ins[1]):
@@ -155,7 +161,7 @@ class _Matcher:
 
     def exponentials(self, atom: Atom, again: bool = True) -> list[Node]:
         """The exponentials that a value is, behind moves, masks and clips."""
-        node = self.before(atom)
+        node = trace_back(atom, self.producers, MOVES | SLICES)
         if node is None:
             return []
         if self._is_exponential(node):
@@ -163,20 +169,30 @@ class _Matcher:
         if node.name in DIV and again and not self.fixed(node.ins[1]):
             # A softmax is a multiple of its exponentials.
             return self._normalised(node, again)
-        if node.name in SELECT:
-            cases = node.ins[1:]
+        if node.name in SELECT | CONCATENATE:
+            cases = node.ins[1:] if node.name in SELECT else node.ins
+        elif node.name in MUL and not any(map(self.fixed, node.ins)):
+            return self._weighted(node, again)
         elif node.name in CLIPS | SCALES | ADD:
-            cases = node.ins if node.name in MUL else self._only_varying(node)
+            cases = self._only_varying(node)
         else:
             return []
         return self._union(self.exponentials(case, again) for case in cases)
 
+    def _weighted(self, node: Node, again: bool) -> list[Node]:
+        """A product of exponentials and a mask of the data: the same must be above and below."""
+        exps = self._union(self.exponentials(one, again) for one in node.ins)
+        if len(exps) != 1:
+            return []
+        self.weights[node] = exps[0]
+        return [node]
+
     def summed(self, atom: Atom, again: bool = True) -> list[Node]:
         """The exponentials of which a value is the sum, whatever keeps that from zero."""
-        node = trace_back(atom, self.producers, MOVES | LOOKUPS | ABS)
+        node = trace_back(atom, self.producers, MOVES | LOOKUPS | SLICES | ABS)
         if node is None:
             return []
-        if node.name in MEANS:
+        if node.name in MEANS | CUMSUM:
             return self.exponentials(node.ins[0], again) or self.summed(node.ins[0], again)
         if node.name in SCATTER_ADD and self.fixed(node.ins[0]):
             return self.exponentials(node.ins[2], again)
@@ -211,10 +227,17 @@ class _Matcher:
                 made = self.before(inverse)
                 if made is None:
                     continue
-                if primitives.is_reciprocal(made.equation):
-                    yield above, made.ins[0]
+                log = self._negative_log(made)
+                if log is not None or primitives.is_reciprocal(made.equation):
+                    yield above, (log or made).ins[0]
                 elif made.name in DIV and self.fixed(made.ins[0]):
                     yield above, made.ins[1]
+
+    def _negative_log(self, node: Node) -> Node | None:
+        """The logarithm in exp(-log(x)), which is 1 / x."""
+        neg = self.before(node.ins[0]) if node.name in EXP else None
+        log = self.before(neg.ins[0]) if neg is not None and neg.name in NEG else None
+        return log if log is not None and log.name in LOG else None
 
     def _minus_logsumexp(self, exp: Node) -> bool:
         """Whether the node is exp(s - logsumexp(s)), of the same scores s."""
@@ -235,6 +258,7 @@ class _Matcher:
         return next(e for e in exps if self._bare(e) is self._bare_scores(sub.ins[0]))
 
     def _bare(self, exp: Node) -> Atom:
+        exp = self.weights.get(exp, exp)
         return self._bare_scores(exp.ins[primitives.exponent(exp.equation)])
 
     def _bare_scores(self, atom: Atom) -> Atom:
@@ -242,6 +266,8 @@ class _Matcher:
         while (node := self.before(atom)) is not None:
             if node.name in SUB and self._leads(node.ins[0], node.ins[1]):
                 atom = node.ins[0]
+            elif node.name in LOG and len(exps := self.exponentials(node.ins[0], False)) == 1:
+                return self._bare(exps[0])
             elif node.name in SELECT and (cases := self._only_varying(node)):
                 (atom,) = cases
             else:

@@ -64,6 +64,7 @@ TRANSPARENT = CUSTOM | _names(
 ADD = _names("add add_any")
 SUB = _names("sub")
 SUMS = ADD | SUB
+NEG = _names("neg")
 MUL = _names("mul")
 DIV = _names("div")
 SCALES = MUL | DIV
@@ -82,11 +83,14 @@ DOT = _names("dot_general")
 CONV = _names("conv_general_dilated")
 LINEAR = DOT | CONV
 REDUCE_SUM = _names("reduce_sum")
+CUMSUM = _names("cumsum")
 MEANS = REDUCE_SUM | _names("reduce_window_sum")
 MAXIMA = _names("reduce_max reduce_window_max")
 REDUCE_PROD = _names("reduce_prod")
 TRANSPOSE = _names("transpose")
 BROADCAST = _names("broadcast_in_dim")
+SLICES = _names("slice dynamic_slice split")
+CONCATENATE = _names("concatenate")
 LOOKUPS = _names("gather dynamic_slice")
 SORT = _names("sort")
 TAG = _names("jaxrel_tag name")
@@ -254,6 +258,17 @@ def function_name(equation: Any) -> str:
 def contraction(equation: Any) -> tuple[tuple, tuple]:
     """The axes that a matrix product sums over, and its batch axes; each (left, right)."""
     return equation.params["dimension_numbers"]
+
+
+def is_inner(equation: Any) -> bool:
+    """Whether a matrix product sums over all axes but its batch axes, as a sum of squares does."""
+    contracted, batch = contraction(equation)
+    sides = zip((atom.aval.shape for atom in equation.invars), contracted, batch, strict=True)
+    return all(
+        size == 1 or axis in (*summed, *kept)
+        for shape, summed, kept in sides
+        for axis, size in enumerate(shape)
+    )
 
 
 def conv_features(equation: Any) -> tuple[int, int]:

@@ -1,0 +1,317 @@
+"""One function, however it is spelled, has one relevance; and what has no rule says so."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+from jax import numpy as jnp
+
+import jaxrel
+from jaxrel import attention, composites, gradients
+from jaxrel.propagation.rules import Epsilon, Gradient
+
+# Sums in another order, and an epsilon of 1e-13 beside sums of 1 or more.
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+EPS = 1e-13
+RNG = np.random.default_rng(0)
+X, WEIGHTS = RNG.normal(size=(2, 5, 6)), [RNG.normal(size=(6, 6)) * 0.4 for _ in range(4)]
+CAUSAL = np.tril(np.ones((5, 5), bool))
+ONES = np.ones((5, 1))
+LOG2E = 1.4426950408889634
+
+
+@pytest.fixture(autouse=True)
+def _x64(x64):
+    return
+
+
+def top(s):
+    return s.max(-1, keepdims=True)
+
+
+def exp(s):
+    return jnp.exp(s - lax.stop_gradient(top(s)))
+
+
+def total(e):
+    return e.sum(-1, keepdims=True)
+
+
+def attend(softmax):
+    def fun(x):
+        weights = softmax(jnp.einsum("bqd,bkd->bqk", x @ WEIGHTS[0], x @ WEIGHTS[1]))
+        mixed = jnp.einsum("bqk,bkd->bqd", weights, x @ WEIGHTS[2])
+        return (x + mixed @ WEIGHTS[3]).sum((1, 2))
+
+    return fun
+
+
+def softmax(s):
+    return jax.nn.softmax(s, -1)
+
+
+SOFTMAXES = {
+    "exp twice": lambda s: jnp.exp(s) / total(jnp.exp(s)),
+    "exp twice, less the maximum": lambda s: jnp.exp(s - top(s)) / total(jnp.exp(s - top(s))),
+    "less the maximum of all": lambda s: jnp.exp(s - s.max()) / total(jnp.exp(s - s.max())),
+    "epsilon": lambda s: exp(s) / (total(exp(s)) + EPS),
+    "at least epsilon": lambda s: exp(s) / jnp.maximum(total(exp(s)), EPS),
+    "zero replaced": lambda s: exp(s) / jnp.where(total(exp(s)) == 0, 1.0, total(exp(s))),
+    "reciprocal": lambda s: exp(s) * jnp.reciprocal(total(exp(s))),
+    "times 1 / (sum + epsilon)": lambda s: exp(s) * (1 / (total(exp(s)) + EPS)),
+    "times exp(-log(sum))": lambda s: exp(s) * jnp.exp(-jnp.log(total(exp(s)))),
+    "exponent clipped": lambda s: _over_sum(jnp.exp(jnp.clip(s - top(s), -80, 0))),
+    "scores clipped": lambda s: softmax(jnp.clip(s, -100, 100)),
+    "result clipped": lambda s: jnp.clip(softmax(s), 1e-30, 1),
+    "exp2": lambda s: _over_sum(jnp.exp2(s * LOG2E - top(s * LOG2E))),
+    "2 ** s": lambda s: _over_sum(2.0 ** (s * LOG2E)),
+    "e ** s": lambda s: _over_sum(jnp.power(np.e, s)),
+    "@ ones": lambda s: exp(s) / (exp(s) @ jnp.ones((5, 1))),
+    "@ ones from outside": lambda s: exp(s) / (exp(s) @ ONES),
+    "einsum": lambda s: exp(s) / jnp.einsum("bqk->bq", exp(s))[..., None],
+    "einsum with ones": lambda s: exp(s) / jnp.einsum("bqk,k->bq", exp(s), ONES[:, 0])[..., None],
+    "mean": lambda s: exp(s) / (exp(s).mean(-1, keepdims=True) * 5),
+    "last of a running sum": lambda s: exp(s) / jnp.cumsum(exp(s), -1)[..., -1:],
+    "in two parts": lambda s: exp(s) / (total(exp(s)[..., :2]) + total(exp(s)[..., 2:])),
+    "logsumexp by hand": lambda s: jnp.exp(s - (jnp.log(total(jnp.exp(s - top(s)))) + top(s))),
+    "difference of logarithms": lambda s: jnp.exp(jnp.log(exp(s)) - jnp.log(total(exp(s)))),
+    "normalised again": lambda s: _over_sum(softmax(s)),
+    "sink beside the sum": lambda s: exp(s) / (total(exp(s)) + jnp.exp(-200 - top(s))),
+    "sink as a key": lambda s: softmax(jnp.pad(s, [(0, 0)] * 2 + [(0, 1)], constant_values=-200.0))[
+        ..., :-1
+    ],
+    "halves": lambda s: _over_sum(exp(s) * 0.5),
+    "shifted": lambda s: softmax(s + 5.0),
+    "one by one": jax.vmap(jax.vmap(lambda row: jnp.exp(row) / jnp.exp(row).sum())),
+}
+
+
+def _over_sum(e):
+    return e / total(e)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with jax.enable_x64(True):
+        rules = {"attn_lrp": composites.attn_lrp(), "cp_lrp": composites.cp_lrp()}
+        return {name: jaxrel.lrp(attend(softmax), rule)(X) for name, rule in rules.items()}
+
+
+@pytest.mark.parametrize("composite", ["attn_lrp", "cp_lrp"])
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_a_softmax_in_any_spelling(expected, name, composite):
+    found = jaxrel.lrp(attend(SOFTMAXES[name]), getattr(composites, composite)())(X)
+    np.testing.assert_allclose(found, expected[composite], **CLOSE)
+
+
+def test_attention_maps_are_found_in_these_spellings():
+    for name in ("exp twice", "epsilon", "reciprocal", "exp2", "@ ones", "normalised again"):
+        (stack,) = attention.sites(attend(SOFTMAXES[name]))(X)
+        assert stack.layers == 1, name
+
+
+def test_a_softmax_that_is_masked_and_normalised_again_is_the_masked_softmax():
+    again = attend(lambda s: _over_sum(softmax(s) * CAUSAL))
+    once = attend(lambda s: softmax(jnp.where(CAUSAL, s, -jnp.inf)))
+    for composite in (composites.attn_lrp(), composites.cp_lrp()):
+        found, right = (jaxrel.lrp(f, composite)(X) for f in (again, once))
+        np.testing.assert_allclose(found, right, **CLOSE)
+
+
+def test_near_ties_do_not_explode():
+    x = jnp.array([[5.0, 4.9999, 0.0]])
+    weights = jnp.array([[1.0], [2.0], [3.0]])
+    found = jaxrel.lrp(
+        lambda x: _over_sum(jnp.exp(x @ jnp.eye(3))) @ weights, composites.attn_lrp(0.0)
+    )(x)
+    p = np.exp(np.asarray(x)) / np.exp(np.asarray(x)).sum()
+    slope = p.T * (np.asarray(weights) - p @ np.asarray(weights))
+    np.testing.assert_allclose(found, x * slope.T, rtol=1e-9)
+
+
+def graph_attention(shift, keep=lambda weights: weights):
+    senders, receivers = np.array([0, 1, 2, 0, 1, 2]), np.array([0, 1, 2, 1, 2, 0])
+    rng = np.random.default_rng(1)
+    w, a, b = (rng.normal(size=shape) for shape in ((4, 4), 4, 4))
+
+    def fun(x):
+        h = x @ w
+        s = jax.nn.leaky_relu((h @ a)[senders] + (h @ b)[receivers], 0.2) + shift
+        e = jnp.exp(s - jax.ops.segment_max(s, receivers, 3)[receivers])
+        weights = keep(e / jax.ops.segment_sum(e, receivers, 3)[receivers])
+        return jax.ops.segment_sum(weights[:, None] * h[senders], receivers, 3)
+
+    return fun
+
+
+def test_a_softmax_by_segment():
+    x = jnp.asarray(RNG.normal(size=(3, 4)))
+    constant = graph_attention(0.0, lax.stop_gradient)
+    value, back = jax.vjp(constant, x)
+    right = x * back(jnp.ones_like(value))[0]
+    found = jaxrel.lrp(graph_attention(0.0), composites.cp_lrp(0.0))(x)
+    np.testing.assert_allclose(found, right, **CLOSE)
+    shifted = [jaxrel.lrp(graph_attention(s), composites.attn_lrp(0.0))(x) for s in (0.0, 5.0)]
+    np.testing.assert_allclose(*shifted, **CLOSE)
+
+
+def test_what_only_looks_like_a_softmax():
+    other = lambda x: jnp.exp(x @ WEIGHTS[0] - jax.nn.logsumexp(x @ WEIGHTS[1], -1, keepdims=True))
+    with pytest.raises(NotImplementedError, match=r"activation \(.*no activation.*jax.nn.softmax"):
+        jaxrel.lrp(other, composites.cp_lrp())(X)
+    # Values that are multiplied before the division are no mask.
+    pooled = lambda e, v: (e * v / e.sum(1, keepdims=True)).sum(1)
+    with pytest.raises(NotImplementedError, match="if it is part of a softmax"):
+        jaxrel.lrp(lambda x: pooled(jnp.exp(x @ WEIGHTS[0]), x @ WEIGHTS[1]), Epsilon())(X)
+
+
+def test_logsumexp_passes_by_its_softmax():
+    w = WEIGHTS[0]
+    z = np.asarray(X[0] @ w)
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    for logsumexp in (
+        lambda z: jax.nn.logsumexp(z, -1),
+        lambda z: jnp.log(jnp.exp(z).sum(-1)),
+        lambda z: jnp.log(jnp.exp(z - top(z)).sum(-1)) + top(z)[..., 0],
+    ):
+        found = jaxrel.lrp(lambda x, f=logsumexp: f(x @ w), Epsilon(0.0))(X[0])
+        np.testing.assert_allclose(found, X[0] * (p @ w.T), **CLOSE)
+    seed = jnp.eye(6)[0]
+    found = jaxrel.lrp(lambda x: jax.nn.log_softmax(x @ w), Epsilon(0.0))(
+        X[0], seed=lambda z: z * seed
+    )
+    np.testing.assert_allclose(found, X[0] * ((np.asarray(seed) - p) @ w.T), **CLOSE)
+
+
+SCORES = {
+    "soft cap": lambda s: 5 * jnp.tanh(s / 5),
+    "leaky relu": jax.nn.leaky_relu,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("masked", [-1e9, -2.3819763e38, float(np.finfo("float32").min), -np.inf])
+@pytest.mark.parametrize("name", SCORES)
+def test_an_activation_of_scores_before_their_mask(name, masked, dtype):
+    x = X.astype(dtype)
+
+    def last(x, mask):
+        q, k, v = (x @ w.astype(x.dtype) for w in WEIGHTS[:3])
+        scores = SCORES[name](jnp.einsum("bqd,bkd->bqk", q, k))
+        scores = jnp.where(CAUSAL, scores, masked) if mask else scores
+        return jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(scores, -1), v)[:, 2]
+
+    def alone(x):
+        q, k, v = (x @ w.astype(x.dtype) for w in WEIGHTS[:3])
+        scores = SCORES[name](jnp.einsum("bqd,bkd->bqk", q, k))
+        return jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(scores, -1), v)[:, 2]
+
+    found = jaxrel.lrp(lambda x: last(x, True), composites.attn_lrp())(x)
+    # Token 2 sees the first three tokens alone.
+    right = jaxrel.lrp(alone, composites.attn_lrp())(x[:, :3])
+    close = CLOSE if dtype == "float64" else {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(found[:, :3], right, **close)
+    np.testing.assert_array_equal(found[:, 3:], 0)
+
+
+GATES = {
+    "hard_sigmoid": jax.nn.hard_sigmoid,
+    "clip": lambda x: jnp.clip(0.2 * x + 0.5, 0, 1),
+    "exp": lambda x: 1 / (1 + jnp.exp(-x)),
+    "tanh": lambda x: 0.5 * jnp.tanh(x / 2) + 0.5,
+    "one less": lambda x: 1 - jax.nn.sigmoid(x),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_relevance_passes_every_spelling_of_a_sigmoid_unchanged(name):
+    x = jnp.array([[-2.2, -2.0, -0.5, 0.5, 1.0, 4.0]])
+    found = jaxrel.lrp(GATES[name], Epsilon())(x, seed=jnp.ones_like(x))
+    np.testing.assert_allclose(found, 1.0, rtol=1e-12)
+    # Behind a linear map its number is no bias of that.
+    w = np.diag([1.0, -2.0, 3.0, 0.5, 1.5, 2.0])
+    found = jaxrel.lrp(lambda x: GATES[name](x @ w), Epsilon(0.0))(x)
+    np.testing.assert_allclose(found, GATES[name](x @ w), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        jnp.exp,
+        jnp.cos,
+        lambda x: jnp.exp(-((x - np.arange(6.0)) ** 2)),
+        lambda x: 1 / (1 + x * x),
+        lambda x: jnp.log(jnp.abs(x)),
+        lambda x: jnp.sqrt(jnp.abs(x) + 1),
+        lambda x: jnp.exp(x) + 1,
+    ],
+    ids=["exp", "cos", "rbf", "cauchy", "log", "sqrt", "exp + 1"],
+)
+def test_what_is_no_activation_is_named_and_its_advice_is_the_derivative(f):
+    fun = lambda x: f(x @ WEIGHTS[0])
+    with pytest.raises(NotImplementedError, match="its value at 0 is not 0") as error:
+        jaxrel.lrp(fun, Epsilon(0.0))(X)
+    (name,) = re.findall(r"jaxrel.op\('(.*?)'\)", str(error.value))
+    rules = [(jaxrel.op(name), Gradient()), (jaxrel.everything(), Epsilon(0.0))]
+    # A linear map's bias, the centres, keep their share of what is left.
+    slope = jax.grad(lambda x: fun(x).sum())(X)
+    np.testing.assert_allclose(jaxrel.lrp(fun, rules)(X), X * slope, rtol=1e-7, atol=1e-9)
+
+
+def test_a_number_added_after_an_activation_is_no_part_of_it():
+    w = WEIGHTS[0]
+    plain, more = (
+        jaxrel.lrp(lambda x, a=a: (jax.nn.leaky_relu(x @ w) + a) * 1.0, Gradient())(X)
+        for a in (0.0, 5.0)
+    )
+    np.testing.assert_allclose(plain, more, **CLOSE)
+
+
+def _norms():
+    squares = lambda h: (h * h).sum(-1, keepdims=True)
+    size = lambda h: jnp.linalg.norm(h, axis=-1, keepdims=True)
+    return {
+        "einsum": lambda h: h / jnp.sqrt(jnp.einsum("bti,bti->bt", h, h)[..., None]),
+        "vdot": jax.vmap(jax.vmap(lambda h: h / jnp.sqrt(jnp.vdot(h, h)))),
+        "matmul": lambda h: h / jnp.sqrt((h[..., None, :] @ h[..., None])[..., 0]),
+        "@ ones": lambda h: h / jnp.sqrt((h * h) @ jnp.ones((6, 1))),
+        "norm": lambda h: h / size(h),
+        "at least epsilon": lambda h: h / jnp.maximum(size(h), EPS),
+        "squares at least epsilon": lambda h: h * lax.rsqrt(jnp.maximum(squares(h), EPS)),
+        "epsilon": lambda h: h / (jnp.sqrt(squares(h)) + EPS),
+        "power": lambda h: h * squares(h) ** -0.5,
+        "reciprocal": lambda h: h * (1 / jnp.sqrt(squares(h))),
+    }
+
+
+@pytest.mark.parametrize("name", _norms())
+def test_a_norm_in_any_spelling(name):
+    fun = lambda norm: lambda x: norm(x @ WEIGHTS[0]) @ WEIGHTS[1]
+    plain = fun(lambda h: h * lax.rsqrt((h * h).sum(-1, keepdims=True)))
+    spelled = fun(_norms()[name])
+    found, right = (jaxrel.lrp(f, composites.attn_lrp())(X) for f in (spelled, plain))
+    np.testing.assert_allclose(found, right, **CLOSE)
+    # There is no activation in it.
+    guided, slope = gradients.guided_backprop(spelled)(X), gradients.gradient(spelled)(X)
+    np.testing.assert_allclose(guided, slope, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        lambda x, h: h * (jnp.abs(x).sum(-1, keepdims=True) > 0),
+        lambda x, h: jnp.where(jnp.abs(x).sum(-1, keepdims=True) > 0, h, 0.0),
+        lambda x, h: h * (x.sum(-1) > 0)[..., None].astype(h.dtype),
+        lambda x, h: (h - h.mean(-1, keepdims=True)) / (h.std(-1, keepdims=True) + 1e-3),
+        lambda x, h: h * lax.stop_gradient(jnp.tanh(x)),
+    ],
+    ids=["padding", "padding by where", "padding by cast", "std + epsilon", "constant"],
+)
+def test_scalings_and_masks_are_no_activations(scaling):
+    x = jnp.asarray(X).at[1, 3:].set(0.0)
+    fun = lambda x: scaling(x, x @ WEIGHTS[0]) @ WEIGHTS[1]
+    guided, slope = gradients.guided_backprop(fun)(x), gradients.gradient(fun)(x)
+    np.testing.assert_allclose(guided, slope, **CLOSE)
