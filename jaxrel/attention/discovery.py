@@ -30,19 +30,22 @@ from jaxrel.tracing.opaque import cure
 from jaxrel.tracing.patterns import origin, softmaxes
 from jaxrel.tracing.primitives import (
     ADD,
+    CLIPS,
     CUSTOM,
     CUSTOM_JVP,
     DOT,
     MOVES,
     SCALES,
     SELECT,
+    SLICES,
     TRANSPARENT,
     Scan,
 )
 from jaxrel.tracing.rewrite import open_calls
 
-# What may stand between a softmax and the product with the values: masks and dropout.
-_MASKING = MOVES | SELECT | SCALES
+# What may stand between a softmax and the product with the values: masks, dropout, clips, and the
+# slice that leaves out a sink.
+_MASKING = MOVES | SELECT | SCALES | CLIPS | SLICES
 
 
 class Step(NamedTuple):

@@ -250,7 +250,7 @@ def _missing(operations: Sequence[Operation]) -> str:
         advice = cure(operation.node)
         if advice is None and isinstance(operation, Elementwise):
             advice = (
-                "no activation (its value at 0 is not 0), so relevance cannot pass it unchanged; "
+                "no activation (not 0 at 0, or huge beside it), so relevance cannot pass unchanged; "
                 "if it is part of a softmax or a norm, write that with jax.nn.softmax or jnp.sqrt, "
                 f"else put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the "
                 "other entries of the composite for its plain derivative"

@@ -9,7 +9,7 @@ from jaxrel.propagation.samples import Samples
 from jaxrel.tracing.facts import Facts, active_ins, fact_of, is_elementwise
 from jaxrel.tracing.flow import Backward, operands
 from jaxrel.tracing.graph import Constant, Graph, Node, Value, tag_name
-from jaxrel.tracing.patterns import between, logsumexps, softmaxes
+from jaxrel.tracing.patterns import between, logsumexps, origin, softmaxes
 from jaxrel.tracing.primitives import (
     DIV,
     DOT,
@@ -174,7 +174,7 @@ class _Finder(LinearMaps):
         elif node.name in LINEAR or (
             node.name in SCALES and len(active) == 2 and self._apart(node)
         ):
-            gates = tuple(self.facts[v].gate for v in active)
+            gates = tuple(map(self._gate, active))
             kind = "matmul" if node.name in LINEAR else "product"
             yield self.make(Product, node, kind=kind, gates=gates)
         elif node.name in REDUCE_PROD:
@@ -192,6 +192,14 @@ class _Finder(LinearMaps):
             yield self.make(Operation, node, kind="max_pool")
         elif node.name not in EXACT and not self._is_scaling(node, active):
             yield self.make(Operation, node, kind=node.name)
+
+    def _gate(self, value: Value) -> str:
+        """What kind of gate a factor is: a sigmoid in any spelling, another activation, or none."""
+        gate, value = self.facts[value].gate, origin(value, self.producers)
+        root = self.facts[value].root
+        if gate != "activation" or root is None or root is value:
+            return gate
+        return "sigmoid" if Samples(self.producers, root, value).is_gate else gate
 
     def _is_move(self, node: Node, active: list[Value]) -> bool:
         """Whether a linear map's weights are written into the program, as a resize's are."""

@@ -36,8 +36,12 @@ class Samples:
     def is_activation(self) -> bool:
         """Whether relevance can pass f unchanged: f(0) = 0, or f rises or falls throughout.
 
-        What is not 0 at 0 may be a squashing function or a smooth ReLU, not an exponential.
+        What is not 0 at 0 may be a squashing function or a smooth ReLU, not an exponential. What
+        is huge near 0 is a mask.
         """
+        near = slice(_POINTS.index(-2), _POINTS.index(2) + 1)
+        if any(np.nanmax(np.abs(y[near])) > 1e6 for y in self._values):
+            return False
         return self.keeps_zero or all(map(_gentle, self._values))
 
     @functools.cached_property

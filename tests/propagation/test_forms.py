@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 import jaxrel
 from jaxrel import attention, composites, gradients
-from jaxrel.propagation.rules import Epsilon, Gradient
+from jaxrel.propagation.rules import Epsilon, Gradient, SignalTakesAll
 
 # Sums in another order, and an epsilon of 1e-13 beside sums of 1 or more.
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -107,7 +107,16 @@ def test_a_softmax_in_any_spelling(expected, name, composite):
 
 
 def test_attention_maps_are_found_in_these_spellings():
-    for name in ("exp twice", "epsilon", "reciprocal", "exp2", "@ ones", "normalised again"):
+    for name in (
+        "exp twice",
+        "epsilon",
+        "reciprocal",
+        "exp2",
+        "@ ones",
+        "normalised again",
+        "result clipped",
+        "sink as a key",
+    ):
         (stack,) = attention.sites(attend(SOFTMAXES[name]))(X)
         assert stack.layers == 1, name
 
@@ -237,6 +246,15 @@ def test_relevance_passes_every_spelling_of_a_sigmoid_unchanged(name):
     np.testing.assert_allclose(found, GATES[name](x @ w), rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", GATES)
+def test_a_sigmoid_in_any_spelling_is_a_gate(name):
+    fun = lambda x: GATES[name](x @ WEIGHTS[0]) * (x @ WEIGHTS[1])
+    rules = [(jaxrel.op("product"), SignalTakesAll()), (jaxrel.everything(), Epsilon(0.0))]
+    found = jaxrel.lrp(fun, rules)(X)
+    constant = GATES[name](jnp.asarray(X) @ WEIGHTS[0])
+    np.testing.assert_allclose(found, X * (constant @ WEIGHTS[1].T), **CLOSE)
+
+
 @pytest.mark.parametrize(
     "f",
     [
@@ -247,12 +265,14 @@ def test_relevance_passes_every_spelling_of_a_sigmoid_unchanged(name):
         lambda x: jnp.log(jnp.abs(x)),
         lambda x: jnp.sqrt(jnp.abs(x) + 1),
         lambda x: jnp.exp(x) + 1,
+        lambda x: jnp.where(x >= 0, x, np.finfo("float32").min),
+        lambda x: jnp.where(x > 0, x, -np.inf),
     ],
-    ids=["exp", "cos", "rbf", "cauchy", "log", "sqrt", "exp + 1"],
+    ids=["exp", "cos", "rbf", "cauchy", "log", "sqrt", "exp + 1", "threshold", "infinite"],
 )
 def test_what_is_no_activation_is_named_and_its_advice_is_the_derivative(f):
     fun = lambda x: f(x @ WEIGHTS[0])
-    with pytest.raises(NotImplementedError, match="its value at 0 is not 0") as error:
+    with pytest.raises(NotImplementedError, match=r"no activation \(not 0 at 0") as error:
         jaxrel.lrp(fun, Epsilon(0.0))(X)
     (name,) = re.findall(r"jaxrel.op\('(.*?)'\)", str(error.value))
     rules = [(jaxrel.op(name), Gradient()), (jaxrel.everything(), Epsilon(0.0))]
