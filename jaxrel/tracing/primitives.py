@@ -74,6 +74,7 @@ MAX = _names("max")
 SELECT = _names("select_n")
 SIGMOID = _names("logistic")
 ROOTS = _names("sqrt rsqrt pow")
+EXPONENTIALS = EXP | _names("exp2")
 DOT = _names("dot_general")
 CONV = _names("conv_general_dilated")
 LINEAR = DOT | CONV
@@ -83,6 +84,13 @@ MAXIMA = _names("reduce_max reduce_window_max")
 REDUCE_PROD = _names("reduce_prod")
 TRANSPOSE = _names("transpose")
 BROADCAST = _names("broadcast_in_dim")
+RESHAPES = _names("reshape squeeze")
+# What picks entries by indices: which axis is which afterwards is not said by their order.
+PICKS = _names("gather stack unstack top_k")
+# Where arrays are stored, and what keeps the compiler from moving operations.
+KEEPS = _names("sharding_constraint reshard optimization_barrier device_put")
+CUTS = _names("slice")
+POWERS = _names("integer_pow pow")
 LOOKUPS = _names("gather dynamic_slice")
 SORT = _names("sort")
 TAG = _names("jaxrel_tag name")
@@ -95,6 +103,8 @@ MOVES = (
     | BROADCAST
     | _names("reshape squeeze copy convert_element_type reduce_precision")
 )
+# What may stand between a softmax and the product with the values: masks, dropout, a sink cut off.
+MASKING = MOVES | SELECT | SCALES | KEEPS | CUTS
 # One output value per position, computed from the inputs at that position alone. Tags are not
 # among them, so that a tagged value is never in the middle of what counts as one function.
 ELEMENTWISE = (
@@ -261,6 +271,56 @@ def conv_features(equation: Any) -> tuple[int, int]:
 def permutation(equation: Any) -> tuple[int, ...]:
     """Where each axis of a transposed array comes from."""
     return tuple(equation.params["permutation"])
+
+
+def broadcast_axes(equation: Any) -> tuple[int, ...]:
+    """Where the axes of a broadcast array go."""
+    return tuple(map(int, equation.params["broadcast_dimensions"]))
+
+
+def reduced_axes(equation: Any) -> tuple[int, ...] | None:
+    """The axes that a reduction drops; None for another operation."""
+    name = name_of(equation)
+    reduces = name.startswith("reduce_") or name in ("argmax", "argmin")
+    return (
+        tuple(map(int, equation.params["axes"])) if reduces and "axes" in equation.params else None
+    )
+
+
+def conv_axes(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Batch, features and space of a convolution: their axes in its input and its output."""
+    numbers = equation.params["dimension_numbers"]
+    return tuple(numbers.lhs_spec), tuple(numbers.out_spec)
+
+
+def placed(equation: Any, axis: int) -> list[tuple[int, int | None]] | None:
+    """Which inputs an operation puts side by side along an axis, and where each starts.
+
+    None for an operation that does no such thing, or for an axis along which it does not.
+    """
+    name, params, ins = name_of(equation), equation.params, equation.invars
+    if name == "pad":
+        low, _, inner = params["padding_config"][axis]
+        return [(0, int(low))] if low >= 0 and inner == 0 else None
+    if name == "concatenate" and params["dimension"] == axis:
+        starts, start = [], 0
+        for number, atom in enumerate(ins):
+            starts.append((number, start))
+            start += atom.aval.shape[axis]
+        return starts
+    if name == "dynamic_update_slice":
+        start = ins[2 + axis]
+        return [(0, 0), (1, int(start.val) if literal(start) else None)]
+    return None
+
+
+def cut(equation: Any, axis: int) -> int | None:
+    """Where a slice begins along an axis; None for another operation, or one with gaps."""
+    if name_of(equation) not in CUTS:
+        return None
+    strides = equation.params["strides"]
+    whole = strides is None or strides[axis] == 1
+    return int(equation.params["start_indices"][axis]) if whole else None
 
 
 def reduced(equation: Any, shape: tuple[int, ...]) -> int:
