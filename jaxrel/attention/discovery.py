@@ -285,6 +285,8 @@ class _Finder:
         self, site: Site, product: Node, side: int, scores: Value, graphs: tuple[Graph, ...]
     ) -> Site:
         residual = find_residual(product, scores, site.tokens, graphs, self.data, self.axes)
+        if residual is None and not all(root.known for root in roots(site.tokens)):
+            residual = find_residual(product, scores, (), graphs, self.data, self.axes)
         equal = site.size(site.query) == site.size(site.key)
         told = True if site.own_keys else same(site.tokens, site.keys)
         if told is None and residual is not None:

@@ -145,7 +145,10 @@ class Axes(Forward[tuple[Axis, ...]]):
         if axes is not None:
             return tuple(axis for i, axis in enumerate(ins[0]) if i not in axes)
         if name in primitives.PICKS:
-            return _new(out, out.shape, known=False)
+            fresh = _new(out, out.shape, known=False)
+            places = primitives.picked_axes(equation, len(out.shape))
+            pairs = zip(places, fresh, strict=True)
+            return tuple(new if i is None else ins[0][i] for i, new in pairs)
         return self._in_place(node, ins, out)
 
     def _product(self, node: Node, ins: list[tuple[Axis, ...]]) -> tuple[Axis, ...]:

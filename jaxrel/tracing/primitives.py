@@ -287,6 +287,23 @@ def reduced_axes(equation: Any) -> tuple[int, ...] | None:
     )
 
 
+def picked_axes(equation: Any, rank: int) -> list[int | None]:
+    """By axis of what is picked, the axis of the operand that it is whole; None for others."""
+    name, params = name_of(equation), equation.params
+    if name == "unstack" and "axis" in params:
+        axes = range(len(equation.invars[0].aval.shape))
+        return [axis for axis in axes if axis != params["axis"] % len(axes)]
+    found: list[int | None] = [None] * rank
+    if name == "gather":
+        numbers, shape = params["dimension_numbers"], equation.invars[0].aval.shape
+        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        kept = [axis for axis in range(len(shape)) if axis not in gone]
+        for place, axis in zip(numbers.offset_dims, kept, strict=True):
+            if params["slice_sizes"][axis] == shape[axis]:
+                found[place] = axis
+    return found
+
+
 def conv_axes(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Batch, features and space of a convolution: their axes in its input and its output."""
     numbers = equation.params["dimension_numbers"]
