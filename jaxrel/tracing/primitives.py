@@ -294,6 +294,9 @@ def picked_axes(equation: Any, rank: int) -> list[int | None]:
         axes = range(len(equation.invars[0].aval.shape))
         return [axis for axis in axes if axis != params["axis"] % len(axes)]
     found: list[int | None] = [None] * rank
+    if name == "stack" and "axis" in params:
+        place = params["axis"] % rank
+        return [None if i == place else i - (i > place) for i in range(rank)]
     if name == "gather":
         numbers, shape = params["dimension_numbers"], equation.invars[0].aval.shape
         gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
