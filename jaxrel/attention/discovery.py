@@ -4,167 +4,42 @@ An attention site is a softmax whose output reaches, through moves and masks, a 
 values that depend on the explained data and that sums over the softmax's axis. That covers
 Flax's attention modules (NNX and Linen), `jax.nn.dot_product_attention` where XLA computes it,
 grouped queries, and attention written with einsum or `@`. The sites of successive layers,
-scanned or unrolled, form a stack.
+scanned or unrolled, form a stack. What looks like attention and is not recognised is an error:
+relevance over some of a model's layers is not the model's.
 
-Structure cannot tell apart axes of equal length. The batch is the product's first batch axis,
-and streams are [batch, tokens, width]; explain a model that has the tokens first through
-`jax.vmap` over its examples.
+Axes are told apart by what they are (`tracing.axes`): queries and keys of one stream are
+self-attention, a loop over heads is none over layers, windows are parts of the tokens. Where
+that is not known, lengths decide: the batch is then the product's first batch axis. Streams are
+[batch, tokens, width]; explain a model that has the tokens first through `jax.vmap` over its
+examples.
 """
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from jax import numpy as jnp
-from jaxtyping import Array
 
+from jaxrel.attention.coverage import find_starts
+from jaxrel.attention.residual import Residual, find_residual
+from jaxrel.attention.stacks import Site, Stack, Step
 from jaxrel.tracing import primitives
+from jaxrel.tracing.axes import Axes, Axis, Extension, roots, same
 from jaxrel.tracing.flow import dependents
 from jaxrel.tracing.graph import Graph, Node, Traced, Value, tag_name, trace
 from jaxrel.tracing.opaque import cure
 from jaxrel.tracing.patterns import origin, softmaxes
 from jaxrel.tracing.primitives import (
     ADD,
-    CLIPS,
     CUSTOM,
     CUSTOM_JVP,
     DOT,
+    MASKING,
     MOVES,
-    SCALES,
-    SELECT,
-    SLICES,
     TRANSPARENT,
-    Scan,
 )
 from jaxrel.tracing.rewrite import open_calls
-
-# What may stand between a softmax and the product with the values: masks, dropout, clips, and the
-# slice that leaves out a sink.
-_MASKING = MOVES | SELECT | SCALES | CLIPS | SLICES
-
-
-class Step(NamedTuple):
-    """A step on the way to a node: its number in its graph, and the node if it holds bodies."""
-
-    number: int
-    node: Node | None = None
-
-
-class Residual(NamedTuple):
-    """The residual sum around an attention: `total = before + after`."""
-
-    before: Value
-    after: Value
-    total: Value
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Site:
-    """One attention map in a graph. Axes are those of `value`; `heads` may be several or none."""
-
-    value: Value
-    batch: int | None
-    heads: tuple[int, ...]
-    query: int
-    key: int
-    where: str
-    place: tuple["Step", ...]
-    name: str | None = None
-    residual: "Residual | None" = None
-    is_self: bool = True
-
-    def standard(self, x: Array) -> Array:
-        """A map, or a gradient of its shape, as [batch, heads, query, key]."""
-        batch = () if self.batch is None else (self.batch,)
-        order = (*batch, *self.heads, self.query, self.key)
-        dropped = tuple(axis for axis in range(x.ndim) if axis not in order)
-        x = jnp.squeeze(jnp.transpose(x, (*dropped, *order)), tuple(range(len(dropped))))
-        return x.reshape(self.size(self.batch), -1, *x.shape[-2:])
-
-    def restore(self, x: Array) -> Array:
-        """The inverse of `standard`."""
-        batch = () if self.batch is None else (self.batch,)
-        order = (*batch, *self.heads, self.query, self.key)
-        dropped = tuple(axis for axis in range(len(self.value.shape)) if axis not in order)
-        order = (*dropped, *order)
-        x = x.reshape([self.value.shape[axis] for axis in order])
-        return jnp.transpose(x, np.argsort(order).tolist())
-
-    def size(self, axis: int | None) -> int:
-        """Length of an axis of the map; 1 for an axis it does not have."""
-        return 1 if axis is None else self.value.shape[axis]
-
-    @property
-    def scans(self) -> tuple[Scan, ...]:
-        """The scans around the site, outermost first."""
-        nodes = (step.node for step in self.place)
-        return tuple(node.scan for node in nodes if node is not None and node.scan)
-
-    @property
-    def in_cond(self) -> bool:
-        """Whether the site may not be reached at all."""
-        return any(step.node is not None and step.node.is_cond for step in self.place)
-
-    def stages(self) -> Iterator[tuple[int, ...]]:
-        """When each of the site's maps is computed: keys that sort by order of execution.
-
-        One key per map, in the order in which scans stack them.
-        """
-        lengths = [scan.length for scan in self.scans]
-        for indices in itertools.product(*map(range, lengths)):
-            turns = iter(zip(self.scans, indices, strict=True))
-            key: list[int] = []
-            for step in self.place:
-                key.append(step.number)
-                if step.node is not None and step.node.scan:
-                    scan, index = next(turns)
-                    last = scan.length - 1
-                    key.append(last - index if scan.reverse else index)
-            yield tuple(key)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """[batch, heads, query, key]."""
-        heads = int(np.prod([self.value.shape[axis] for axis in self.heads]))
-        return self.size(self.batch), heads, self.size(self.query), self.size(self.key)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Stack:
-    """Attention sites of successive layers with maps of one shape."""
-
-    name: str
-    sites: tuple[Site, ...]
-
-    @property
-    def layers(self) -> int:
-        """How many maps the stack holds."""
-        return sum(math.prod(scan.length for scan in s.scans) for s in self.sites)
-
-    @property
-    def is_self(self) -> bool:
-        """Whether queries and keys are the same tokens."""
-        _, _, query, key = self.sites[0].shape
-        return query == key and all(site.is_self for site in self.sites)
-
-    @property
-    def has_residual(self) -> bool:
-        """Whether the residual stream before each attention and its output were found."""
-        return all(site.residual is not None for site in self.sites)
-
-    def __str__(self):
-        batch, heads, query, key = self.sites[0].shape
-        kind = "self-attention" if self.is_self else "cross-attention"
-        residual = "" if self.has_residual else ", no residual stream found"
-        return (
-            f"{self.name!r}: {kind}, layers {self.layers}, batch {batch}, heads {heads}, "
-            f"queries {query}, keys {key}{residual}, at {self.sites[0].where}"
-        )
 
 
 def sites(fun: Callable, *, argnums: int | Sequence[int] | None = None) -> Callable:
@@ -180,7 +55,7 @@ def sites(fun: Callable, *, argnums: int | Sequence[int] | None = None) -> Calla
 
     Raises:
       NotImplementedError: (when called) attention inside a kernel, where its maps cannot be
-        reached, or a map used in several forms.
+        reached, a map used in several forms, or attention in a form that is not recognised.
       ValueError: (when called) the batch of examples is not an axis of a map, or `argnums` does
         not fit the call.
     """
@@ -208,27 +83,49 @@ def _attends(node: Node) -> bool:
     body = open_calls(node.bodies[0], lambda inner: inner.name in CUSTOM)
     if node.name in CUSTOM_JVP:
         return any(True for _ in softmaxes(body))
-    try:
-        return any(True for _ in _find_sites(body, dependents(body, body.ins), None, ()))
-    except NotImplementedError:
-        # A kernel, or a map in several forms: `_refuse_hidden` raises where the call stands.
-        return False
+    return _computes_attention(body, dependents(body, body.ins))
+
+
+def _computes_attention(graph: Graph, data: frozenset[Value]) -> bool:
+    users = graph.users()
+    direct = any(
+        any(True for _ in _products(node.outs[0], users, data))
+        for node, scores in softmaxes(graph)
+        if scores in data
+    )
+    inner = (body for node in graph.nodes for body in node.bodies)
+    return direct or any(_computes_attention(body, data) for body in inner)
 
 
 def find_stacks(traced: Traced, args: tuple, argnums: Any = None) -> tuple[Stack, ...]:
-    """The stacks of a traced call."""
+    """The stacks of a traced call.
+
+    Raises:
+      NotImplementedError: what looks like attention is not recognised, so that its layer would
+        be missing from every stack.
+    """
     graph = traced.graph
-    data = dependents(graph, data_values(traced, args, argnums))
-    batch = graph.outs[0].shape[0] if graph.outs and graph.outs[0].shape else None
+    finder = _Finder(graph, dependents(graph, data_values(traced, args, argnums)))
     groups: list[list[Site]] = []
-    for site in _find_sites(graph, data, batch, ()):
+    for site in finder.sites(graph, (), ()):
         homes = [group for group in groups if _continues(graph, group[-1], site)]
         same_stream = [group for group in homes if _same_stream(graph, group[-1], site)]
         if len(same_stream or homes) == 1:
             (same_stream or homes)[0].append(site)
         else:
             groups.append([site])
-    return tuple(_named(groups))
+    stacks = tuple(_named(groups))
+    hidden = (*finder.starts.hidden, *finder.unread)
+    if hidden:
+        found = "; ".join(map(str, stacks)) or "nothing else"
+        raise NotImplementedError(
+            f"attention: the softmax at {hidden[0].where()} weighs values by scores of the data, "
+            "and its map [batch, heads, query, key] is not recognised; relevance would be that of "
+            f"the other layers alone ({found}). Write it with jax.nn.softmax, or tag the map of "
+            "every layer where it multiplies the values, attn = jaxrel.tag(attn, 'maps'), and say "
+            "attention='maps'"
+        )
+    return stacks
 
 
 def tagged_stack(traced: Traced, name: str) -> Stack | None:
@@ -254,25 +151,188 @@ def data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
     return [value for value, flag in zip(traced.graph.ins, flags, strict=True) if flag]
 
 
-def _find_sites(
-    graph: Graph, data: frozenset[Value], batch: int | None, place: tuple[Step, ...]
-) -> Iterator[Site]:
-    users = graph.users()
-    softmax = {node: scores for node, scores in softmaxes(graph) if scores in data}
-    for number, node in enumerate(graph.nodes):
-        if node in softmax:
-            here = (*place, Step(number))
-            yield from _site(graph, node, softmax[node], users, data, batch, here)
-        elif node.is_control:
-            for body in node.bodies:
-                yield from _find_sites(body, data, batch, (*place, Step(number, node)))
-        elif any(atom in data for atom in node.ins):
-            _refuse_hidden(node, data)
+class _Finder:
+    """The attention sites of a graph, with what is known of its axes."""
+
+    def __init__(self, graph: Graph, data: frozenset[Value]):
+        self.data = data
+        self.axes = Axes(graph, data)
+        self.starts = find_starts(graph, data, self.axes)
+        shape = graph.outs[0].shape if graph.outs else ()
+        self.batch = shape[0] if shape else None
+        out = graph.outs[0] if shape else None
+        self.examples = self.axes.of(out)[0] if isinstance(out, Value) else ()
+        self.unread: list[Node] = []
+
+    def sites(
+        self, graph: Graph, place: tuple[Step, ...], outer: tuple[Graph, ...]
+    ) -> Iterator[Site]:
+        """The sites of a graph that stands at a place, inside of other graphs."""
+        users = graph.users()
+        for number, node in enumerate(graph.nodes):
+            if node in self.starts.maps:
+                here = (*place, Step(number))
+                site = self._site(node, users, (*outer, graph), here)
+                if site is not None:
+                    yield site
+            elif node.is_control:
+                for body in node.bodies:
+                    yield from self.sites(body, (*place, Step(number, node)), (*outer, graph))
+            elif any(atom in self.data for atom in node.ins):
+                _refuse_hidden(node, self.data)
+
+    def _site(
+        self,
+        start: Node,
+        users: dict[Value, list[Node]],
+        graphs: tuple[Graph, ...],
+        place: tuple[Step, ...],
+    ) -> Site | None:
+        products = list(_products(start.outs[0], users, self.data, tag_name(start)))
+        if not products:
+            return None
+        node, value, name = products[0]
+        if any(other is not value for _, other, _ in products):
+            raise NotImplementedError(
+                f"the attention map of the softmax at {start.where()} is used in several forms "
+                "(masked or cast differently); compute the form once, and use it everywhere"
+            )
+        side = node.ins.index(value)
+        contract, batched = (dims[side] for dims in primitives.contraction(node.equation))
+        free = [a for a in range(len(value.shape)) if a not in contract and a not in batched]
+        if len(contract) != 1 or not free:
+            self.unread += [start] if free else []
+            return None
+        key = contract[0]
+        values = primitives.contraction(node.equation)[0][1 - side][0]
+        beside = self._beside(value, free, key, self.axes.of(node.ins[1 - side])[values])
+        query = self._query(value, tuple(batched), free, key, beside)
+        first, heads = self._batch_axis(value, tuple(batched), node)
+        site = Site(
+            value=value,
+            batch=first,
+            heads=(*heads, *(a for a in free if a != query and value.shape[a] > 1)),
+            query=query,
+            key=key,
+            where=node.where(),
+            place=place,
+            name=name,
+            tokens=self.axes.of(value)[query],
+            keys=self.axes.of(value)[key],
+            first_key=0 if beside is None else beside.start,
+            own_keys=beside is not None,
+        )
+        site = self._with_residual(site, node, side, self.starts.maps[start], graphs)
+        return self._in_loops(site, graphs)
+
+    def _beside(self, value: Value, free: list[int], key: int, values: Axis) -> Extension | None:
+        """Where the queries' own keys begin, if the keys have constant ones beside them."""
+        axes = self.axes.of(value)
+        keys, held = self.axes.extension(axes[key]), self.axes.extension(values)
+        if keys is None or held is None or keys.start != held.start:
+            return None
+        if not same(keys.axis, held.axis):
+            return None
+        return keys if any(same(axes[a], keys.axis) for a in free) else None
+
+    def _query(
+        self,
+        value: Value,
+        batched: tuple[int, ...],
+        free: list[int],
+        key: int,
+        beside: Extension | None,
+    ) -> int:
+        """The queries' axis among several free ones, of which the others are query groups."""
+        axes = self.axes.of(value)
+        long = [axis for axis in free if value.shape[axis] > 1] or free
+        keys = axes[key] if beside is None else beside.axis
+        own = [axis for axis in long if same(axes[axis], keys)]
+        # Groups are a part of the heads' axis, and what depends on weights alone.
+        heads = frozenset().union(*(roots(axes[axis]) for axis in batched))
+        apart = [axis for axis in long if not roots(axes[axis]) & heads]
+        moving = [a for a in apart if any(root.source in self.data for root in roots(axes[a]))]
+        alike = [axis for axis in long if value.shape[axis] == value.shape[key]]
+        return (own or moving or alike or apart or long)[-1]
+
+    def _batch_axis(
+        self, value: Value, batched: tuple[int, ...], product: Node
+    ) -> tuple[int | None, tuple[int, ...]]:
+        """Which of the product's batch axes is the batch of examples; the others are heads."""
+        if self.batch is None:
+            return (batched[0], batched[1:]) if len(batched) > 1 else (None, batched)
+        axes = self.axes.of(value)
+        known = [axis for axis in batched if same(axes[axis], self.examples)]
+        if len(known) == 1:
+            return known[0], tuple(axis for axis in batched if axis != known[0])
+        other = batched and same(axes[batched[0]], self.examples) is False
+        if batched and value.shape[batched[0]] == self.batch and not other:
+            return batched[0], batched[1:]
+        if self.batch == 1:
+            return None, batched
+        raise self._no_examples(value, product)
+
+    def _no_examples(self, value: Value, product: Node) -> ValueError:
+        return ValueError(
+            f"the function returns {self.batch} scalars, one per example, but the attention map "
+            f"{value.shape} at {product.where()} has no first axis of {self.batch} examples (they "
+            "may be folded with heads or windows, or run one by one in a scan). Explain one "
+            "example at a time, as in jax.vmap(attention.relevance(lambda x: fun(x[None])[0]))"
+            "(batch), or tag the maps as [batch, heads, query, key]"
+        )
+
+    def _with_residual(
+        self, site: Site, product: Node, side: int, scores: Value, graphs: tuple[Graph, ...]
+    ) -> Site:
+        residual = find_residual(product, scores, site.tokens, graphs, self.data, self.axes)
+        if residual is None and not all(root.known for root in roots(site.tokens)):
+            residual = find_residual(product, scores, (), graphs, self.data, self.axes)
+        equal = site.size(site.query) == site.size(site.key)
+        told = True if site.own_keys else same(site.tokens, site.keys)
+        if told is None and residual is not None:
+            # Self-attention reads its values from the stream it is added to.
+            stream = origin(residual.before, graphs[-1].producers())
+            told = equal and product.ins[1 - side] in dependents(graphs[0], [stream])
+        is_self = bool(told) and (equal or site.own_keys)
+        if residual is not None:
+            known = _is_stream(residual.before, site) and _is_stream(residual.after, site)
+            residual = residual if known else None
+        return dataclasses.replace(site, residual=residual, is_self=is_self)
+
+    def _in_loops(self, site: Site, graphs: tuple[Graph, ...]) -> Site:
+        """Tell loops over layers from loops over heads, and whole streams from windows."""
+        axes = self.axes.of(site.value)
+        parts = [axes[axis] for axis in site.heads]
+        if site.batch is not None and same(axes[site.batch], self.examples) is not True:
+            parts.append(axes[site.batch])
+        mapped = []
+        around = [step.node for step in site.place[:-1]]
+        for node, inner in zip(around, graphs[1:], strict=True):
+            if node is not None and node.scan and not _recurs(node, inner, site.value):
+                mapped.append(node)
+                parts.append(self.axes.scanned[node])
+        if self.batch not in (None, 1) and any(same(part, self.examples) for part in parts):
+            raise self._no_examples(site.value, graphs[-1].nodes[site.place[-1].number])
+        windows = any(roots(part) & roots(site.tokens) for part in parts)
+        return dataclasses.replace(site, mapped=tuple(mapped), windows=windows)
+
+
+def _recurs(scan: Node, body: Graph, value: Value) -> bool:
+    """Whether a scan's later iterations depend on a map of the earlier ones."""
+    assert scan.scan is not None
+    first, count = scan.scan.consts, scan.scan.carries
+    made = dependents(body, [value])
+    ins = body.ins[first : first + count]
+    state = [given for given, out in zip(ins, body.outs, strict=False) if out in made]
+    return value in dependents(body, state)
 
 
 def _refuse_hidden(node: Node, data: frozenset[Value]) -> None:
     """Raise if a program that cannot be entered computes attention, or may."""
-    hidden = any(True for body in node.bodies for _ in _find_sites(body, data, None, ()))
+    for inner in (inner for body in node.bodies for inner in body.walk()):
+        if not inner.is_control and any(atom in data for atom in inner.ins):
+            _refuse_hidden(inner, data)
+    hidden = any(_computes_attention(body, data) for body in node.bodies)
     known = node.name in TRANSPARENT
     if hidden or (node.bodies and not known) or "attention" in node.name:
         what = "computes attention" if hidden else "may compute attention"
@@ -281,55 +341,6 @@ def _refuse_hidden(node: Node, data: frozenset[Value]) -> None:
             f"{node.name} at {node.where()} {what} where its maps cannot be reached; "
             f"{cure(node) or plain}"
         )
-
-
-def _site(
-    graph: Graph,
-    softmax: Node,
-    scores: Value,
-    users: dict[Value, list[Node]],
-    data: frozenset[Value],
-    batch: int | None,
-    place: tuple[Step, ...],
-) -> Iterator[Site]:
-    products = list(_products(softmax.outs[0], users, data))
-    if not products:
-        return
-    node, value, name = products[0]
-    if any(other is not value for _, other, _ in products):
-        raise NotImplementedError(
-            f"the attention map of the softmax at {softmax.where()} is used in several forms "
-            "(masked or cast differently); compute the form once, and use it everywhere"
-        )
-    side = node.ins.index(value)
-    contract, batched = (dims[side] for dims in primitives.contraction(node.equation))
-    free = [a for a in range(len(value.shape)) if a not in contract and a not in batched]
-    if len(contract) != 1 or not free:
-        return
-    # Among several free axes (query groups) the queries' is as long as the keys', or the last.
-    long = [axis for axis in free if value.shape[axis] > 1]
-    alike = [axis for axis in long if value.shape[axis] == value.shape[contract[0]]]
-    query = (alike or long or free)[-1]
-    first, heads = _batch_axis(value, tuple(batched), batch, node)
-    site = Site(
-        value=value,
-        batch=first,
-        heads=(*heads, *(a for a in free if a != query and value.shape[a] > 1)),
-        query=query,
-        key=contract[0],
-        where=node.where(),
-        place=place,
-        name=name,
-    )
-    residual = _residual(graph, node.outs[0], scores, users, data)
-    if residual is None:
-        yield site
-        return
-    # Self-attention reads its values from the stream it is added to.
-    stream = origin(residual.before, graph.producers())
-    is_self = node.ins[1 - side] in dependents(graph, [stream])
-    known = _is_stream(residual.before, site) and _is_stream(residual.after, site)
-    yield dataclasses.replace(site, residual=residual if known else None, is_self=is_self)
 
 
 def _is_stream(value: Value, site: Site) -> bool:
@@ -346,57 +357,21 @@ def _products(
     for node in users.get(value, ()):
         if node.name in DOT and all(atom in data for atom in node.ins):
             yield node, value, name
-        elif node.name in _MASKING:
-            yield from _products(node.outs[0], users, data, tag_name(node) or name)
+        elif node.name in MASKING:
+            out = node.outs[node.ins.index(value) if len(node.outs) > 1 else 0]
+            yield from _products(out, users, data, tag_name(node) or name)
 
 
-def _batch_axis(
-    value: Value, batched: tuple[int, ...], batch: int | None, product: Node
-) -> tuple[int | None, tuple[int, ...]]:
-    """Which of the product's batch axes is the batch of examples; the others are heads."""
-    if batch is None:
-        return (batched[0], batched[1:]) if len(batched) > 1 else (None, batched)
-    if batched and value.shape[batched[0]] == batch:
-        return batched[0], batched[1:]
-    if batch == 1:
-        return None, batched
-    raise ValueError(
-        f"the function returns {batch} scalars, one per example, but the attention map "
-        f"{value.shape} at {product.where()} has no first axis of {batch} examples (they may be "
-        "folded with heads or windows, or run one by one in a scan). Explain one example at a "
-        "time, as in jax.vmap(attention.relevance(lambda x: fun(x[None])[0]))(batch), or tag the "
-        "maps as [batch, heads, query, key]"
-    )
-
-
-def _residual(
-    graph: Graph,
-    out: Value,
-    scores: Value,
-    users: dict[Value, list[Node]],
-    data: frozenset[Value],
-) -> Residual | None:
-    """The sum of an attention's output and the stream that its queries come from."""
-    producers = graph.producers()
-    value, after = out, None
-    while len(users.get(value, ())) == 1:
-        (node,) = users[value]
-        active = [atom for atom in node.ins if isinstance(atom, Value) and atom in data]
-        if node.name in ADD and len(active) == 2:
-            other = active[1] if active[0] is value else active[0]
-            if other is value or other.shape != value.shape:
-                return None
-            after = value if after is None else after
-            if scores in dependents(graph, [origin(other, producers)]):
-                return Residual(other, after, node.outs[0])
-        elif len(active) != 1 or node.name not in _MASKING | ADD | DOT:
-            return None
-        value = node.outs[0]
-    return None
+def _kind(site: Site) -> tuple:
+    """What the sites of a stack have in common."""
+    return site.name, site.shape, site.is_self, site.own_keys, site.windows
 
 
 def _continues(graph: Graph, last: Site, site: Site) -> bool:
-    if (site.name, site.shape, site.is_self) != (last.name, last.shape, last.is_self):
+    """Whether a site may be a later layer of an earlier one's stack."""
+    if _kind(site) != _kind(last):
+        return False
+    if same(site.tokens, last.tokens) is False:
         return False
     return site.name is not None or site.value in dependents(graph, [last.value])
 

@@ -1,6 +1,7 @@
 """Attention relevance of a function as it stands, over the self-attention of each stream."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from jaxrel.attention.methods import METHODS, TABLE, check_methods
 from jaxrel.attention.streaming import accumulate, seed, weigh_sum
 from jaxrel.propagation.composites import as_composite, attn_lrp
 from jaxrel.renamed import renamed_keywords
+from jaxrel.tracing.axes import same
 from jaxrel.tracing.capture import taps_with_grad
 from jaxrel.tracing.evaluate import Edits, Interceptor
 from jaxrel.tracing.graph import Traced
@@ -83,7 +85,8 @@ def relevance(
       ValueError: (when called) unknown method, measure, stack, layer or target token; no or several
         attention stacks where one is needed; no residual stream found for 'weighted'.
       TypeError: (when called) `fun` returns something other than one real array.
-      NotImplementedError: (when called) attention inside a kernel or a hand-written derivative.
+      NotImplementedError: (when called) attention inside a kernel or a hand-written derivative,
+        within windows, or in a form that is not recognised, so that its layer would be missing.
     """
     explain = value_and_relevance(
         fun,
@@ -130,7 +133,13 @@ def value_and_relevance(
         _check_scalars(traced)
         stacks = _choose(traced, args, attention, argnums, "weighted" in methods)
         target_tokens = {s.name: _target_token(target_token, s) for s in stacks}
-        if streaming:
+        mapped = _mapped(stacks)
+        if mapped is not None and form == "streaming":
+            raise NotImplementedError(
+                f"form='streaming': the heads at {mapped.where} are computed one after another "
+                "in a loop, and relevance must see them together; use form='auto'"
+            )
+        if streaming and mapped is None:
             out, result = _stream(traced, stacks, methods[0], target_tokens, importance)
             result = {methods[0]: result}
         else:
@@ -148,6 +157,12 @@ def value_and_relevance(
         return out, result[method] if isinstance(method, str) else result
 
     return explained
+
+
+def _mapped(stacks: list[Stack]) -> Site | None:
+    """A site whose heads are computed in a loop, if there is one."""
+    sites = (site for stack in stacks for site in stack.sites)
+    return next((site for site in sites if site.mapped), None)
 
 
 def _check_scalars(traced: Traced) -> None:
@@ -195,6 +210,8 @@ def _choose(
     found = {stack.name: stack for stack in find_stacks(traced, args, argnums)}
     if attention is None:
         names = [name for name, stack in found.items() if stack.is_self]
+        for name in names:
+            _check_tokens(name, found[name])
         if len(names) != 1:
             problem = "no self-attention was found" if not names else "several were found"
             raise ValueError(
@@ -213,12 +230,8 @@ def _choose(
             raise ValueError(
                 f"attention.relevance: no attention is named {name!r}; there is {_listing(found)}"
             )
-        if stack.sites[0].shape[-1] != stack.sites[0].shape[-2]:
-            raise ValueError(
-                f"attention.relevance: {name!r} maps {stack.sites[0].shape[-2]} queries to "
-                f"{stack.sites[0].shape[-1]} keys; relevance accumulates over self-attention. "
-                "For two streams use attention.value_and_bimodal_relevance"
-            )
+        _check_tokens(name, stack)
+        _check_whole(name, found)
         if weighted and not stack.has_residual:
             raise ValueError(
                 f"attention.relevance: method 'weighted' needs the residual stream around "
@@ -232,6 +245,42 @@ def _choose(
     if weighted:
         _check_sums(stacks)
     return stacks
+
+
+def _check_tokens(name: str, stack: Stack) -> None:
+    """Refuse maps whose rows and columns are not the tokens of one stream."""
+    site = stack.sites[0]
+    if stack.in_windows:
+        _, _, query, _ = site.shape
+        raise NotImplementedError(
+            f"attention.relevance: {name!r} at {site.where} attends within parts of the tokens "
+            f"(windows, or chunks of queries) of {query} each, and relevance accumulates over "
+            "maps of all tokens. Compute the map of all tokens, masked outside of the windows"
+        )
+    *_, query, key = site.shape
+    streams = not site.own_keys and same(site.tokens, site.keys) is False
+    if streams or (query != key and not site.own_keys):
+        raise ValueError(
+            f"attention.relevance: {name!r} at {site.where} maps {query} queries to {key} keys; "
+            f"{'the keys are another stream, and ' if streams else ''}relevance accumulates over "
+            "self-attention. For two streams use attention.value_and_bimodal_relevance"
+        )
+
+
+def _check_whole(name: str, found: Mapping[str, Stack]) -> None:
+    """Refuse a tag that some layers of a stream have and others have not."""
+    stack = found.get(name)
+    if stack is None or stack.sites[0].name is None:
+        return
+    for other in found.values():
+        site = other.sites[0]
+        alike = same(site.tokens, stack.sites[0].tokens)
+        if site.name is None and other.is_self and alike:
+            raise ValueError(
+                f"attention.relevance: the tag {name!r} marks {stack.layers} of the layers that "
+                f"attend over these tokens, and {other.layers} are not tagged, at {site.where}; "
+                f"tag the maps of all layers, attn = jaxrel.tag(attn, {name!r}), or of none"
+            )
 
 
 def _check_sums(stacks: list[Stack]) -> None:
@@ -306,7 +355,7 @@ def _stream(
 def _accumulate_at(name: str, site: Site) -> Callable:
     def interceptor(carriers, value):
         carrier, attn = accumulate(carriers[name], site.standard(value))
-        return {**carriers, name: carrier}, site.restore(attn)
+        return {**carriers, name: carrier}, site.restore(attn, value)
 
     return interceptor
 
@@ -371,15 +420,13 @@ def _layers(stack: Stack, taps: Mapping, found: Mapping, what: str) -> Any:
     for site in stack.sites:
         value = _value(site, what)
         x = found[taps[value]]
-        values.append(_standard(site, x.reshape(-1, *value.shape), what))
+        if what == "value":
+            values.append(site.stacked(x))
+        else:
+            batch, _, tokens, _ = site.shape
+            layers = math.prod(scan.length for scan in site.scans)
+            values.append(x.reshape(layers, batch, tokens, -1))
         stages += list(site.stages())
     stacked = jnp.concatenate(values)
     order = sorted(range(len(stages)), key=stages.__getitem__)
     return stacked if order == list(range(len(order))) else stacked[np.asarray(order)]
-
-
-def _standard(site: Site, x: Any, what: str) -> Any:
-    if what == "value":
-        return jax.vmap(site.standard)(x)
-    batch, _, tokens, _ = site.shape
-    return x.reshape(len(x), batch, tokens, -1)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
+from jaxrel.tracing.primitives import KEEPS
 
 Fact = TypeVar("Fact")
 
@@ -79,6 +80,14 @@ class Forward(Generic[Fact]):
         """The facts of what a test decides on: which branch is taken, how long a loop runs."""
         return outs
 
+    def enter(self, node: Node, given: Operands) -> Operands:
+        """What a scan's body is given: of a scanned array, one slice."""
+        return given
+
+    def leave(self, node: Node, stacked: list[Fact]) -> list[Fact]:
+        """The facts of arrays stacked by a scan, given those of one iteration's."""
+        return stacked
+
     def write(self, value: Value, fact: Fact, node: Node | None = None) -> None:
         """Note a fact. Inputs and constants of a graph have no node."""
         self.facts[value] = fact
@@ -111,13 +120,15 @@ class Forward(Generic[Fact]):
         return self.decided(given.test[0], outs) if given.test else outs
 
     def _scan(self, node: Node, given: Operands) -> list[Fact]:
+        given = self.enter(node, given)
         state, stacked = given.state, []
         for start, stop, body in node.segments():
             before, outs = self._settled(body, given._replace(state=state), stop - start == 1)
             # What leaves the loop is the last iteration's, if there is one.
             state = outs[: len(state)] if stop > start else before
             stacked.append(outs[len(state) :])
-        return [*state, *(self.join(*facts) for facts in zip(*stacked, strict=True))]
+        joined = [self.join(*facts) for facts in zip(*stacked, strict=True)]
+        return [*state, *self.leave(node, joined)]
 
     def _while(self, node: Node, given: Operands) -> list[Fact]:
         test, body = node.bodies
@@ -225,6 +236,8 @@ class _Dependents(Forward[bool]):
             self.facts[value] = True
 
     def outs(self, node: Node, ins: list[bool]) -> list[bool]:
+        if node.name in KEEPS and len(ins) == len(node.outs):
+            return ins
         reached = any(ins)
         for body in node.bodies:
             # What goes where inside an opaque program is not ours to know.

@@ -79,6 +79,7 @@ SCATTER_EXTREMA = _names("scatter-max scatter-min")
 SELECT = _names("select_n")
 SIGMOID = _names("logistic")
 ROOTS = _names("sqrt rsqrt pow")
+EXPONENTIALS = EXP | _names("exp2")
 DOT = _names("dot_general")
 CONV = _names("conv_general_dilated")
 LINEAR = DOT | CONV
@@ -91,6 +92,13 @@ TRANSPOSE = _names("transpose")
 BROADCAST = _names("broadcast_in_dim")
 SLICES = _names("slice dynamic_slice split")
 CONCATENATE = _names("concatenate")
+RESHAPES = _names("reshape squeeze")
+# What picks entries by indices: which axis is which afterwards is not said by their order.
+PICKS = _names("gather stack unstack top_k")
+# Where arrays are stored, and what keeps the compiler from moving operations.
+KEEPS = _names("sharding_constraint reshard optimization_barrier device_put")
+CUTS = _names("slice")
+POWERS = _names("integer_pow pow")
 LOOKUPS = _names("gather dynamic_slice")
 SORT = _names("sort")
 TAG = _names("jaxrel_tag name")
@@ -130,6 +138,9 @@ PLACES = _names(
 SCATTERS = _names("scatter scatter-add dynamic_update_slice")
 # Values that are clipped or compared with a constant keep their place.
 CLIPS = MAX | _names("min clamp")
+# What may stand between a softmax and the product with the values: masks, dropout, clips, a
+# sink cut off.
+MASKING = MOVES | SELECT | SCALES | CLIPS | KEEPS | SLICES
 # Relevance passes these by their derivative, exactly: they add, move or select.
 EXACT = (
     MOVES
@@ -280,6 +291,76 @@ def conv_features(equation: Any) -> tuple[int, int]:
 def permutation(equation: Any) -> tuple[int, ...]:
     """Where each axis of a transposed array comes from."""
     return tuple(equation.params["permutation"])
+
+
+def broadcast_axes(equation: Any) -> tuple[int, ...]:
+    """Where the axes of a broadcast array go."""
+    return tuple(map(int, equation.params["broadcast_dimensions"]))
+
+
+def reduced_axes(equation: Any) -> tuple[int, ...] | None:
+    """The axes that a reduction drops; None for another operation."""
+    name = name_of(equation)
+    reduces = name.startswith("reduce_") or name in ("argmax", "argmin")
+    return (
+        tuple(map(int, equation.params["axes"])) if reduces and "axes" in equation.params else None
+    )
+
+
+def picked_axes(equation: Any, rank: int) -> list[int | None]:
+    """By axis of what is picked, the axis of the operand that it is whole; None for others."""
+    name, params = name_of(equation), equation.params
+    if name == "unstack" and "axis" in params:
+        axes = range(len(equation.invars[0].aval.shape))
+        return [axis for axis in axes if axis != params["axis"] % len(axes)]
+    found: list[int | None] = [None] * rank
+    if name == "stack" and "axis" in params:
+        place = params["axis"] % rank
+        return [None if i == place else i - (i > place) for i in range(rank)]
+    if name == "gather":
+        numbers, shape = params["dimension_numbers"], equation.invars[0].aval.shape
+        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        kept = [axis for axis in range(len(shape)) if axis not in gone]
+        for place, axis in zip(numbers.offset_dims, kept, strict=True):
+            if params["slice_sizes"][axis] == shape[axis]:
+                found[place] = axis
+    return found
+
+
+def conv_axes(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Batch, features and space of a convolution: their axes in its input and its output."""
+    numbers = equation.params["dimension_numbers"]
+    return tuple(numbers.lhs_spec), tuple(numbers.out_spec)
+
+
+def placed(equation: Any, axis: int) -> list[tuple[int, int | None]] | None:
+    """Which inputs an operation puts side by side along an axis, and where each starts.
+
+    None for an operation that does no such thing, or for an axis along which it does not.
+    """
+    name, params, ins = name_of(equation), equation.params, equation.invars
+    if name == "pad":
+        low, _, inner = params["padding_config"][axis]
+        return [(0, int(low))] if low >= 0 and inner == 0 else None
+    if name == "concatenate" and params["dimension"] == axis:
+        starts, start = [], 0
+        for number, atom in enumerate(ins):
+            starts.append((number, start))
+            start += atom.aval.shape[axis]
+        return starts
+    if name == "dynamic_update_slice":
+        start = ins[2 + axis]
+        return [(0, 0), (1, int(start.val) if literal(start) else None)]
+    return None
+
+
+def cut(equation: Any, axis: int) -> int | None:
+    """Where a slice begins along an axis; None for another operation, or one with gaps."""
+    if name_of(equation) not in CUTS:
+        return None
+    strides = equation.params["strides"]
+    whole = strides is None or strides[axis] == 1
+    return int(equation.params["start_indices"][axis]) if whole else None
 
 
 def reduced(equation: Any, shape: tuple[int, ...]) -> int:

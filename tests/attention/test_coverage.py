@@ -1,0 +1,101 @@
+"""No layer is left out unsaid: what is not recognised, or not tagged, is an error."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+import jaxrel
+from jaxrel import attention
+
+BATCH, TOKENS, WIDTH = 2, 5, 6
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(BATCH, TOKENS, WIDTH)).astype(np.float32)
+W = (RNG.normal(size=(4, WIDTH, WIDTH)) * 0.4).astype(np.float32)
+
+
+def attend(x, attn_of):
+    scores = jnp.einsum("bqd,bkd->bqk", x @ W[0], x @ W[1])
+    return jnp.einsum("bqk,bkd->bqd", attn_of(scores), x @ W[2]) @ W[3]
+
+
+def softmax(scores):
+    return jax.nn.softmax(scores)
+
+
+# Spellings of softmax that are far from any pattern; should one be recognised, it is right.
+def twice_halved(scores):
+    e = jnp.exp(scores / 2)
+    return e * e / jnp.einsum("bqk,bqk->bq", e, e)[..., None]
+
+
+def cubed(scores):
+    e = jnp.exp(scores / 3)
+    e = e * e * e
+    return e * jnp.sum(e, -1, keepdims=True) ** -1.0
+
+
+def mapped(scores):
+    total = sum(jnp.exp(scores[..., i]) for i in range(TOKENS))
+    return jnp.exp(scores) / total[..., None]
+
+
+SPELLINGS = (twice_halved, cubed, mapped)
+
+
+def two_layers(first, second):
+    def model(x):
+        x = x + attend(x, first)
+        return (x + attend(x, second))[:, 0].sum(-1)
+
+    return model
+
+
+@pytest.mark.parametrize("other", SPELLINGS)
+def test_a_layer_that_is_not_recognised_is_named_or_right(other):
+    want = attention.relevance(two_layers(softmax, softmax))(X)
+    for model in (two_layers(softmax, other), two_layers(other, softmax)):
+        try:
+            got = attention.relevance(model)(X)
+        except NotImplementedError as error:
+            text = str(error)
+            named = "test_coverage.py" in text and f"({other.__name__}" in text
+            if not (named and "tag the map of every layer" in text):
+                raise
+        else:
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # float32 rounding
+
+
+@pytest.mark.parametrize("method", ["equal", "weighted"])
+@pytest.mark.parametrize("other", SPELLINGS)
+def test_tags_on_the_maps_of_all_layers_are_the_way_out(other, method):
+    """The advice of the error, followed."""
+    tagged = lambda spelling: lambda scores: jaxrel.tag(spelling(scores), "maps")
+    model = two_layers(tagged(softmax), tagged(other))
+    want = attention.relevance(two_layers(softmax, softmax), method=method)(X)
+    for names in ("maps", None):
+        got = attention.relevance(model, attention=names, method=method)(X)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # float32 rounding
+
+
+@pytest.mark.parametrize("other", [softmax, *SPELLINGS])
+def test_a_tag_on_one_layer_of_two_is_no_choice_of_a_stack(other):
+    tagged = lambda scores: jaxrel.tag(softmax(scores), "maps")
+    for model in (two_layers(tagged, other), two_layers(other, tagged)):
+        with pytest.raises((ValueError, NotImplementedError), match=r"tag the maps? of"):
+            attention.relevance(model, attention="maps", method="equal")(X)
+
+
+def test_softmaxes_that_are_no_attention_are_no_obstacle():
+    """Experts chosen by a softmax, classes, and a softmax over width, beside attention."""
+
+    def model(x):
+        gate = jax.nn.softmax(x @ W[0][:, :3])
+        experts = jnp.stack([x @ w for w in W[:3]], -2)
+        x = x + jnp.einsum("bte,bted->btd", gate, experts)
+        x = x + (jax.nn.softmax(x @ W[1])[..., None] * W[2]).sum(-2)
+        x = x + attend(x, softmax)
+        return jax.nn.log_softmax(x[:, 0])[:, 0]
+
+    (stack,) = attention.sites(model)(X)
+    assert (stack.layers, stack.is_self) == (1, True)
