@@ -20,7 +20,7 @@ from jaxrel.propagation.rules import (
     Stop,
 )
 from jaxrel.propagation.steps import share_sum, step_for
-from jaxrel.propagation.zero_inputs import add_probes
+from jaxrel.propagation.zero_inputs import Probe, add_probes
 from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.facts import Fact, Facts, active_ins, analyse, is_elementwise
 from jaxrel.tracing.flow import operands
@@ -38,13 +38,13 @@ class Choice:
       operation: from `operations`.
       rule: None if there is none (only where a plan shows that).
       entry: the composite's entry that decided, None for a default.
-      probe: the value that takes relevance which the rule gives directly, if one reaches it.
+      probe: what takes relevance that the rule gives directly, if it reaches the operation.
     """
 
     operation: Operation
     rule: Rule | None
     entry: int | None = None
-    probe: Value | None = None
+    probe: Probe | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Prepared:
     """A graph ready to be evaluated with rules.
 
     `carrying` are the values whose relevance reaches what is explained; `explained` the inputs
-    that carry relevance; the graph's last inputs are their probes, in the same order.
+    that carry relevance; the graph's last inputs are their probes, in the same order. `tagged`
+    are the (name, value) pairs of tagged values that are explained, `probes` their probes.
     """
 
     graph: Graph
@@ -61,6 +62,8 @@ class Prepared:
     choices: tuple[Choice, ...]
     steps: dict[Node, Step]
     explained: tuple[Value, ...]
+    tagged: tuple[tuple[str, Value], ...]
+    probes: dict[Value, Value]
 
 
 def prepare(
@@ -68,7 +71,7 @@ def prepare(
     composite: Composite,
     ins: Sequence[Fact],
     *,
-    tags: Callable[[Graph], Iterable[Value]] = lambda graph: (),
+    tags: Callable[[Graph], Sequence[tuple[str, Value]]] = lambda graph: (),
     names: Callable[[Any], str | None] = lambda constant: None,
     weights: bool = False,
     unknown: Literal["error", "warn", "show"] = "error",
@@ -79,7 +82,7 @@ def prepare(
       graph: from `trace`.
       composite: the rules.
       ins: the fact of every input: explained (active and fresh) or made of parameters.
-      tags: finds more explained values in the graph (tagged ones).
+      tags: finds more explained values in the graph, with the names they are tagged with.
       names: the parameter path of an array the function closed over.
       weights: relevance of weights is wanted too.
       unknown: whether an operation without a rule is an error, a warning and its derivative, or
@@ -88,7 +91,8 @@ def prepare(
     graph = open_calls(graph, lambda node: _opens(node, composite))
 
     def known(graph: Graph, barriers: Iterable[Node] = ()) -> Facts:
-        return analyse(graph, ins, sources=tags(graph), barriers=barriers, names=names)
+        sources = [value for _, value in tags(graph)]
+        return analyse(graph, ins, sources=sources, barriers=barriers, names=names)
 
     facts = known(graph)
     cut = cut_scans(graph, lambda node: _cuts(node, facts, composite))
@@ -121,10 +125,13 @@ def prepare(
         value for value, fact in zip(graph.ins, ins, strict=True) if facts[value].active
     )
     direct = [c.operation.x for c in choices if isinstance(c.operation, Linear) and _direct(c)]
-    probed = add_probes(graph, facts, explained, direct)
+    tagged = tuple(tags(graph))
+    sources = [value for _, value in tagged] if direct else []
+    probed = add_probes(graph, facts, explained, direct, sources)
     choices = tuple(_with_probe(choice, probed.probes) for choice in _clean(choices))
     steps = probed.steps | _steps(choices, weights)
-    return Prepared(probed.graph, facts, carrying, choices, steps, explained)
+    probes = {v: probed.probes[v].value for v in sources if v in probed.probes}
+    return Prepared(probed.graph, facts, carrying, choices, steps, explained, tagged, probes)
 
 
 def _gates(found: Iterable[tuple], facts: Facts) -> dict[Node, frozenset[Value]]:
@@ -166,7 +173,7 @@ def _direct(choice: Choice) -> bool:
     return choice.rule is not None and choice.rule.direct
 
 
-def _with_probe(choice: Choice, probes: dict[Value, Value]) -> Choice:
+def _with_probe(choice: Choice, probes: dict[Value, Probe]) -> Choice:
     if isinstance(choice.operation, Linear) and _direct(choice):
         return dataclasses.replace(choice, probe=probes.get(choice.operation.x))
     return choice

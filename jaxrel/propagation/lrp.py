@@ -186,10 +186,10 @@ def modified_gradient(
 
 @dataclasses.dataclass(frozen=True)
 class Cotangents:
-    """By leaf, tag and parameter: (value, c), and for leaves relevance that is given directly."""
+    """By leaf, tag and parameter: (value, c, relevance that a rule gave directly, or None)."""
 
     leaves: dict[int, tuple[Any, Any, Any]]
-    places: dict[str, tuple[Any, Any]]
+    places: dict[str, tuple[Any, Any, Any]]
 
 
 def traced_call(
@@ -214,7 +214,7 @@ def prepare_call(call: Call, composite: Any, at: Sequence, unknown: Any) -> Prep
         call.traced.graph,
         composite,
         ins,
-        tags=lambda graph: [value for _, value in find_tags(graph, tags, "lrp")],
+        tags=lambda graph: find_tags(graph, tags, "lrp"),
         names=lambda constant: known.get(id(constant)),
         weights=any(isinstance(place, Where) for place in at),
         unknown=unknown,
@@ -224,7 +224,7 @@ def prepare_call(call: Call, composite: Any, at: Sequence, unknown: Any) -> Prep
 def results(call: Call, cotangents: Cotangents, make: Callable[..., Any]) -> Any:
     """What `make` makes of the cotangents, in the structure that was asked for."""
     result = call.gather({i: make(*leaf) for i, leaf in cotangents.leaves.items()})
-    places = {name: make(value, c, None) for name, (value, c) in cotangents.places.items()}
+    places = {name: make(*place) for name, place in cotangents.places.items()}
     if not places:
         return result
     return (result, places) if call.argnums else places
@@ -249,8 +249,10 @@ def forward(
     probes = {i: len(args) + n for n, i in enumerate(explained)}
     args += [jnp.zeros_like(args[i]) for i in explained]
     weights = _weights(call, [place for place in at if isinstance(place, Where)])
-    tagged = find_tags(graph, [name for name in at if isinstance(name, str)], "lrp")
-    edits = Edits(prepared.steps, tap_names(tagged), interceptors or {})
+    tagged = prepared.tagged
+    taps = tap_names(tagged)
+    probed = {prepared.probes[v]: f"{n} directly" for v, n in taps.items() if v in prepared.probes}
+    edits = Edits(prepared.steps, taps | probed, interceptors or {})
     by = [*explained, *weights, *probes.values()]
     evaluated, pull = pullback(graph, args, edits, by=by, carrier=carrier)
     values = gather(tagged, evaluated.taps)
@@ -258,13 +260,19 @@ def forward(
     def back(c: Any) -> tuple[Cotangents, Any]:
         pulled = pull(c)
         cs = dict(zip(by, pulled.args, strict=True))
-        c_tags = gather(tagged, pulled.taps)
-        places = {name: (value, c_tags[name]) for name, value in values.items()}
-        places |= {call.paths[i]: (args[i], cs[i]) for i in weights}
+        c_tags, direct = gather(tagged, pulled.taps), gather(tagged, _direct(pulled.taps))
+        places = {name: (value, c_tags[name], direct[name]) for name, value in values.items()}
+        places |= {call.paths[i]: (args[i], cs[i], None) for i in weights}
         leaves = {i: (args[i], cs[i], cs[probe]) for i, probe in probes.items()}
         return Cotangents(leaves, places), pulled.carrier
 
     return evaluated.outs, back
+
+
+def _direct(taps: Mapping[str, Any]) -> dict[str, Any]:
+    """By tap, the relevance that a rule gave directly: zeros where it has no probe."""
+    found = {name: taps.get(f"{name} directly") for name in taps}
+    return {name: jnp.zeros_like(taps[name]) if r is None else r for name, r in found.items()}
 
 
 def as_relevance(value: Any, c: Any, direct: Any) -> Any:
