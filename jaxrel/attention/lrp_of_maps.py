@@ -47,7 +47,9 @@ def lrp_of_maps(
         for value, path in zip(graph.ins, paths, strict=True)
     ]
     known = dependents(graph, [value for value in data if value not in explained])
-    prepared = prepare(graph, as_composite(rules), ins, tags=lambda graph: _rows(graph, known))
+    prepared = prepare(
+        graph, as_composite(rules), ins, tags=lambda graph: _rows(graph, known), whole=taps
+    )
     there = {out for node in prepared.graph.walk() for out in node.outs}
     if not set(taps) <= there:
         raise NotImplementedError(

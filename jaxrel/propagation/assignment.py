@@ -3,11 +3,12 @@
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxrel.propagation.composites import Composite, kinds_named, specific
-from jaxrel.propagation.finder import carriers, operations, stacked
+from jaxrel.propagation.cuts import Cuts
+from jaxrel.propagation.finder import carriers, operations
 from jaxrel.propagation.operations import Linear, Operation, Product
 from jaxrel.propagation.rules import (
     KINDS,
@@ -23,10 +24,9 @@ from jaxrel.propagation.steps import share_sum, step_for
 from jaxrel.propagation.zero_inputs import Probe, add_probes
 from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.facts import Fact, Facts, active_ins, analyse, is_elementwise
-from jaxrel.tracing.flow import operands
 from jaxrel.tracing.graph import Graph, Node, Value
 from jaxrel.tracing.opaque import cure
-from jaxrel.tracing.primitives import CUSTOM, CUSTOM_JVP, LINEAR
+from jaxrel.tracing.primitives import CUSTOM, CUSTOM_JVP
 from jaxrel.tracing.rewrite import cut_scans, open_calls
 
 
@@ -75,6 +75,7 @@ def prepare(
     names: Callable[[Any], str | None] = lambda constant: None,
     weights: bool = False,
     unknown: Literal["error", "warn", "show"] = "error",
+    whole: Collection[Value] = (),
 ) -> Prepared:
     """Choose a rule for every operation and make the steps that carry them out.
 
@@ -87,17 +88,20 @@ def prepare(
       weights: relevance of weights is wanted too.
       unknown: whether an operation without a rule is an error, a warning and its derivative, or
         is only shown.
+      whole: values in scans that must stay one; their first iterations have the others' rules.
     """
     graph = open_calls(graph, lambda node: _opens(node, composite))
 
+    def found_in(graph: Graph) -> list[Value]:
+        return [value for _, value in tags(graph)]
+
     def known(graph: Graph, barriers: Iterable[Node] = ()) -> Facts:
-        sources = [value for _, value in tags(graph)]
-        return analyse(graph, ins, sources=sources, barriers=barriers, names=names)
+        return analyse(graph, ins, sources=found_in(graph), barriers=barriers, names=names)
 
     facts = known(graph)
-    cut = cut_scans(graph, lambda node: _cuts(node, facts, composite))
-    if any(node.cuts for node in cut.walk()):
-        graph, facts = cut, known(cut)
+    while any(map(cuts := Cuts(facts, composite, found_in(graph), whole), graph.walk())):
+        graph = cut_scans(graph, cuts)
+        facts = known(graph)
 
     def choose(cut: Mapping[Node, frozenset[Value]] | None = None) -> tuple[set[Value], list]:
         carrying = carriers(graph, facts, cut)
@@ -126,7 +130,7 @@ def prepare(
     )
     direct = [c.operation.x for c in choices if isinstance(c.operation, Linear) and _direct(c)]
     tagged = tuple(tags(graph))
-    sources = [value for _, value in tagged] if direct else []
+    sources = found_in(graph) if direct else []
     probed = add_probes(graph, facts, explained, direct, sources)
     choices = tuple(_with_probe(choice, probed.probes) for choice in _clean(choices))
     steps = probed.steps | _steps(choices, weights)
@@ -185,23 +189,6 @@ def _opens(node: Node, composite: Composite) -> bool:
         return False
     _, rule = composite.choose(Operation(kind=node.name, node=node))
     return len(node.bodies) == 1 and rule is None
-
-
-def _cuts(node: Node, facts: Facts, composite: Composite) -> set[int]:
-    if node.scan is None:
-        return set()
-    length = node.scan.length
-    cuts = composite.cuts(length) if stacked(node, facts) else set()
-    if composite.mentions_first and length > 1 and _begins(node, facts):
-        cuts.add(length - 1 if node.scan.reverse else 1)
-    return cuts
-
-
-def _begins(node: Node, facts: Facts) -> bool:
-    """Whether a scan's first iteration holds a first linear operation, and only that one."""
-    state = [a for a in operands(node, node.ins).state if isinstance(a, Value)]
-    fresh = any(facts[value].active and facts[value].fresh for value in state)
-    return fresh and any(one.name in LINEAR for body in node.bodies for one in body.walk())
 
 
 def _steps(choices: Iterable[Choice], weights: bool) -> dict[Node, Step]:
