@@ -219,7 +219,7 @@ def _covered(
 ) -> Iterator[Choice]:
     missing = [operation for operation, _, rule in found if rule is None]
     if missing and unknown != "show":
-        message = _missing(missing)
+        message = _missing(missing, [one for one, _, rule in found if rule is not None])
         impossible = [one for one in missing if cure(one.node)]
         if unknown != "warn" or impossible:
             raise NotImplementedError(message)
@@ -229,23 +229,30 @@ def _covered(
         yield Choice(operation, default if rule is None else rule, entry)
 
 
-def _missing(operations: Sequence[Operation]) -> str:
+def _missing(operations: Sequence[Operation], others: Sequence[Operation]) -> str:
     lines = [f"lrp: {len(operations)} operation(s) carry relevance and have no rule:"]
     for operation in operations[:8]:
         paths = f", parameters {', '.join(operation.paths)}" if operation.paths else ""
-        advice = cure(operation.node)
-        if advice is None and operation.kind in KINDS:
-            advice = f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Epsilon()) to the composite"
-        elif advice is None:
-            advice = (
-                f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Gradient()) to the composite "
-                "for its plain derivative"
-            )
+        advice = cure(operation.node) or _advice(operation, others)
         place = f" ({operation.where()}{paths})" if operation.where() else paths
         lines.append(f"  {operation.kind}{place}: {advice}")
     if len(operations) > 8:
         lines.append(f"  and {len(operations) - 8} more; jaxrel.plan lists all")
     return "\n".join(lines)
+
+
+def _advice(operation: Operation, others: Iterable[Operation]) -> str:
+    """An entry for an operation, and for none of the others, which have rules."""
+    where = f"jaxrel.op({operation.kind!r})"
+    if operation.kind in KINDS:
+        return f"add ({where}, jaxrel.rules.Epsilon()) at the end of the composite"
+    like = sorted({one.kind for one in others if one.name == operation.kind})
+    if like:
+        where += f" & ~jaxrel.op({', '.join(map(repr, like))})"
+    return (
+        f"add ({where}, jaxrel.rules.Gradient()) at the end of the composite for its plain "
+        "derivative"
+    )
 
 
 def _check_matches(composite: Composite, choices: Sequence[Choice]) -> None:

@@ -354,6 +354,8 @@ def _interceptor(
 
 def _total(value: Any, c: Any) -> Any:
     """The sum of a value's relevance; masked (infinite) values have none."""
+    if jnp.iscomplexobj(value):
+        return jnp.sum((value * c).real.astype(jnp.float32))
     relevance = value.astype(jnp.float32) * c.astype(jnp.float32)
     return jnp.sum(jnp.where(jnp.isfinite(relevance), relevance, 0))
 

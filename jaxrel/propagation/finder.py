@@ -10,6 +10,7 @@ from jaxrel.tracing.flow import Backward, operands
 from jaxrel.tracing.graph import Graph, Node, Value, tag_name
 from jaxrel.tracing.patterns import softmaxes
 from jaxrel.tracing.primitives import (
+    COMPLEX,
     DIV,
     ELEMENTWISE,
     EXACT,
@@ -151,7 +152,7 @@ class _Finder(LinearMaps):
         if not active or tag_name(node):
             return
         if any(v.aval.dtype.kind == "c" for v in [*active, *node.outs]):
-            yield self.make(Operation, node, kind=node.name)
+            yield self._complex(node, active)
         elif node in self.softmaxes:
             scores, inside = self.softmaxes[node]
             yield self.block(Block, "softmax", node, scores, inside)
@@ -182,6 +183,14 @@ class _Finder(LinearMaps):
             yield self.make(Operation, node, kind="max_pool")
         elif node.name not in EXACT and not self._is_scaling(node, active):
             yield self.make(Operation, node, kind=node.name)
+
+    def _complex(self, node: Node, active: list[Value]) -> Operation:
+        """An operation on complex values: its kind is its own, that of no real operation."""
+        if len(active) == 2 and node.name in LINEAR | SCALES:
+            kind = "matmul" if node.name in LINEAR else "product"
+            return self.make(Product, node, kind=kind, gates=("", ""))
+        kind = node.name if node.name in COMPLEX else f"complex_{node.name}"
+        return self.make(Operation, node, kind=kind)
 
     def _is_move(self, node: Node, active: list[Value]) -> bool:
         """Whether a linear map's weights are written into the program, as a resize's are."""
