@@ -90,7 +90,6 @@ def prepare(
         is only shown.
       whole: values in scans that must stay one; their first iterations have the others' rules.
     """
-    graph = open_calls(graph, lambda node: _opens(node, composite))
 
     def found_in(graph: Graph) -> list[Value]:
         return [value for _, value in tags(graph)]
@@ -98,7 +97,7 @@ def prepare(
     def known(graph: Graph, barriers: Iterable[Node] = ()) -> Facts:
         return analyse(graph, ins, sources=found_in(graph), barriers=barriers, names=names)
 
-    facts = known(graph)
+    graph, facts = _opened(graph, composite, known)
     while any(map(cuts := Cuts(facts, composite, found_in(graph), whole), graph.walk())):
         graph = cut_scans(graph, cuts)
         facts = known(graph)
@@ -189,6 +188,35 @@ def _opens(node: Node, composite: Composite) -> bool:
         return False
     _, rule = composite.choose(Operation(kind=node.name, node=node))
     return len(node.bodies) == 1 and rule is None
+
+
+def _opened(
+    graph: Graph, composite: Composite, known: Callable[[Graph], Facts]
+) -> tuple[Graph, Facts]:
+    """The graph with the functions whose bodies get rules opened, and its facts.
+
+    Rules cannot enter a while loop: a function with a derivative of its own that holds one is left
+    whole, so that this derivative may be used.
+    """
+    opened = open_calls(graph, lambda node: _opens(node, composite))
+    facts = known(opened)
+    loops = {
+        id(node.equation)
+        for node in opened.walk()
+        if node.loop and any(out in facts and facts[out].active for out in node.outs)
+    }
+    whole = {
+        id(call.equation)
+        for call in graph.walk()
+        if loops and call.name in CUSTOM
+        if any(id(node.equation) in loops for body in call.bodies for node in body.walk())
+    }
+    if not whole:
+        return opened, facts
+    graph = open_calls(
+        graph, lambda node: id(node.equation) not in whole and _opens(node, composite)
+    )
+    return graph, known(graph)
 
 
 def _steps(choices: Iterable[Choice], weights: bool) -> dict[Node, Step]:

@@ -16,6 +16,7 @@ from jaxrel.tracing.capture import find_tags, gather, tap_names
 from jaxrel.tracing.evaluate import Edits, Interceptor
 from jaxrel.tracing.facts import Fact
 from jaxrel.tracing.graph import Value
+from jaxrel.tracing.modules import held
 from jaxrel.tracing.pullback import Call, as_seed, path_of, pullback, seed_cotangent
 
 Unknown = Literal["error", "warn"]
@@ -66,12 +67,32 @@ def lrp(
     """
     explain = value_and_lrp(fun, rules, argnums=argnums, has_aux=has_aux, at=at, unknown=unknown)
 
-    @functools.wraps(fun, assigned=("__name__", "__doc__"), updated=())
     def explained(*args, seed: Any = None, **kwargs):
         value, relevance = explain(*args, seed=seed, **kwargs)
         return (relevance, value[1]) if has_aux else relevance
 
+    for name in ("__name__", "__doc__"):
+        if isinstance(given := getattr(fun, name, None), str):
+            setattr(explained, name, given)
+    # `jit(..., static_argnames="seed")` reads the signature.
+    if (signature := _with_seed(fun)) is not None:
+        vars(explained)["__signature__"] = signature
     return explained
+
+
+def _with_seed(fun: Callable) -> inspect.Signature | None:
+    """The function's signature with one more keyword, `seed`; None if it cannot be told."""
+    try:
+        signature = inspect.signature(fun)
+    except (TypeError, ValueError):
+        return None
+    *rest, last = [*signature.parameters.values(), None]
+    if rest and rest[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        last = rest.pop()
+    if "seed" in signature.parameters:
+        return None
+    seed = inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*rest, seed, *([] if last is None else [last])])
 
 
 def value_and_lrp(
@@ -335,24 +356,8 @@ class _Leaf:
 
 def _closed_over(fun: Callable) -> dict[int, str]:
     """Paths of the arrays that a function brings with it: as a module, or in its closure."""
-    owners: list[tuple[str, Any]] = []
-    while isinstance(fun, functools.partial):
-        owners += [("", arg) for arg in (*fun.args, *fun.keywords.values())]
-        fun = fun.func
-    owners.append(("", getattr(fun, "__self__", fun)))
-    function = inspect.unwrap(fun) if callable(fun) else fun
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    if code is not None and cells:
-        for name, cell in zip(code.co_freevars, cells, strict=True):
-            try:
-                owners.append((name, cell.cell_contents))
-            except ValueError:  # an empty cell
-                continue
-    if code is not None:
-        scope = getattr(function, "__globals__", {})
-        owners += [(name, scope[name]) for name in code.co_names if name in scope]
     found: dict[int, str] = {}
-    for name, owner in owners:
+    for name, owner in held(fun):
         try:
             leaves = jax.tree_util.tree_flatten_with_path(owner)[0]
         except Exception:

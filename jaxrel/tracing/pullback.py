@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from jaxrel.tracing.evaluate import Edits, Evaluated, evaluate, tap_shapes
 from jaxrel.tracing.graph import Graph, Traced, trace
+from jaxrel.tracing.modules import pure, split
 from jaxrel.tracing.sharding import shaped_like, zeros
 
 
@@ -72,7 +73,7 @@ class Call:
     Attributes:
       caller: whose call it is, for errors.
       fun: the function.
-      args: its arguments, those that are no arrays (booleans, strings, None) left out.
+      args: its arguments; what is no number in them (booleans, strings, functions) left out.
       argnums: the explained arguments.
       single: whether one was asked for, not several.
       traced: the graph and its flat arguments, the leaves.
@@ -95,14 +96,14 @@ class Call:
     ) -> "Call":
         """Trace a call and check what it explains; see `check_output` for `has_aux`."""
         chosen = _explained_arguments(caller, argnums, args)
-        static = [arg is None or isinstance(arg, bool | str) for arg in args]
-        given, args = args, tuple(() if s else arg for s, arg in zip(static, args, strict=True))
+        parts = [split(arg) for arg in args]
+        args = tuple(arg for arg, _ in parts)
+        whole = pure(fun)
 
         def call_fun(*args):
-            merged = zip(given, args, static, strict=True)
-            return fun(*(kept if s else arg for kept, arg, s in merged))
+            return whole(*(merge(arg) for (_, merge), arg in zip(parts, args, strict=True)))
 
-        traced = trace(call_fun if any(static) else fun, *args)
+        traced = trace(call_fun, *args)
         check_output(caller, traced, has_aux)
         leaves = leaf_paths(fun, args)
         call = cls(
