@@ -117,13 +117,7 @@ class Call:
             paths=tuple(path for _, path in leaves),
         )
         if chosen and not call.explained():
-            kinds = ", ".join(sorted({str(traced.args[i].dtype) for i in call.chosen()}))
-            raise TypeError(
-                f"{caller}: the explained argument holds no real numbers ({kinds or 'nothing'}); "
-                "explain a real one, such as the embedding of integer tokens. jaxrel.lrp explains "
-                "it where it is: mark it, jaxrel.tag(embedding, 'embed'), and ask for "
-                "argnums=None, at='embed'"
-            )
+            raise TypeError(_no_numbers(caller, [traced.args[i] for i in call.chosen()]))
         return call
 
     def chosen(self) -> list[int]:
@@ -147,6 +141,23 @@ class Call:
         """The tree of the explained argument, or of the tuple of several."""
         many = tuple(self.args[index] for index in self.argnums)
         return jax.tree.structure(many[0] if self.single else many)
+
+
+def _no_numbers(caller: str, leaves: Sequence) -> str:
+    """What to explain in the place of integers: an image as reals, or a token's embedding."""
+    kinds = ", ".join(sorted({str(leaf.dtype) for leaf in leaves})) or "nothing"
+    text = f"{caller}: the explained argument holds no real numbers ({kinds}); "
+    if leaves and all(leaf.dtype == jnp.uint8 for leaf in leaves):
+        return text + (
+            "cast the images, x.astype(jnp.float32), and explain the function of the cast ones; "
+            "or in jaxrel.lrp mark them where the function casts them, "
+            "jaxrel.tag(images, 'pixels'), and ask for argnums=None, at='pixels'"
+        )
+    return text + (
+        "explain a real one, such as the embedding of integer tokens. jaxrel.lrp explains "
+        "it where it is: mark it, jaxrel.tag(embedding, 'embed'), and ask for "
+        "argnums=None, at='embed'"
+    )
 
 
 def _explained_arguments(caller: str, argnums: Any, args: tuple) -> tuple[int, ...]:
