@@ -207,7 +207,7 @@ def deconvnet(fun: Callable, *, argnums: Argnums = 0) -> Callable:
     return _modified("deconvnet", fun, composites.deconvnet(), argnums)
 
 
-def grad_cam(fun: Callable, layer: str, *, size: tuple[int, int] | None = None) -> Callable:
+def grad_cam(fun: Callable, layer: str, *, size: tuple[int, ...] | None = None) -> Callable:
     """Grad-CAM: where a layer's feature maps speak for the output (Selvaraju et al. 2017).
 
     `max(sum over c of w_c A_c, 0)` with `w_c` the mean over positions of the gradient by `A_c`
@@ -215,19 +215,23 @@ def grad_cam(fun: Callable, layer: str, *, size: tuple[int, int] | None = None) 
 
     Args:
       fun: a JAX function that returns one real array. In it, `A = jaxrel.tag(A, layer)` marks
-        the feature maps `[batch, h, w, channels]`, or tokens `[batch, tokens, channels]`.
+        the feature maps `[batch, *positions, channels]`: `[batch, h, w, channels]` of images,
+        `[batch, tokens, channels]` of tokens or sequences, `[batch, d, h, w, channels]` of
+        volumes or videos.
       layer: the tag's name.
-      size: resize the maps to (H, W), bilinearly; by default they have the layer's resolution.
+      size: resize the maps to (H, W), or to (D, H, W), linearly along each axis; by default they
+        have the layer's resolution.
 
     Returns:
-      A function `(*args, seed=None)`, which returns maps, 0 or more, `[batch, h, w]` or
-      `[batch, tokens]`, in float32 (float64 for float64 values). See the module for the seed.
+      A function `(*args, seed=None)`, which returns maps, 0 or more, `[batch, *positions]`, in
+      float32 (float64 for float64 values). See the module for the seed.
 
     Raises:
       TypeError: (when called) the output or what is tagged is not one real array.
-      ValueError: `size` is not two positive integers; (when called) no value, or several, or
-        one in a scan, has the tag; the value has other axes, or the output does not depend on
-        it; a seed of the wrong shape; `size` was given for tokens.
+      ValueError: `size` is not two or more positive integers; (when called) no value, or several,
+        or one in a scan, has the tag; the value has other axes, or the output does not depend on
+        it; a seed of the wrong shape; `size` was given for tokens, or has not a number for each
+        axis of the positions.
       NotImplementedError: (when called) as for `jaxrel.capture`.
     """
     return _grad_cam("grad_cam", fun, layer, size)
@@ -242,7 +246,8 @@ def guided_grad_cam(fun: Callable, layer: str, *, argnums: int = 0) -> Callable:
     Args:
       fun: as in `grad_cam`, with feature maps `[batch, h, w, channels]`.
       layer: the tag's name.
-      argnums: the argument that holds the image, `[batch, height, width, channels]`.
+      argnums: the argument that holds the images, `[batch, height, width, channels]`, or the
+        volumes, `[batch, depth, height, width, channels]`.
 
     Returns:
       A function `(*args, seed=None)`, which returns relevance of the image's shape. See the
@@ -250,19 +255,19 @@ def guided_grad_cam(fun: Callable, layer: str, *, argnums: int = 0) -> Callable:
 
     Raises:
       TypeError, ValueError, NotImplementedError: (when called) as for `guided_backprop` and
-        `grad_cam`; the explained argument is not one array with these four axes.
+        `grad_cam`; the explained argument is not one array with these axes.
     """
     guided = _modified("guided_grad_cam", fun, composites.guided_backprop(), argnums)
 
     def explained(*args, seed: Any = None):
         details = guided(*args, seed=seed)
         shape = getattr(details, "shape", None)
-        if shape is None or len(shape) != 4:
+        if shape is None or len(shape) not in (4, 5):
             raise ValueError(
                 "guided_grad_cam: the explained argument must be images [batch, height, width, "
                 f"channels], got {jax.tree.map(jnp.shape, details)}"
             )
-        place = _grad_cam("guided_grad_cam", fun, layer, shape[1:3])(*args, seed=seed)
+        place = _grad_cam("guided_grad_cam", fun, layer, shape[1:-1])(*args, seed=seed)
         return details * place[..., None]
 
     return explained
@@ -360,8 +365,13 @@ def _modified(name: str, fun: Callable, composite: Any, argnums: Argnums) -> Cal
 
 def _grad_cam(name: str, fun: Callable, layer: str, size: Any) -> Callable:
     size = None if size is None else tuple(size)
-    if size is not None and not (len(size) == 2 and all(_is_count(n) for n in size)):
-        raise ValueError(f"{name}: size must be (height, width), two positive ints, got {size}")
+    if size is not None and not (len(size) >= 2 and all(_is_count(n) for n in size)):
+        raise ValueError(
+            f"{name}: size must be (height, width), or (depth, height, width) of volumes: "
+            f"two positive ints, got {size}"
+            if len(size) < 3
+            else f"{name}: size must be positive ints, got {size}"
+        )
 
     def explained(*args, seed: Any = None):
         traced = trace(fun, *args)
@@ -394,16 +404,21 @@ def _feature_maps(name: str, graph: Graph, layer: str, size: Any) -> Value:
         raise TypeError(f"{name}: {layer!r} holds {value.aval.dtype}, not real numbers")
     out = graph.outs[0]
     batch_differs = out.shape and value.shape[:1] != out.shape[:1]
-    if len(value.shape) not in (3, 4) or batch_differs:
+    if len(value.shape) < 3 or batch_differs:
         raise ValueError(
-            f"{name}: {layer!r} must be feature maps [batch, h, w, channels] or tokens "
-            f"[batch, tokens, channels], got shape {value.shape} for an output of shape "
-            f"{out.shape}"
+            f"{name}: {layer!r} must be feature maps [batch, *positions, channels], such as "
+            f"[batch, h, w, channels] or tokens [batch, tokens, channels], got shape "
+            f"{value.shape} for an output of shape {out.shape}"
         )
     if size is not None and len(value.shape) == 3:
         raise ValueError(
             f"{name}: {layer!r} holds tokens, shape {value.shape}, and only feature maps "
             "[batch, h, w, channels] can be resized; reshape the tokens to a grid and tag that"
+        )
+    if size is not None and len(size) != len(value.shape) - 2:
+        raise ValueError(
+            f"{name}: size {size} must have a number for each axis of the positions in {layer!r}, "
+            f"shape {value.shape}"
         )
     if out not in dependents(graph, [value]):
         raise ValueError(

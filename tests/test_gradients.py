@@ -402,6 +402,37 @@ def test_grad_cam_is_resized():
     np.testing.assert_allclose(found, jax.image.resize(small, found.shape, "bilinear"), **CLOSE)
 
 
+def test_grad_cam_of_volumes_by_its_definition():
+    x, w = normal(BATCH, 4, 5, 6, 3), normal(3, 4)
+
+    def fun(x):
+        return (jaxrel.tag(jax.nn.relu(x @ w), "maps") ** 2).mean((1, 2, 3))
+
+    maps = np.maximum(np.asarray(x) @ np.asarray(w), 0)
+    weights = (2 * maps / (4 * 5 * 6)).mean((1, 2, 3), keepdims=True)
+    expected = np.maximum((weights * maps).sum(-1), 0)
+    np.testing.assert_allclose(gradients.grad_cam(fun, "maps")(x), expected, **CLOSE)
+    larger = gradients.grad_cam(fun, "maps", size=(8, 5, 3))(x)
+    np.testing.assert_allclose(
+        larger, jax.image.resize(expected, (BATCH, 8, 5, 3), "linear"), **CLOSE
+    )
+    guided = gradients.guided_grad_cam(fun, "maps")(x)
+    details = gradients.guided_backprop(fun)(x)
+    np.testing.assert_allclose(guided, details * expected[..., None], **CLOSE)
+    with pytest.raises(ValueError, match=r"size \(8, 5\) must have a number for each axis"):
+        gradients.grad_cam(fun, "maps", size=(8, 5))(x)
+
+
+def test_integer_images_are_to_be_cast():
+    fun = lambda x: (x / 255.0).sum((1, 2))
+    with pytest.raises(TypeError, match=r"uint8.*cast the images, x\.astype.*at='pixels'"):
+        jaxrel.lrp(fun, jaxrel.rules.Epsilon())(jnp.zeros((1, 2, 2), jnp.uint8))
+    tagged = lambda x: (jaxrel.tag(x.astype(jnp.float32), "pixels") / 255.0).sum((1, 2))
+    image = jnp.full((1, 2, 2), 51, jnp.uint8)
+    found = jaxrel.lrp(tagged, jaxrel.rules.Epsilon(), argnums=None, at="pixels")(image)["pixels"]
+    np.testing.assert_allclose(found, jnp.full((1, 2, 2), 0.2), **CLOSE)
+
+
 def test_grad_cam_explains_functions_of_integers():
     table = normal(10, WIDTH)
     fun = lambda ids: read(table[ids])

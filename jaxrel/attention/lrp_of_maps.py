@@ -47,7 +47,9 @@ def lrp_of_maps(
         for value, path in zip(graph.ins, paths, strict=True)
     ]
     known = dependents(graph, [value for value in data if value not in explained])
-    prepared = prepare(graph, as_composite(rules), ins, tags=lambda graph: _looked_up(graph, known))
+    prepared = prepare(
+        graph, as_composite(rules), ins, tags=lambda graph: _rows(graph, known), whole=taps
+    )
     there = {out for node in prepared.graph.walk() for out in node.outs}
     if not set(taps) <= there:
         raise NotImplementedError(
@@ -61,10 +63,10 @@ def lrp_of_maps(
     return {name: values[name] * c[name] for name in taps.values()}
 
 
-def _looked_up(graph: Graph, tokens: frozenset[Value]) -> list[Value]:
-    """The rows that integer data select from tables that are not data."""
+def _rows(graph: Graph, tokens: frozenset[Value]) -> list[tuple[str, Value]]:
+    """The rows, with a name, that integer data select from tables that are not data."""
     return [
-        node.outs[0]
+        ("tokens", node.outs[0])
         for node in graph.walk()
         if node.name in LOOKUPS
         and node.ins[0] not in tokens

@@ -3,11 +3,12 @@
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxrel.propagation.composites import Composite, kinds_named, specific
-from jaxrel.propagation.finder import carriers, operations, stacked
+from jaxrel.propagation.cuts import Cuts
+from jaxrel.propagation.finder import carriers, operations
 from jaxrel.propagation.operations import Elementwise, Linear, Operation, Product
 from jaxrel.propagation.rules import (
     KINDS,
@@ -20,13 +21,12 @@ from jaxrel.propagation.rules import (
     Stop,
 )
 from jaxrel.propagation.steps import share_sum, step_for
-from jaxrel.propagation.zero_inputs import add_probes
+from jaxrel.propagation.zero_inputs import Probe, add_probes
 from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.facts import Fact, Facts, active_ins, analyse, is_elementwise
-from jaxrel.tracing.flow import operands
 from jaxrel.tracing.graph import Graph, Node, Value
 from jaxrel.tracing.opaque import cure
-from jaxrel.tracing.primitives import CUSTOM, CUSTOM_JVP, LINEAR
+from jaxrel.tracing.primitives import CUSTOM, CUSTOM_JVP
 from jaxrel.tracing.rewrite import cut_scans, open_calls
 
 
@@ -38,13 +38,13 @@ class Choice:
       operation: from `operations`.
       rule: None if there is none (only where a plan shows that).
       entry: the composite's entry that decided, None for a default.
-      probe: the value that takes relevance which the rule gives directly, if one reaches it.
+      probe: what takes relevance that the rule gives directly, if it reaches the operation.
     """
 
     operation: Operation
     rule: Rule | None
     entry: int | None = None
-    probe: Value | None = None
+    probe: Probe | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Prepared:
     """A graph ready to be evaluated with rules.
 
     `carrying` are the values whose relevance reaches what is explained; `explained` the inputs
-    that carry relevance; the graph's last inputs are their probes, in the same order.
+    that carry relevance; the graph's last inputs are their probes, in the same order. `tagged`
+    are the (name, value) pairs of tagged values that are explained, `probes` their probes.
     """
 
     graph: Graph
@@ -61,6 +62,8 @@ class Prepared:
     choices: tuple[Choice, ...]
     steps: dict[Node, Step]
     explained: tuple[Value, ...]
+    tagged: tuple[tuple[str, Value], ...]
+    probes: dict[Value, Value]
 
 
 def prepare(
@@ -68,10 +71,11 @@ def prepare(
     composite: Composite,
     ins: Sequence[Fact],
     *,
-    tags: Callable[[Graph], Iterable[Value]] = lambda graph: (),
+    tags: Callable[[Graph], Sequence[tuple[str, Value]]] = lambda graph: (),
     names: Callable[[Any], str | None] = lambda constant: None,
     weights: bool = False,
     unknown: Literal["error", "warn", "show"] = "error",
+    whole: Collection[Value] = (),
 ) -> Prepared:
     """Choose a rule for every operation and make the steps that carry them out.
 
@@ -79,21 +83,24 @@ def prepare(
       graph: from `trace`.
       composite: the rules.
       ins: the fact of every input: explained (active and fresh) or made of parameters.
-      tags: finds more explained values in the graph (tagged ones).
+      tags: finds more explained values in the graph, with the names they are tagged with.
       names: the parameter path of an array the function closed over.
       weights: relevance of weights is wanted too.
       unknown: whether an operation without a rule is an error, a warning and its derivative, or
         is only shown.
+      whole: values in scans that must stay one; their first iterations have the others' rules.
     """
-    graph = open_calls(graph, lambda node: _opens(node, composite))
+
+    def found_in(graph: Graph) -> list[Value]:
+        return [value for _, value in tags(graph)]
 
     def known(graph: Graph, barriers: Iterable[Node] = ()) -> Facts:
-        return analyse(graph, ins, sources=tags(graph), barriers=barriers, names=names)
+        return analyse(graph, ins, sources=found_in(graph), barriers=barriers, names=names)
 
-    facts = known(graph)
-    cut = cut_scans(graph, lambda node: _cuts(node, facts, composite))
-    if any(node.cuts for node in cut.walk()):
-        graph, facts = cut, known(cut)
+    graph, facts = _opened(graph, composite, known)
+    while any(map(cuts := Cuts(facts, composite, found_in(graph), whole), graph.walk())):
+        graph = cut_scans(graph, cuts)
+        facts = known(graph)
 
     def choose(cut: Mapping[Node, frozenset[Value]] | None = None) -> tuple[set[Value], list]:
         carrying = carriers(graph, facts, cut)
@@ -121,10 +128,13 @@ def prepare(
         value for value, fact in zip(graph.ins, ins, strict=True) if facts[value].active
     )
     direct = [c.operation.x for c in choices if isinstance(c.operation, Linear) and _direct(c)]
-    probed = add_probes(graph, facts, explained, direct)
+    tagged = tuple(tags(graph))
+    sources = found_in(graph) if direct else []
+    probed = add_probes(graph, facts, explained, direct, sources)
     choices = tuple(_with_probe(choice, probed.probes) for choice in _clean(choices))
     steps = probed.steps | _steps(choices, weights)
-    return Prepared(probed.graph, facts, carrying, choices, steps, explained)
+    probes = {v: probed.probes[v].value for v in sources if v in probed.probes}
+    return Prepared(probed.graph, facts, carrying, choices, steps, explained, tagged, probes)
 
 
 def _gates(found: Iterable[tuple], facts: Facts) -> dict[Node, frozenset[Value]]:
@@ -166,7 +176,7 @@ def _direct(choice: Choice) -> bool:
     return choice.rule is not None and choice.rule.direct
 
 
-def _with_probe(choice: Choice, probes: dict[Value, Value]) -> Choice:
+def _with_probe(choice: Choice, probes: dict[Value, Probe]) -> Choice:
     if isinstance(choice.operation, Linear) and _direct(choice):
         return dataclasses.replace(choice, probe=probes.get(choice.operation.x))
     return choice
@@ -180,21 +190,33 @@ def _opens(node: Node, composite: Composite) -> bool:
     return len(node.bodies) == 1 and rule is None
 
 
-def _cuts(node: Node, facts: Facts, composite: Composite) -> set[int]:
-    if node.scan is None:
-        return set()
-    length = node.scan.length
-    cuts = composite.cuts(length) if stacked(node, facts) else set()
-    if composite.mentions_first and length > 1 and _begins(node, facts):
-        cuts.add(length - 1 if node.scan.reverse else 1)
-    return cuts
+def _opened(
+    graph: Graph, composite: Composite, known: Callable[[Graph], Facts]
+) -> tuple[Graph, Facts]:
+    """The graph with the functions whose bodies get rules opened, and its facts.
 
-
-def _begins(node: Node, facts: Facts) -> bool:
-    """Whether a scan's first iteration holds a first linear operation, and only that one."""
-    state = [a for a in operands(node, node.ins).state if isinstance(a, Value)]
-    fresh = any(facts[value].active and facts[value].fresh for value in state)
-    return fresh and any(one.name in LINEAR for body in node.bodies for one in body.walk())
+    Rules cannot enter a while loop: a function with a derivative of its own that holds one is left
+    whole, so that this derivative may be used.
+    """
+    opened = open_calls(graph, lambda node: _opens(node, composite))
+    facts = known(opened)
+    loops = {
+        id(node.equation)
+        for node in opened.walk()
+        if node.loop and any(out in facts and facts[out].active for out in node.outs)
+    }
+    whole = {
+        id(call.equation)
+        for call in graph.walk()
+        if loops and call.name in CUSTOM
+        if any(id(node.equation) in loops for body in call.bodies for node in body.walk())
+    }
+    if not whole:
+        return opened, facts
+    graph = open_calls(
+        graph, lambda node: id(node.equation) not in whole and _opens(node, composite)
+    )
+    return graph, known(graph)
 
 
 def _steps(choices: Iterable[Choice], weights: bool) -> dict[Node, Step]:
@@ -226,7 +248,7 @@ def _covered(
     found = [(one, entry, _fitting(one, rule)) for one, entry, rule in found]
     missing = [operation for operation, _, rule in found if rule is None]
     if missing and unknown != "show":
-        message = _missing(missing)
+        message = _missing(missing, [one for one, _, rule in found if rule is not None])
         impossible = [one for one in missing if cure(one.node)]
         if unknown != "warn" or impossible:
             raise NotImplementedError(message)
@@ -243,30 +265,37 @@ def _fitting(operation: Operation, rule: Rule | None) -> Rule | None:
     return None if wrong else rule
 
 
-def _missing(operations: Sequence[Operation]) -> str:
+def _missing(operations: Sequence[Operation], others: Sequence[Operation]) -> str:
     lines = [f"lrp: {len(operations)} operation(s) carry relevance and have no rule:"]
     for operation in operations[:8]:
         paths = f", parameters {', '.join(operation.paths)}" if operation.paths else ""
-        advice = cure(operation.node)
-        if advice is None and isinstance(operation, Elementwise):
-            advice = (
-                "no activation (not 0 at 0, or huge beside it), so relevance cannot pass unchanged; "
-                "if it is part of a softmax or a norm, write that with jax.nn.softmax or jnp.sqrt, "
-                f"else put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the "
-                "other entries of the composite for its plain derivative"
-            )
-        elif advice is None and operation.kind in KINDS:
-            advice = f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Epsilon()) to the composite"
-        elif advice is None:
-            advice = (
-                f"add (jaxrel.op({operation.kind!r}), jaxrel.rules.Gradient()) to the composite "
-                "for its plain derivative"
-            )
+        advice = cure(operation.node) or _advice(operation, others)
         place = f" ({operation.where()}{paths})" if operation.where() else paths
         lines.append(f"  {operation.kind}{place}: {advice}")
     if len(operations) > 8:
         lines.append(f"  and {len(operations) - 8} more; jaxrel.plan lists all")
     return "\n".join(lines)
+
+
+def _advice(operation: Operation, others: Iterable[Operation]) -> str:
+    """An entry for an operation, and for none of the others, which have rules."""
+    if isinstance(operation, Elementwise):
+        return (
+            "no activation (not 0 at 0, or huge beside it), so relevance cannot pass unchanged; "
+            "if it is part of a softmax or a norm, write that with jax.nn.softmax or jnp.sqrt, "
+            f"else put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the "
+            "other entries of the composite for its plain derivative"
+        )
+    where = f"jaxrel.op({operation.kind!r})"
+    if operation.kind in KINDS:
+        return f"add ({where}, jaxrel.rules.Epsilon()) at the end of the composite"
+    like = sorted({one.kind for one in others if one.name == operation.kind})
+    if like:
+        where += f" & ~jaxrel.op({', '.join(map(repr, like))})"
+    return (
+        f"add ({where}, jaxrel.rules.Gradient()) at the end of the composite for its plain "
+        "derivative"
+    )
 
 
 def _check_matches(composite: Composite, choices: Sequence[Choice]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 from jaxtyping import Array
 
 
@@ -14,6 +15,8 @@ class Bilinear:
       nonneg: x is known to be >= 0 (it comes from a ReLU, say), which halves the work of rules
         that treat signs apart.
       relu_after: only a ReLU reads the output, so no relevance comes back to z < 0.
+      present: 1 where x holds the input, 0 where a constant was put in, such as zeros around an
+        image; None if x holds nothing else.
     """
 
     def __init__(
@@ -23,6 +26,7 @@ class Bilinear:
         *,
         nonneg: bool = False,
         relu_after: bool = False,
+        present: Any = None,
     ) -> None:
         """`function` without its bias; `x` an array or a ShapeDtypeStruct of the input."""
         self._function = function
@@ -30,6 +34,7 @@ class Bilinear:
         self._x = x
         self.nonneg = nonneg
         self.relu_after = relu_after
+        self.present = present
 
     def __call__(self, x: Array, w: Array) -> Array:
         """The operation, without its bias."""
@@ -40,6 +45,10 @@ class Bilinear:
         out = jax.eval_shape(self._function, self._x, w)
         transpose = jax.linear_transpose(lambda x: self._function(x, w), self._x)
         return transpose(s.astype(out.dtype))[0]
+
+    def ones(self, x: Array) -> Array:
+        """1 at every place of x that holds the input, 0 at constants beside it."""
+        return jnp.ones_like(x) if self.present is None else self.present.astype(x.dtype)
 
     def swapped(self, w: Any) -> "Bilinear":
         """The same operation read the other way: the weight is the input, x the weight."""

@@ -181,7 +181,8 @@ def op(*names: Any) -> Where:
     'product' (of two), 'add', 'mean', 'max_pool', 'activation', 'softmax', 'logsumexp', 'norm', and
     'batch_norm' (constants that scale and shift the features of a linear map, as of batch
     normalisation with stored statistics: part of the linear map unless an entry names it). Other
-    operations are named by their JAX primitive: op('fft').
+    operations are named by their JAX primitive, op('fft'), and those of complex values that real
+    ones have too with 'complex_' before it: op('complex_mul').
     """
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"op: expected names such as 'conv', got {names}")

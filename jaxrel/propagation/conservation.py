@@ -269,7 +269,7 @@ def _measure(
     outs, back = forward(call, prepared, at, interceptors=interceptors, carrier=zeros)
     found, measures = back(cotangent(outs[0], seed))
     arrived = [as_relevance(*leaf).sum() for leaf in found.leaves.values()]
-    arrived += [as_relevance(*place, None).sum() for place in found.places.values()]
+    arrived += [as_relevance(*place).sum() for place in found.places.values()]
     out = outs[0]
     return outs, found, _total(out, cotangent(out, seed)), sum(arrived), measures
 
@@ -280,7 +280,7 @@ def _values(step: Step) -> tuple[Value, ...]:
 
 def _weighing(prepared: Prepared, step: Step) -> tuple[str, ...]:
     """How each of a step's values shows relevance: by value times c, directly, or not at all."""
-    probes = {choice.probe for choice in prepared.choices if choice.probe is not None}
+    probes = {choice.probe.value for choice in prepared.choices if choice.probe is not None}
 
     def how(value: Value) -> str:
         if value in probes:
@@ -354,6 +354,8 @@ def _interceptor(
 
 def _total(value: Any, c: Any) -> Any:
     """The sum of a value's relevance; masked (infinite) values have none."""
+    if jnp.iscomplexobj(value):
+        return jnp.sum((value * c).real.astype(jnp.float32))
     relevance = value.astype(jnp.float32) * c.astype(jnp.float32)
     return jnp.sum(jnp.where(jnp.isfinite(relevance), relevance, 0))
 

@@ -11,6 +11,7 @@ from jaxrel.tracing.flow import Backward, operands
 from jaxrel.tracing.graph import Constant, Graph, Node, Value, tag_name
 from jaxrel.tracing.patterns import between, logsumexps, origin, softmaxes
 from jaxrel.tracing.primitives import (
+    COMPLEX,
     DIV,
     DOT,
     EXACT,
@@ -160,7 +161,7 @@ class _Finder(LinearMaps):
         if not active or tag_name(node):
             return
         if any(v.aval.dtype.kind == "c" for v in [*active, *node.outs]):
-            yield self.make(Operation, node, kind=node.name)
+            yield self._complex(node, active)
         elif node in self.softmaxes:
             yield self.block(Block, "softmax", node, *self.softmaxes[node])
         elif node in self.logsumexps:
@@ -200,6 +201,14 @@ class _Finder(LinearMaps):
         if gate != "activation" or root is None or root is value:
             return gate
         return "sigmoid" if Samples(self.producers, root, value).is_gate else gate
+
+    def _complex(self, node: Node, active: list[Value]) -> Operation:
+        """An operation on complex values: its kind is its own, that of no real operation."""
+        if len(active) == 2 and node.name in LINEAR | SCALES:
+            kind = "matmul" if node.name in LINEAR else "product"
+            return self.make(Product, node, kind=kind, gates=("", ""))
+        kind = node.name if node.name in COMPLEX else f"complex_{node.name}"
+        return self.make(Operation, node, kind=kind)
 
     def _is_move(self, node: Node, active: list[Value]) -> bool:
         """Whether a linear map's weights are written into the program, as a resize's are."""

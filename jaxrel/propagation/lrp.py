@@ -16,6 +16,7 @@ from jaxrel.tracing.capture import find_tags, gather, tap_names
 from jaxrel.tracing.evaluate import Edits, Interceptor
 from jaxrel.tracing.facts import Fact
 from jaxrel.tracing.graph import Value
+from jaxrel.tracing.modules import held
 from jaxrel.tracing.pullback import Call, as_seed, path_of, pullback, seed_cotangent
 
 Unknown = Literal["error", "warn"]
@@ -66,12 +67,32 @@ def lrp(
     """
     explain = value_and_lrp(fun, rules, argnums=argnums, has_aux=has_aux, at=at, unknown=unknown)
 
-    @functools.wraps(fun, assigned=("__name__", "__doc__"), updated=())
     def explained(*args, seed: Any = None, **kwargs):
         value, relevance = explain(*args, seed=seed, **kwargs)
         return (relevance, value[1]) if has_aux else relevance
 
+    for name in ("__name__", "__doc__"):
+        if isinstance(given := getattr(fun, name, None), str):
+            setattr(explained, name, given)
+    # `jit(..., static_argnames="seed")` reads the signature.
+    if (signature := _with_seed(fun)) is not None:
+        vars(explained)["__signature__"] = signature
     return explained
+
+
+def _with_seed(fun: Callable) -> inspect.Signature | None:
+    """The function's signature with one more keyword, `seed`; None if it cannot be told."""
+    try:
+        signature = inspect.signature(fun)
+    except (TypeError, ValueError):
+        return None
+    *rest, last = [*signature.parameters.values(), None]
+    if rest and rest[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        last = rest.pop()
+    if "seed" in signature.parameters:
+        return None
+    seed = inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*rest, seed, *([] if last is None else [last])])
 
 
 def value_and_lrp(
@@ -186,10 +207,10 @@ def modified_gradient(
 
 @dataclasses.dataclass(frozen=True)
 class Cotangents:
-    """By leaf, tag and parameter: (value, c), and for leaves relevance that is given directly."""
+    """By leaf, tag and parameter: (value, c, relevance that a rule gave directly, or None)."""
 
     leaves: dict[int, tuple[Any, Any, Any]]
-    places: dict[str, tuple[Any, Any]]
+    places: dict[str, tuple[Any, Any, Any]]
 
 
 def traced_call(
@@ -214,7 +235,7 @@ def prepare_call(call: Call, composite: Any, at: Sequence, unknown: Any) -> Prep
         call.traced.graph,
         composite,
         ins,
-        tags=lambda graph: [value for _, value in find_tags(graph, tags, "lrp")],
+        tags=lambda graph: find_tags(graph, tags, "lrp"),
         names=lambda constant: known.get(id(constant)),
         weights=any(isinstance(place, Where) for place in at),
         unknown=unknown,
@@ -224,7 +245,7 @@ def prepare_call(call: Call, composite: Any, at: Sequence, unknown: Any) -> Prep
 def results(call: Call, cotangents: Cotangents, make: Callable[..., Any]) -> Any:
     """What `make` makes of the cotangents, in the structure that was asked for."""
     result = call.gather({i: make(*leaf) for i, leaf in cotangents.leaves.items()})
-    places = {name: make(value, c, None) for name, (value, c) in cotangents.places.items()}
+    places = {name: make(*place) for name, place in cotangents.places.items()}
     if not places:
         return result
     return (result, places) if call.argnums else places
@@ -249,8 +270,10 @@ def forward(
     probes = {i: len(args) + n for n, i in enumerate(explained)}
     args += [jnp.zeros_like(args[i]) for i in explained]
     weights = _weights(call, [place for place in at if isinstance(place, Where)])
-    tagged = find_tags(graph, [name for name in at if isinstance(name, str)], "lrp")
-    edits = Edits(prepared.steps, tap_names(tagged), interceptors or {})
+    tagged = prepared.tagged
+    taps = tap_names(tagged)
+    probed = {prepared.probes[v]: f"{n} directly" for v, n in taps.items() if v in prepared.probes}
+    edits = Edits(prepared.steps, taps | probed, interceptors or {})
     by = [*explained, *weights, *probes.values()]
     evaluated, pull = pullback(graph, args, edits, by=by, carrier=carrier)
     values = gather(tagged, evaluated.taps)
@@ -258,13 +281,19 @@ def forward(
     def back(c: Any) -> tuple[Cotangents, Any]:
         pulled = pull(c)
         cs = dict(zip(by, pulled.args, strict=True))
-        c_tags = gather(tagged, pulled.taps)
-        places = {name: (value, c_tags[name]) for name, value in values.items()}
-        places |= {call.paths[i]: (args[i], cs[i]) for i in weights}
+        c_tags, direct = gather(tagged, pulled.taps), gather(tagged, _direct(pulled.taps))
+        places = {name: (value, c_tags[name], direct[name]) for name, value in values.items()}
+        places |= {call.paths[i]: (args[i], cs[i], None) for i in weights}
         leaves = {i: (args[i], cs[i], cs[probe]) for i, probe in probes.items()}
         return Cotangents(leaves, places), pulled.carrier
 
     return evaluated.outs, back
+
+
+def _direct(taps: Mapping[str, Any]) -> dict[str, Any]:
+    """By tap, the relevance that a rule gave directly: zeros where it has no probe."""
+    found = {name: taps.get(f"{name} directly") for name in taps}
+    return {name: jnp.zeros_like(taps[name]) if r is None else r for name, r in found.items()}
 
 
 def as_relevance(value: Any, c: Any, direct: Any) -> Any:
@@ -327,24 +356,8 @@ class _Leaf:
 
 def _closed_over(fun: Callable) -> dict[int, str]:
     """Paths of the arrays that a function brings with it: as a module, or in its closure."""
-    owners: list[tuple[str, Any]] = []
-    while isinstance(fun, functools.partial):
-        owners += [("", arg) for arg in (*fun.args, *fun.keywords.values())]
-        fun = fun.func
-    owners.append(("", getattr(fun, "__self__", fun)))
-    function = inspect.unwrap(fun) if callable(fun) else fun
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    if code is not None and cells:
-        for name, cell in zip(code.co_freevars, cells, strict=True):
-            try:
-                owners.append((name, cell.cell_contents))
-            except ValueError:  # an empty cell
-                continue
-    if code is not None:
-        scope = getattr(function, "__globals__", {})
-        owners += [(name, scope[name]) for name in code.co_names if name in scope]
     found: dict[int, str] = {}
-    for name, owner in owners:
+    for name, owner in held(fun):
         try:
             leaves = jax.tree_util.tree_flatten_with_path(owner)[0]
         except Exception:

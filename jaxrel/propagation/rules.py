@@ -323,7 +323,7 @@ class WSquare(Rule):
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class. Returns relevance."""
         z, b = _with_bias(z, b, self.bias)
-        total = op(jnp.ones_like(x), w * w) + b * b
+        total = op(op.ones(x), w * w) + b * b
         return op.T(w * w, _quotient(z * c, total, self.stabiliser))
 
 
@@ -341,7 +341,7 @@ class Flat(Rule):
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class. Returns relevance."""
         ones = jnp.ones_like(w)
-        total = jnp.broadcast_to(op(jnp.ones_like(x), ones), z.shape)
+        total = jnp.broadcast_to(op(op.ones(x), ones), z.shape)
         return op.T(ones, _quotient(z * c, total, self.stabiliser))
 
 
@@ -371,8 +371,8 @@ class ZBox(Rule):
 
     def bwd(self, op: Bilinear, x: Array, w: Array, b: Array, z: Array, c: Array) -> Array:
         """See the class. Returns relevance."""
-        low = jnp.broadcast_to(jnp.asarray(self.low, x.dtype), x.shape)
-        high = jnp.broadcast_to(jnp.asarray(self.high, x.dtype), x.shape)
+        ones = op.ones(x)
+        x, low, high = (jnp.asarray(a, x.dtype) * ones for a in (x, self.low, self.high))
         wp, wn = _pos(w), _neg(w)
         total = op(x, w) - op(low, wp) - op(high, wn)
         s = _quotient(z * c, total, self.stabiliser)

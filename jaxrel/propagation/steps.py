@@ -20,9 +20,10 @@ from jaxrel.propagation.rules import (
     Stop,
     stabilise,
 )
+from jaxrel.propagation.zero_inputs import Probe
 from jaxrel.tracing import primitives
 from jaxrel.tracing.evaluate import Step
-from jaxrel.tracing.graph import Node, Value
+from jaxrel.tracing.graph import Node
 from jaxrel.tracing.primitives import DIV, MUL, REDUCE_PROD, SCALES, SUB
 
 
@@ -30,7 +31,7 @@ def step_for(
     operation: Operation,
     rule: Rule,
     *,
-    probe: Value | None = None,
+    probe: Probe | None = None,
     weights: bool = False,
     biased: bool = True,
 ) -> tuple[Node, Step] | None:
@@ -39,8 +40,7 @@ def step_for(
     Args:
       operation: from `operations`.
       rule: one that is defined for its kind.
-      probe: a value of the input's shape that takes the relevance of a rule that gives it
-        directly (see `jaxrel.propagation.zero_inputs`).
+      probe: what takes the relevance of a rule that gives it directly.
       weights: relevance of the weights is wanted too.
       biased: whether a linear operation has its bias (without it, to see what the bias takes).
     """
@@ -69,14 +69,14 @@ def _stopped(outs: list) -> list:
 
 
 def _linear(
-    operation: Linear, rule: Rule, probe: Value | None, weights: bool, biased: bool
+    operation: Linear, rule: Rule, probe: Probe | None, weights: bool, biased: bool
 ) -> tuple[Node, Step]:
     node, pairs, beside = operation.node, operation.bias, operation.beside
     if getattr(rule, "bias", "fused") == "separate" and not operation.folded:
         # The additions stay operations of their own.
         node = operation.moves[-1] if operation.moves else operation.core
         pairs, beside = (), None
-    extras = tuple(atom for atom in (beside, probe) if atom is not None)
+    extras = tuple(atom for atom in (beside, *(probe or ())) if atom is not None)
     ins = (operation.x, operation.w, *(operand for _, operand in pairs), *extras)
     apply = _apply(operation, rule, weights)
     dtype = operation.core.outs[0].aval.dtype
@@ -85,8 +85,8 @@ def _linear(
         operands, extra = rest[: len(pairs)], list(rest[len(pairs) :])
         w, b = fold(operation, w, [one.name for one, _ in pairs], operands)
         summand = extra.pop(0) if beside is not None else None
-        channel = extra.pop(0) if probe is not None else None
-        z = apply(x, w, b if b is not None and biased else jnp.zeros((), dtype), channel)
+        b = b if b is not None and biased else jnp.zeros((), dtype)
+        z = apply(x, w, b, *extra, *[None] * (2 - len(extra)))
         return [z if summand is None else summand + z]
 
     return node, Step(ins, function)
@@ -149,18 +149,19 @@ def _apply(operation: Linear, rule: Rule, weights: bool) -> Callable[..., Array]
     flags = {"nonneg": operation.nonneg, "relu_after": operation.relu_after}
 
     @jax.custom_vjp
-    def apply(x, w, b, probe):
+    def apply(x, w, b, probe, present):
         return function(x, w) + b
 
-    def fwd(x, w, b, probe):
+    def fwd(x, w, b, probe, present):
         z = function(x, w) + b
-        return z, (x, w, b, z, probe)
+        return z, (x, w, b, z, probe, present)
 
     def bwd(residuals, c):
-        *arrays, probe = residuals
+        *arrays, probe, present = residuals
         # Constants of a scan come as NumPy arrays.
         x, w, b, z = map(jnp.asarray, arrays)
-        found = jnp.asarray(rule.bwd(Bilinear(function, x, **flags), x, w, b, z, c))
+        op = Bilinear(function, x, **flags, present=present)
+        found = jnp.asarray(rule.bwd(op, x, w, b, z, c))
         if found.shape != x.shape:
             raise ValueError(
                 f"lrp: {rule}.bwd returned shape {found.shape} for an input of shape {x.shape} at "
@@ -168,15 +169,15 @@ def _apply(operation: Linear, rule: Rule, weights: bool) -> Callable[..., Array]
             )
         found = found.astype(x.dtype)
         if rule.direct and probe is not None:
-            return None, None, None, found
+            return None, None, None, found * op.ones(found), None
         if rule.direct:
             # Not at an input: relevance / value, as good as the value is far from zero.
-            return found / stabilise(x, 1e-9), None, None, None
+            return found / stabilise(x, 1e-9), None, None, None, None
         through = None
         if weights:
             swapped = Bilinear(function, x).swapped(w)
             through = rule.bwd(swapped, w, x, b, z, c).astype(w.dtype)
-        return found, through, None, None
+        return found, through, None, None, None
 
     apply.defvjp(fwd, bwd)
     return apply

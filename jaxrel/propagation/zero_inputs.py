@@ -4,24 +4,52 @@ Cotangents are relevance / value, which cannot say that a black pixel is relevan
 explained input gets a companion of zeros, the probe, which goes through the same moves and past
 the same constant shifts and scales (a pixel normalisation) up to the first linear operation;
 there the rule's relevance is the probe's cotangent, and comes back through the moves' transposes.
+A tagged value that is explained has a probe of its own, which begins at the tag.
+
+Where constants stand beside the input (zeros around an image, a mask's zeros), a second companion
+of ones goes the same way: it is 0 at the constants, which take no relevance, as the zeros that a
+convolution pads with itself take none.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
 
 from jaxrel.tracing.evaluate import Step
-from jaxrel.tracing.facts import Fact, Facts, active_ins, is_elementwise
+from jaxrel.tracing.facts import Fact, Facts, active_ins, fact_of, inexact, is_elementwise
 from jaxrel.tracing.flow import operands
-from jaxrel.tracing.graph import Graph, Node, Value, build, tag_name
-from jaxrel.tracing.primitives import AFFINE, CLIPS, MOVES, PLACES, SCATTERS, make_program
+from jaxrel.tracing.graph import Atom, Graph, Node, Value, build, tag_name
+from jaxrel.tracing.primitives import (
+    AFFINE,
+    CLIPS,
+    LOOKUPS,
+    MOVES,
+    PLACES,
+    SCATTERS,
+    SELECT,
+    make_program,
+)
 from jaxrel.tracing.sharding import shaped_like
 
 _MOVING = MOVES | PLACES | SCATTERS
 # What these do to a value says nothing of where its relevance belongs.
 _PASSED = AFFINE | CLIPS
+
+
+class Probe(NamedTuple):
+    """What takes the relevance that a rule gives a value directly, in the value's shape.
+
+    Attributes:
+      value: zeros, whose cotangent is that relevance.
+      present: 1 where the value holds the input and 0 where it holds constants; None if it holds
+        nothing else.
+    """
+
+    value: Value
+    present: Value | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +64,16 @@ class Probed:
     """
 
     graph: Graph
-    probes: dict[Value, Value]
+    probes: dict[Value, Probe]
     steps: dict[Node, Step]
 
 
 def add_probes(
-    graph: Graph, facts: Facts, explained: Sequence[Value], wanted: Iterable[Value]
+    graph: Graph,
+    facts: Facts,
+    explained: Sequence[Value],
+    wanted: Iterable[Value],
+    sources: Iterable[Value] = (),
 ) -> Probed:
     """Give the explained inputs probes that reach the wanted values.
 
@@ -50,29 +82,45 @@ def add_probes(
       facts: what is known of its values; the facts of new values are added.
       explained: inputs that carry relevance.
       wanted: the inputs of operations with a direct rule.
+      sources: more explained values, wherever in the graph; their probes are wanted too.
     """
-    mirror = _Mirror(facts, frozenset(wanted))
+    sources = frozenset(sources)
+    mirror = _Mirror(facts, sources.union(wanted), sources)
     return Probed(mirror.graph(graph, explained), mirror.found, mirror.steps)
 
 
 class _Mirror:
-    def __init__(self, facts: Facts, wanted: frozenset[Value]):
-        self.facts, self.wanted = facts, wanted
-        self.found: dict[Value, Value] = {}
+    """Attributes: the probes `found` for wanted values, and the `steps` of the added nodes."""
+
+    def __init__(self, facts: Facts, wanted: frozenset[Value], sources: frozenset[Value]):
+        self.facts, self.wanted, self.sources = facts, wanted, sources
+        self.found: dict[Value, Probe] = {}
         self.steps: dict[Node, Step] = {}
 
-    def graph(self, graph: Graph, followed: Sequence[Value], stale: Iterable[Value] = ()) -> Graph:
-        """The graph with a probe for each of the followed inputs, as its last inputs.
+    def graph(
+        self,
+        graph: Graph,
+        followed: Sequence[Value],
+        masked: Sequence[Value] = (),
+        stale: Iterable[Value] = (),
+    ) -> Graph:
+        """The graph with, as its last inputs, a probe for each of the followed inputs.
 
-        Those of stale inputs are there, but lead nowhere.
+        After these come the companions of the masked ones, which hold constants too. The probes
+        of stale inputs are there, but lead nowhere.
         """
-        extra = [self._new(value) for value in followed]
-        probes = dict(zip(followed, extra, strict=True))
+        extra = [self._new(value) for value in (*followed, *masked)]
+        masks = dict(zip(masked, extra[len(followed) :], strict=True))
+        probes = {
+            value: Probe(probe, masks.get(value))
+            for value, probe in zip(followed, extra, strict=False)
+        }
         for value in stale:
             probes.pop(value, None)
         nodes: list[Node] = []
         for node in graph.nodes:
             nodes += self._node(node, probes)
+            nodes += self._sources(node, probes)
         self.found |= {value: probe for value, probe in probes.items() if value in self.wanted}
         return Graph((*graph.ins, *extra), tuple(nodes), graph.outs, graph.constants)
 
@@ -81,7 +129,7 @@ class _Mirror:
         self.facts[value] = Fact(root=value)
         return value
 
-    def _node(self, node: Node, probes: dict[Value, Value]) -> list[Node]:
+    def _node(self, node: Node, probes: dict[Value, Probe]) -> list[Node]:
         """The node, and what its probe needs; new probes are noted."""
         active = active_ins(self.facts, node)
         if node.is_open:
@@ -90,9 +138,9 @@ class _Mirror:
         known = [value for value in active if value in probes]
         if not known or node.is_control:
             return [node]
-        if node.name in _MOVING or tag_name(node):
+        if node.name in _MOVING or tag_name(node) or self._masks(node):
             places = tuple(i for i, atom in enumerate(node.ins) if atom in known)
-            return [node, self._mirror(node, probes, places, _tangent(node, places))]
+            return [node, *self._mirror(node, probes, places, _tangent(node, places))]
         if len(active) == 1 and is_elementwise(node) and node.name in _PASSED:
             (x,) = active
             shape = node.outs[0].shape
@@ -100,46 +148,93 @@ class _Mirror:
                 probes[node.outs[0]] = probes[x]
                 return [node]
             spread = _spread(len(node.ins), shape)
-            return [node, self._mirror(node, probes, (node.ins.index(x),), spread)]
+            return [node, *self._mirror(node, probes, (node.ins.index(x),), spread)]
         return [node]
 
+    def _masks(self, node: Node) -> bool:
+        """Whether the node puts constants in some places, whatever the values are there."""
+        return node.name in SELECT and not fact_of(self.facts, node.ins[0]).nonlinear
+
+    def _sources(self, node: Node, probes: dict[Value, Probe]) -> list[Node]:
+        """What gives a probe to explained values that the node makes of what is not explained."""
+        added = []
+        for value in node.outs:
+            if value in self.sources and value not in probes and self.facts[value].fresh:
+                probe = self._new(value)
+                zeros = Node(node.equation, (value,), (probe,))
+                self.steps[zeros] = Step((value,), lambda x: [jnp.zeros_like(x)])
+                probes[value] = Probe(probe)
+                added.append(zeros)
+        return added
+
     def _mirror(
-        self, node: Node, probes: dict[Value, Value], places: tuple[int, ...], function: Callable
-    ) -> Node:
-        """A node that does to probes what another does to the inputs at these places."""
-        outs = tuple(map(self._new, node.outs))
-        moved = [atom for i in places if isinstance(atom := node.ins[i], Value)]
-        mirror = Node(node.equation, (*node.ins, *(probes[v] for v in moved)), outs)
-        self.steps[mirror] = Step(mirror.ins, function)
-        probes |= zip(node.outs, outs, strict=True)
-        return mirror
+        self, node: Node, probes: dict[Value, Probe], places: tuple[int, ...], function: Callable
+    ) -> list[Node]:
+        """Nodes that do to probes what another does to the inputs at these places."""
+        moved = [probes[atom] for i in places if isinstance(atom := node.ins[i], Value)]
+        values = self._added(node, [probe.value for probe in moved], function)
+        masks: Sequence[Value | None] = [None] * len(node.outs)
+        nodes = [values]
+        if any(probe.present for probe in moved) or self._brings(node, places):
+            absent = [i for i, probe in enumerate(moved) if probe.present is None]
+            known = [probe.present or probe.value for probe in moved]
+            mask = self._added(node, known, _present(function, len(node.ins), absent))
+            masks = mask.outs
+            nodes.append(mask)
+        probes |= zip(node.outs, map(Probe, values.outs, masks), strict=True)
+        return nodes
+
+    def _added(self, node: Node, companions: Sequence[Value], function: Callable) -> Node:
+        added = Node(node.equation, (*node.ins, *companions), tuple(map(self._new, node.outs)))
+        self.steps[added] = Step(added.ins, function)
+        return added
+
+    def _brings(self, node: Node, places: tuple[int, ...]) -> bool:
+        """Whether constants may stand in the node's output beside what has probes."""
+
+        def constant(atom: Atom) -> bool:
+            return inexact(atom) and not fact_of(self.facts, atom).active
+
+        others = (atom for i, atom in enumerate(node.ins) if i not in places)
+        affine = node.name in _PASSED and node.name not in SELECT
+        return not affine and (node.name in LOOKUPS or any(map(constant, others)))
 
     def _wants(self, body: Graph) -> bool:
-        reads = (atom for node in body.walk() for atom in node.ins)
-        return any(atom in self.wanted for atom in reads if isinstance(atom, Value))
+        known = (atom for node in body.walk() for atom in (*node.ins, *node.outs))
+        return any(atom in self.wanted for atom in known if isinstance(atom, Value))
 
-    def _control(self, node: Node, probes: dict[Value, Value]) -> list[Node]:
+    def _control(self, node: Node, probes: dict[Value, Probe]) -> list[Node]:
         """Control flow whose bodies get the probes of their inputs as further inputs.
 
         A scan scans over them: the probes of constants and of the first state are repeated.
         """
         given = operands(node, range(len(node.ins)))
         added: list[Node] = []
+
+        def entering(i: int, companion: Value) -> Value:
+            if not node.scan or i in given.scanned:
+                return companion
+            added.append(self._repeated(node.scan.length, companion))
+            return added[-1].outs[0]
+
         followed: dict[int, Value] = {}
+        masked: dict[int, Value] = {}
         for i, atom in enumerate(node.ins):
             if isinstance(atom, Value) and atom in probes and self.facts[atom].active:
-                followed[i] = probes[atom]
-                if node.scan and i not in given.scanned:
-                    added.append(self._repeated(node.scan.length, probes[atom]))
-                    followed[i] = added[-1].outs[0]
+                probe = probes[atom]
+                followed[i] = entering(i, probe.value)
+                if probe.present is not None:
+                    masked[i] = entering(i, probe.present)
         bodies = []
         for body in node.bodies:
             # Only the first iteration's state is the input; later ones compute theirs.
             state = [] if _runs_first(node, body) else given.state
-            stale = [body.ins[i] for i in state if i in followed]
-            inner = [body.ins[i - len(given.test)] for i in followed]
-            bodies.append(self.graph(body, inner, stale))
-        ins = (*node.ins, *followed.values())
+            inner, inner_masked, stale = (
+                [body.ins[i - len(given.test)] for i in places]
+                for places in (followed, masked, [i for i in state if i in followed])
+            )
+            bodies.append(self.graph(body, inner, inner_masked, stale))
+        ins = (*node.ins, *followed.values(), *masked.values())
         return [*added, dataclasses.replace(node, ins=ins, bodies=tuple(bodies))]
 
     def _repeated(self, length: int, probe: Value) -> Node:
@@ -173,6 +268,19 @@ def _tangent(node: Node, places: tuple[int, ...]) -> Callable:
         return jax.jvp(moved, tuple(ins[i] for i in places), probes)[1]
 
     return function
+
+
+def _present(function: Callable, inputs: int, absent: Sequence[int]) -> Callable:
+    """Where a function of companions puts what is present; those absent are 1 throughout."""
+
+    def present(*args):
+        masks = list(args[inputs:])
+        for i in absent:
+            masks[i] = jnp.ones_like(masks[i])
+        moved = function(*args[:inputs], *masks)
+        return [(x != 0).astype(x.dtype) for x in moved]
+
+    return present
 
 
 def _spread(inputs: int, shape: tuple[int, ...]) -> Callable:

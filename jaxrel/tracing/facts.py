@@ -17,6 +17,7 @@ from jaxrel.tracing.primitives import (
     DIV,
     DOT,
     ELEMENTWISE,
+    KEEPS_ZERO,
     LINEAR,
     LOOKUPS,
     MAX,
@@ -50,6 +51,7 @@ class Fact:
       root: the value it is an elementwise function of (itself, if of none or of several).
       nonlinear: that function is not affine. Also of comparisons, and of masks made of them.
       literal: it is made of numbers written into the program, such as weights of a resize.
+      zero: it is 0 everywhere, and written so.
     """
 
     active: bool = False
@@ -61,6 +63,7 @@ class Fact:
     root: Value | None = None
     nonlinear: bool = False
     literal: bool = False
+    zero: bool = False
 
 
 Facts = dict[Value, Fact]
@@ -93,7 +96,7 @@ def fact_of(facts: Mapping[Value, Fact], atom: Atom) -> Fact:
     if isinstance(atom, Constant):
         value = np.asarray(atom.value)
         nonneg = value.dtype.kind in "biuf" and bool(np.all(value >= 0))
-        return Fact(nonneg=nonneg, literal=True)
+        return Fact(nonneg=nonneg, literal=True, zero=not np.any(value))
     return facts[atom]
 
 
@@ -205,6 +208,7 @@ class _Analysis(Forward[Fact]):
             root=masks.pop() if masked and len(masks) == 1 else None,
             nonlinear=masked,
             literal=all(fact.literal for fact in ins),
+            zero=_zero(node, ins),
         )
 
     def _root(self, node: Node, ins: list[Fact]) -> Value | None:
@@ -245,6 +249,7 @@ def join(*facts: Fact) -> Fact:
         paths=frozenset().union(*(fact.paths for fact in facts)),
         nonneg=all(fact.nonneg for fact in facts),
         literal=all(fact.literal for fact in facts),
+        zero=all(fact.zero for fact in facts),
         fresh=bool(active) and all(fact.fresh for fact in active),
         stat=bool(active) and all(fact.stat for fact in active),
         gate=gates.pop() if len(gates) == 1 else "",
@@ -270,6 +275,12 @@ def _nonneg(node: Node, ins: list[Fact]) -> bool:
 def _masks(fact: Fact, root: Value | None) -> bool:
     """Whether a value without relevance is a comparison of this root, or made of one."""
     return fact.nonlinear and not fact.active and fact.root is root
+
+
+def _zero(node: Node, ins: list[Fact]) -> bool:
+    if node.name in LINEAR | MUL:
+        return any(fact.zero for fact in ins)
+    return node.name in MOVES | SUMS | KEEPS_ZERO and all(fact.zero for fact in ins)
 
 
 def _stat(node: Node, active: list[Fact], ins: list[Fact]) -> bool:

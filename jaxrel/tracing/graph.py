@@ -18,6 +18,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxrel.tracing import primitives
+from jaxrel.tracing.modules import advice, pure
 from jaxrel.tracing.primitives import Program, Remat, Scan, While
 
 # Where a model's author did not write: the innermost line that is not there is the user's.
@@ -185,7 +186,12 @@ class Traced:
 
 def trace(fun: Callable, *args, **kwargs) -> Traced:
     """Trace `fun(*args, **kwargs)` once, for the shapes and dtypes of these arguments."""
-    program, shapes = primitives.make_program(fun, *args, **kwargs)
+    try:
+        program, shapes = primitives.make_program(pure(fun), *args, **kwargs)
+    except Exception as error:
+        if (what := advice(error)) is None:
+            raise
+        raise TypeError(f"jaxrel: {what}") from error
     # As the trace saw them: NumPy's float64 is float32 unless x64 is on.
     leaves = tuple(map(jnp.asarray, jax.tree.leaves((args, kwargs))))
     return Traced(build(program), leaves, jax.tree.structure(shapes))

@@ -165,6 +165,10 @@ BRINGS = SUMS | SELECT | MAX | SCATTERS | _names("concatenate min pad")
 NONNEG = ABS | EXP | SIGMOID | _names("exp2 square sqrt rsqrt erfc")
 SHAPES = MOVES | PLACES | SORT | STOP_GRADIENT
 NONNEG_IF_ALL = SHAPES | REDUCTIONS | LINEAR | ADD | SCALES | _names("min")
+# Of complex values alone, given or returned.
+COMPLEX = _names("fft real imag conj complex")
+# 0 at 0.
+KEEPS_ZERO = _names("tanh neg square slice split")
 # Linear in the operand at this place, as long as the others are constants.
 LINEAR_IN = {"triangular_solve": 1, "scatter-mul": 0}
 

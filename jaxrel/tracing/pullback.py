@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from jaxrel.tracing.evaluate import Edits, Evaluated, evaluate, tap_shapes
 from jaxrel.tracing.graph import Graph, Traced, trace
+from jaxrel.tracing.modules import pure, split
 from jaxrel.tracing.sharding import shaped_like, zeros
 
 
@@ -72,7 +73,7 @@ class Call:
     Attributes:
       caller: whose call it is, for errors.
       fun: the function.
-      args: its arguments, those that are no arrays (booleans, strings, None) left out.
+      args: its arguments; what is no number in them (booleans, strings, functions) left out.
       argnums: the explained arguments.
       single: whether one was asked for, not several.
       traced: the graph and its flat arguments, the leaves.
@@ -95,14 +96,14 @@ class Call:
     ) -> "Call":
         """Trace a call and check what it explains; see `check_output` for `has_aux`."""
         chosen = _explained_arguments(caller, argnums, args)
-        static = [arg is None or isinstance(arg, bool | str) for arg in args]
-        given, args = args, tuple(() if s else arg for s, arg in zip(static, args, strict=True))
+        parts = [split(arg) for arg in args]
+        args = tuple(arg for arg, _ in parts)
+        whole = pure(fun)
 
         def call_fun(*args):
-            merged = zip(given, args, static, strict=True)
-            return fun(*(kept if s else arg for kept, arg, s in merged))
+            return whole(*(merge(arg) for (_, merge), arg in zip(parts, args, strict=True)))
 
-        traced = trace(call_fun if any(static) else fun, *args)
+        traced = trace(call_fun, *args)
         check_output(caller, traced, has_aux)
         leaves = leaf_paths(fun, args)
         call = cls(
@@ -116,13 +117,7 @@ class Call:
             paths=tuple(path for _, path in leaves),
         )
         if chosen and not call.explained():
-            kinds = ", ".join(sorted({str(traced.args[i].dtype) for i in call.chosen()}))
-            raise TypeError(
-                f"{caller}: the explained argument holds no real numbers ({kinds or 'nothing'}); "
-                "explain a real one, such as the embedding of integer tokens. jaxrel.lrp explains "
-                "it where it is: mark it, jaxrel.tag(embedding, 'embed'), and ask for "
-                "argnums=None, at='embed'"
-            )
+            raise TypeError(_no_numbers(caller, [traced.args[i] for i in call.chosen()]))
         return call
 
     def chosen(self) -> list[int]:
@@ -146,6 +141,23 @@ class Call:
         """The tree of the explained argument, or of the tuple of several."""
         many = tuple(self.args[index] for index in self.argnums)
         return jax.tree.structure(many[0] if self.single else many)
+
+
+def _no_numbers(caller: str, leaves: Sequence) -> str:
+    """What to explain in the place of integers: an image as reals, or a token's embedding."""
+    kinds = ", ".join(sorted({str(leaf.dtype) for leaf in leaves})) or "nothing"
+    text = f"{caller}: the explained argument holds no real numbers ({kinds}); "
+    if leaves and all(leaf.dtype == jnp.uint8 for leaf in leaves):
+        return text + (
+            "cast the images, x.astype(jnp.float32), and explain the function of the cast ones; "
+            "or in jaxrel.lrp mark them where the function casts them, "
+            "jaxrel.tag(images, 'pixels'), and ask for argnums=None, at='pixels'"
+        )
+    return text + (
+        "explain a real one, such as the embedding of integer tokens. jaxrel.lrp explains "
+        "it where it is: mark it, jaxrel.tag(embedding, 'embed'), and ask for "
+        "argnums=None, at='embed'"
+    )
 
 
 def _explained_arguments(caller: str, argnums: Any, args: tuple) -> tuple[int, ...]:
