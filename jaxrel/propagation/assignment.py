@@ -250,9 +250,10 @@ def _missing(operations: Sequence[Operation]) -> str:
         advice = cure(operation.node)
         if advice is None and isinstance(operation, Elementwise):
             advice = (
-                "no activation (not 0 at 0, or huge beside it), so relevance cannot pass unchanged; "
-                "if it is part of a softmax or a norm, write that with jax.nn.softmax or jnp.sqrt, "
-                f"else put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the "
+                "no activation (not 0 at 0, or huge beside it), so relevance cannot pass it "
+                "unchanged; if it is part of a softmax or a norm, write that with "
+                "jax.nn.softmax or jnp.sqrt, else "
+                f"put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the "
                 "other entries of the composite for its plain derivative"
             )
         elif advice is None and operation.kind in KINDS:
