@@ -281,9 +281,10 @@ def _advice(operation: Operation, others: Iterable[Operation]) -> str:
     """An entry for an operation, and for none of the others, which have rules."""
     if isinstance(operation, Elementwise):
         return (
-            "no activation (not 0 at 0, or huge beside it), so relevance cannot pass unchanged; "
-            "if it is part of a softmax or a norm, write that with jax.nn.softmax or jnp.sqrt, "
-            f"else put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the "
+            "no activation (not 0 at 0, or huge beside it), so relevance cannot pass it "
+            "unchanged; if it is part of a softmax or a norm, write that with "
+            "jax.nn.softmax or jnp.sqrt, else "
+            f"put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the "
             "other entries of the composite for its plain derivative"
         )
     where = f"jaxrel.op({operation.kind!r})"
