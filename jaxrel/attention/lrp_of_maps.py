@@ -10,9 +10,8 @@ from jaxrel.propagation.assignment import prepare
 from jaxrel.propagation.composites import as_composite
 from jaxrel.tracing.capture import taps_with_grad
 from jaxrel.tracing.facts import Fact
-from jaxrel.tracing.flow import dependents
-from jaxrel.tracing.graph import Graph, Traced, Value
-from jaxrel.tracing.primitives import LOOKUPS
+from jaxrel.tracing.flow import dependents, looked_up
+from jaxrel.tracing.graph import Traced, Value
 from jaxrel.tracing.sharding import shaped_like, zeros
 
 
@@ -48,7 +47,11 @@ def lrp_of_maps(
     ]
     known = dependents(graph, [value for value in data if value not in explained])
     prepared = prepare(
-        graph, as_composite(rules), ins, tags=lambda graph: _rows(graph, known), whole=taps
+        graph,
+        as_composite(rules),
+        ins,
+        tags=lambda graph: [("tokens", row) for row in looked_up(graph, known)],
+        whole=taps,
     )
     there = {out for node in prepared.graph.walk() for out in node.outs}
     if not set(taps) <= there:
@@ -61,15 +64,3 @@ def lrp_of_maps(
     ruled = dataclasses.replace(traced, graph=prepared.graph, args=(*traced.args, *channels))
     _, values, c = taps_with_grad(ruled, taps, "attention.relevance", prepared.steps)
     return {name: values[name] * c[name] for name in taps.values()}
-
-
-def _rows(graph: Graph, tokens: frozenset[Value]) -> list[tuple[str, Value]]:
-    """The rows, with a name, that integer data select from tables that are not data."""
-    return [
-        ("tokens", node.outs[0])
-        for node in graph.walk()
-        if node.name in LOOKUPS
-        and node.ins[0] not in tokens
-        and any(atom in tokens for atom in node.ins[1:])
-        and jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating)
-    ]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,7 @@ from jaxrel.propagation.composites import Where, as_composite
 from jaxrel.tracing.capture import find_tags, gather, tap_names
 from jaxrel.tracing.evaluate import Edits, Interceptor
 from jaxrel.tracing.facts import Fact
-from jaxrel.tracing.graph import Value
+from jaxrel.tracing.graph import Graph, Value
 from jaxrel.tracing.modules import held
 from jaxrel.tracing.pullback import Call, as_seed, path_of, pullback, seed_cotangent
 
@@ -41,8 +42,9 @@ def lrp(
       fun: a JAX function of any framework that returns one real array. An NNX module may be an
         argument, or the function itself.
       rules: a `Composite`, one rule for everything, or a list of (where, rule).
-      argnums: the argument or arguments that are explained. Where parameters are arguments,
-        the others, their leaves' paths name them for the composite.
+      argnums: the argument or arguments that are explained. Integers, such as a language model's
+        tokens, have the relevance of what they look up, summed over its width. Where parameters
+        are arguments, the others, their leaves' paths name them for the composite.
       has_aux: `fun` returns (output, anything).
       at: more places whose relevance is wanted: names of values marked by `jaxrel.tag`, and
         `jaxrel.path(...)` for parameters (the sum of the messages through each weight). With
@@ -168,7 +170,8 @@ def explained_vjp(
         raise ValueError(f"{caller}: unknown must be 'error' or 'warn', got {unknown!r}")
 
     def run(*args, **kwargs):
-        call = traced_call(caller, functools.partial(fun, **kwargs), args, argnums, has_aux)
+        whole = functools.partial(fun, **kwargs)
+        call = traced_call(caller, whole, args, argnums, has_aux, tokens=not gradient)
         outs, back = forward(call, prepare_call(call, composite, at, unknown), at)
 
         def explain(seed: Any) -> Any:
@@ -214,10 +217,15 @@ class Cotangents:
 
 
 def traced_call(
-    caller: str, fun: Callable, args: tuple, argnums: Any, has_aux: bool | None = None
+    caller: str,
+    fun: Callable,
+    args: tuple,
+    argnums: Any,
+    has_aux: bool | None = None,
+    tokens: bool = True,
 ) -> Call:
     """Trace a call, and check what it explains and that it holds no NaN."""
-    call = Call.of(caller, fun, args, argnums, has_aux)
+    call = Call.of(caller, fun, args, argnums, has_aux, tokens)
     _check_finite(call)
     return call
 
@@ -235,11 +243,31 @@ def prepare_call(call: Call, composite: Any, at: Sequence, unknown: Any) -> Prep
         call.traced.graph,
         composite,
         ins,
-        tags=lambda graph: find_tags(graph, tags, "lrp"),
+        tags=lambda graph: [*find_tags(graph, tags, "lrp"), *_token_rows(call, graph)],
         names=lambda constant: known.get(id(constant)),
         weights=any(isinstance(place, Where) for place in at),
         unknown=unknown,
     )
+
+
+def _token_rows(call: Call, graph: Graph) -> list[tuple[str, Value]]:
+    """What the explained integers look up, with a name for each; see `tokens_of`."""
+    traced = dataclasses.replace(call.traced, graph=graph)
+    rows = dataclasses.replace(call, traced=traced).rows()
+    return [(f"rows {n} of {i}", row) for n, (i, row) in enumerate(rows)]
+
+
+def _of_tokens(call: Call, places: dict[str, tuple]) -> dict[int, tuple]:
+    """Relevance of integers, by leaf: that of the rows that they look up, summed over width.
+
+    It is taken out of the places, and is as if a rule gave it directly.
+    """
+    found: dict[int, Any] = {}
+    for name in [name for name in places if re.fullmatch(r"rows \d+ of \d+", name)]:
+        i, relevance = int(name.split()[-1]), as_relevance(*places.pop(name))
+        axes = tuple(range(call.traced.args[i].ndim, relevance.ndim))
+        found[i] = found.get(i, 0) + relevance.sum(axes)
+    return {i: (jnp.zeros_like(r), jnp.zeros_like(r), r) for i, r in found.items()}
 
 
 def results(call: Call, cotangents: Cotangents, make: Callable[..., Any]) -> Any:
@@ -285,6 +313,7 @@ def forward(
         places = {name: (value, c_tags[name], direct[name]) for name, value in values.items()}
         places |= {call.paths[i]: (args[i], cs[i], None) for i in weights}
         leaves = {i: (args[i], cs[i], cs[probe]) for i, probe in probes.items()}
+        leaves |= _of_tokens(call, places)
         return Cotangents(leaves, places), pulled.carrier
 
     return evaluated.outs, back

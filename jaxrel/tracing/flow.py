@@ -9,8 +9,10 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from jax import numpy as jnp
+
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
-from jaxrel.tracing.primitives import KEEPS
+from jaxrel.tracing.primitives import KEEPS, LOOKUPS
 
 Fact = TypeVar("Fact")
 
@@ -215,6 +217,18 @@ def dependents(graph: Graph, sources: Iterable[Value]) -> frozenset[Value]:
     walk = _Dependents(frozenset(sources))
     walk.run(graph, [False] * len(graph.ins))
     return frozenset(walk.facts)
+
+
+def looked_up(graph: Graph, tokens: frozenset[Value]) -> list[Value]:
+    """The rows that integer data select from tables that are not data."""
+    return [
+        node.outs[0]
+        for node in graph.walk()
+        if node.name in LOOKUPS
+        and node.ins[0] not in tokens
+        and any(atom in tokens for atom in node.ins[1:])
+        and jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating)
+    ]
 
 
 class _Dependents(Forward[bool]):

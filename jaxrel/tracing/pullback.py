@@ -14,7 +14,8 @@ import jax
 from jax import numpy as jnp
 
 from jaxrel.tracing.evaluate import Edits, Evaluated, evaluate, tap_shapes
-from jaxrel.tracing.graph import Graph, Traced, trace
+from jaxrel.tracing.flow import dependents, looked_up
+from jaxrel.tracing.graph import Graph, Traced, Value, trace
 from jaxrel.tracing.modules import pure, split
 from jaxrel.tracing.sharding import shaped_like, zeros
 
@@ -92,9 +93,18 @@ class Call:
 
     @classmethod
     def of(
-        cls, caller: str, fun: Callable, args: tuple, argnums: Any, has_aux: bool | None = None
+        cls,
+        caller: str,
+        fun: Callable,
+        args: tuple,
+        argnums: Any,
+        has_aux: bool | None = None,
+        tokens: bool = False,
     ) -> "Call":
-        """Trace a call and check what it explains; see `check_output` for `has_aux`."""
+        """Trace a call and check what it explains; see `check_output` for `has_aux`.
+
+        With `tokens`, integers may be explained that look up rows of a table.
+        """
         chosen = _explained_arguments(caller, argnums, args)
         parts = [split(arg) for arg in args]
         args = tuple(arg for arg, _ in parts)
@@ -116,7 +126,7 @@ class Call:
             owner=tuple(index for index, _ in leaves),
             paths=tuple(path for _, path in leaves),
         )
-        if chosen and not call.explained():
+        if chosen and not call.explained() and not (tokens and call.rows()):
             raise TypeError(_no_numbers(caller, [traced.args[i] for i in call.chosen()]))
         return call
 
@@ -128,6 +138,19 @@ class Call:
         """Those of them that are real numbers."""
         leaves = self.traced.args
         return [i for i in self.chosen() if jnp.issubdtype(leaves[i].dtype, jnp.floating)]
+
+    def rows(self) -> list[tuple[int, Value]]:
+        """By leaf, what integers look up in tables, where that is all that is explained."""
+        graph, leaves = self.traced.graph, self.traced.args
+        if self.explained():
+            return []
+        return [
+            (i, row)
+            for i in self.chosen()
+            if jnp.issubdtype(leaves[i].dtype, jnp.integer)
+            for row in looked_up(graph, dependents(graph, [graph.ins[i]]))
+            if row.shape[: leaves[i].ndim] == leaves[i].shape
+        ]
 
     def gather(self, found: Mapping[int, Any]) -> Any:
         """Results by leaf in the structure that is explained; zeros where there is none."""
