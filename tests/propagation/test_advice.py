@@ -29,8 +29,8 @@ def spectrum(x):
 
 def powers(x):
     """A power of two values, beside an activation that is a power."""
-    y = jnp.abs(x @ normal(6, 6)) + 1
-    return y**2.5 + y ** jax.nn.sigmoid(x.sum(-1, keepdims=True) + y)
+    y = jnp.abs(x @ normal(6, 6))
+    return y**2.5 + (y + 1) ** jax.nn.sigmoid(x.sum(-1, keepdims=True) + y)
 
 
 def advised(fun, x, rules):
