@@ -260,9 +260,9 @@ def _covered(
 
 def _fitting(operation: Operation, rule: Rule | None) -> Rule | None:
     """The rule, if it is not Pass on what is no activation: f(x) / x would be without bound."""
-    elementwise = isinstance(operation, Elementwise)
-    wrong = elementwise and isinstance(rule, Pass) and not operation.is_activation
-    return None if wrong else rule
+    if isinstance(operation, Elementwise) and isinstance(rule, Pass):
+        return rule if operation.is_activation else None
+    return rule
 
 
 def _missing(operations: Sequence[Operation], others: Sequence[Operation]) -> str:

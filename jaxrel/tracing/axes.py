@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxrel.tracing import primitives
 from jaxrel.tracing.flow import Forward, Operands
-from jaxrel.tracing.graph import Constant, Graph, Node, Value
+from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
 
 
 class Root(NamedTuple):
@@ -75,9 +75,9 @@ class Axes(Forward[tuple[Axis, ...]]):
         self._made_of: dict[Root, frozenset[Root]] = {}
         self.run(graph, [_new(value, value.shape) for value in graph.ins])
 
-    def of(self, value: Value) -> tuple[Axis, ...]:
+    def of(self, value: Atom) -> tuple[Axis, ...]:
         """The identities of a value's axes."""
-        found = self.facts.get(value)
+        found = self.facts.get(value) if isinstance(value, Value) else None
         return _new(value, value.shape, known=False) if found is None else found
 
     def lineage(self, axis: Axis) -> frozenset[Root]:
@@ -95,7 +95,8 @@ class Axes(Forward[tuple[Axis, ...]]):
         """The axis that this one has beside constant entries, if that is known."""
         if len(axis) != 1 or len(axis[0].roots) != 1 or axis[0].stride != 1:
             return None
-        return self.extensions.get(*axis[0].roots)
+        (root,) = axis[0].roots
+        return self.extensions.get(root)
 
     def constant(self, array: Any) -> tuple[Axis, ...]:
         """A constant array's axes are its own."""

@@ -129,7 +129,7 @@ def is_relu(node: Node) -> bool:
     )
 
 
-def inexact(value: Value) -> bool:
+def inexact(value: Atom) -> bool:
     """Whether the value is of a real or complex floating-point type."""
     return jnp.issubdtype(value.aval.dtype, jnp.inexact)
 
@@ -195,7 +195,8 @@ class _Analysis(Forward[Fact]):
         if node.name not in DOT or not primitives.is_inner(node.equation):
             return False
         first, second = node.ins
-        return self._moved.get(first, first) is self._moved.get(second, second)
+        moved: Mapping[Any, Any] = self._moved
+        return moved.get(first, first) is moved.get(second, second)
 
     def _constant(self, node: Node, ins: list[Fact], nonneg: bool) -> Fact:
         """The fact of what carries no relevance."""

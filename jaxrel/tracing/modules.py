@@ -27,7 +27,7 @@ def pure(fun: Callable) -> Callable:
     def call(*args, **kwargs):
         # The map makes variables that belong to the trace.
         copy = nnx.merge(kind, jax.tree.map(lambda leaf: leaf, state))
-        method = copy if module is fun else functools.partial(fun.__func__, copy)
+        method = copy if module is fun else functools.partial(getattr(fun, "__func__", fun), copy)
         return method(*args, **kwargs)
 
     return call
@@ -51,6 +51,8 @@ def split(arg: Any) -> tuple[Any, Callable[[Any], Any]]:
     Functions, strings and booleans in a tree, such as an Equinox module's activation, are None
     in the first; the second takes a tree of its structure.
     """
+    leaves: list[Any]
+    tree: Any
     leaves, tree = jax.tree.flatten(arg)
     data = [is_data(leaf) for leaf in leaves]
     if arg is None or (leaves and tree == jax.tree.structure(0) and not data[0]):

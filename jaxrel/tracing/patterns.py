@@ -7,7 +7,7 @@ be shifted, clipped, masked, and to any base.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from jaxrel.tracing import primitives
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value, tag_name
@@ -170,7 +170,7 @@ class _Matcher:
             # A softmax is a multiple of its exponentials.
             return self._normalised(node, again)
         if node.name in SELECT | CONCATENATE:
-            cases = node.ins[1:] if node.name in SELECT else node.ins
+            cases: Sequence[Atom] = node.ins[1:] if node.name in SELECT else node.ins
         elif node.name in MUL and not any(map(self.fixed, node.ins)):
             return self._weighted(node, again)
         elif node.name in CLIPS | SCALES | ADD:

@@ -347,7 +347,8 @@ def placed(equation: Any, axis: int) -> list[tuple[int, int | None]] | None:
         low, _, inner = params["padding_config"][axis]
         return [(0, int(low))] if low >= 0 and inner == 0 else None
     if name == "concatenate" and params["dimension"] == axis:
-        starts, start = [], 0
+        starts: list[tuple[int, int | None]] = []
+        start = 0
         for number, atom in enumerate(ins):
             starts.append((number, start))
             start += atom.aval.shape[axis]
