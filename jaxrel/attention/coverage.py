@@ -52,7 +52,7 @@ def _candidates(graph: Graph, data: Collection[Value]) -> Iterator[tuple[Node, V
         between = _between(node, scores, producers)
         inside |= between
         if scores in data:
-            within = (n for n in between if n.name in EXPONENTIALS and n is not node)
+            within = (n for n in between if n.name in EXPONENTIALS - POWERS and n is not node)
             yield node, scores, next(within, node), True
     for node in graph.nodes:
         given = node.ins[-1] if node.ins else None

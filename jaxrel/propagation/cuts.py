@@ -69,7 +69,8 @@ class Cuts:
     def _differs(self, body: Graph, found: Facts) -> bool:
         """Whether a sum or a product has a constant where later iterations have a value.
 
-        Zeros share nothing: whether they are constants is the same. What another scan begins
+        Zeros share nothing, so whether they are constants is the same but for the stabiliser of
+        their sum, which the loop has not. What another scan begins
         with may be a constant in its first iteration alone.
         """
         return any(

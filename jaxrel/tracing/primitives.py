@@ -79,7 +79,6 @@ SCATTER_EXTREMA = _names("scatter-max scatter-min")
 SELECT = _names("select_n")
 SIGMOID = _names("logistic")
 ROOTS = _names("sqrt rsqrt pow")
-EXPONENTIALS = EXP | _names("exp2")
 DOT = _names("dot_general")
 CONV = _names("conv_general_dilated")
 LINEAR = DOT | CONV
