@@ -11,7 +11,7 @@ from jaxrel.batch.explainer import Explainer, Loaded
 from jaxrel.batch.folder import Folder
 from jaxrel.batch.sources import Source
 from jaxrel.explanations.result import Explanation
-from jaxrel.explanations.tables import joined
+from jaxrel.explanations.tables import stacked
 
 # What is drawn of a batch: explanations by method, and the number of its first row.
 Draw = Callable[[Sequence[Explanation], Loaded, int], None]
@@ -47,7 +47,9 @@ def run(
     errors = 0
     bar = tqdm(total=folder.rows, initial=done, unit="row", disable=not missing)
     with bar, ThreadPoolExecutor(threads) as pool:
-        ahead = _ahead(pool, explainer.prepare, _batches(explainer, source, folder, missing), threads)
+        ahead = _ahead(
+            pool, explainer.prepare, _batches(explainer, source, folder, missing), threads
+        )
         for shard in missing:
             parts, start, stop = [], *folder.inputs(shard)
             while start < stop:
@@ -58,7 +60,7 @@ def run(
                 parts.append(columns)
                 start += len(loaded.rows)
                 bar.update(len(loaded.rows))
-            whole = joined(parts)
+            whole = stacked(parts)
             folder.write(shard, whole, precision=precision)
             errors += sum(error is not None for error in whole["error"])
     return errors

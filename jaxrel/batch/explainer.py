@@ -13,7 +13,7 @@ from jaxrel.explanations.examples import Batch, batches, size_of_batches
 from jaxrel.explanations.explain import explain_prepared, way
 from jaxrel.explanations.methods import Request, family
 from jaxrel.explanations.result import Explanation
-from jaxrel.explanations.tables import Columns, columns, example_of, failed, joined
+from jaxrel.explanations.tables import Columns, columns, example_of, failed, stacked
 
 # What bad input raises: that row alone is lost, and the others go on.
 BAD = (ValueError, TypeError, OSError, ArithmeticError)
@@ -104,7 +104,7 @@ class Explainer:
         """
         given, back = as_rows(rows)
         loaded = map(self.prepare, self.split(given))
-        return back(joined([self.results(part)[1] for part in loaded]))
+        return back(stacked([self.results(part)[1] for part in loaded]))
 
     def split(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """The rows in batches: at most `batch_size` of them, all with a text and target or none."""
@@ -160,7 +160,11 @@ class Explainer:
         return batch, prepared
 
     def results(self, loaded: Loaded) -> tuple[list[Explanation], Columns]:
-        """The explanations of the good rows of a batch, by method, and the table of all rows."""
+        """The explanations of the good rows of a batch, by method, and the table of all rows.
+
+        Where the relevance of a row is not finite there are no explanations of the batch, but the
+        table has those of its other rows.
+        """
         try:
             found = self._explanations(loaded)
         except BAD as error:
@@ -171,9 +175,7 @@ class Explainer:
                 return [], self._table([], lost)
             # The relevance of one of them is not finite: find out of which.
             parts = [self.results(self.prepare([row])) for row in loaded.rows]
-            whole = zip(*(found for found, _ in parts if found), strict=True)
-            found = [Explanation.concatenate(one) for one in whole]
-            return found, joined([table for _, table in parts])
+            return [], stacked([table for _, table in parts])
         return found, self._table(found, loaded)
 
     def _explanations(self, loaded: Loaded) -> list[Explanation]:
@@ -195,7 +197,7 @@ class Explainer:
             parts.append(failed(loaded.rows[i]["id"], names[i], error))
             place.append(i)
         order = sorted(range(len(place)), key=place.__getitem__)
-        return {name: [x[i] for i in order] for name, x in joined(parts).items()}
+        return {name: [x[i] for i in order] for name, x in stacked(parts).items()}
 
     @contextlib.contextmanager
     def _noted(self, errors: dict[int, str], row: int) -> Iterator[None]:

@@ -103,8 +103,8 @@ def _checked_ids(path: Path, given: Sequence[Any]) -> list[str]:
     twice = [one for one, count in Counter(ids).items() if count > 1]
     if twice:
         raise ValueError(
-            f"{path}: the id {twice[0]!r} is there {Counter(ids)[twice[0]]} times ({len(twice)} ids "
-            "are not unique); ids name rows, give each its own or leave the column out"
+            f"{path}: the id {twice[0]!r} is there {ids.count(twice[0])} times ({len(twice)} such "
+            "ids); ids name rows: give each its own, or leave the column out"
         )
     return ids
 
@@ -112,9 +112,7 @@ def _checked_ids(path: Path, given: Sequence[Any]) -> list[str]:
 def _folder_rows(path: Path) -> list[Row]:
     files = sorted(x for x in path.rglob("*") if x.suffix.lower() in SUFFIXES and x.is_file())
     if not files:
-        raise ValueError(
-            f"{path} holds no images; they end in {', '.join(sorted(SUFFIXES))}"
-        )
+        raise ValueError(f"{path} holds no images; they end in {', '.join(sorted(SUFFIXES))}")
     return [_row(str(x.relative_to(path)), str(x)) for x in files]
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from jaxrel.explanations.examples import Rows, rows_of
 from jaxrel.explanations.methods import Request
-from jaxrel.explanations.words import in_pixels, word_relevance
+from jaxrel.explanations.words import in_pixels, word_program, word_relevance
 from jaxrel.tracing.sharding import shard_rows
 
 # So many backward passes of one image go together: more would need more memory, not less time.
@@ -86,6 +86,22 @@ def relevance(
             maps = in_pixels(of_image, prepared["image"].shape[1])
             fields[one]["flags"] = judge.flags(one, asked, maps)
     yield batch, score[example, column], fields
+
+
+def program(model: Any, prepared: Any, rows: Any, request: Request) -> jax.stages.Lowered:
+    """The program that explains the longest captions of such images, not yet compiled.
+
+    Args:
+      model, request: as of `relevance`.
+      prepared: images and captions, or their shapes.
+      rows: not used.
+    """
+    del rows
+    captions, length = prepared["text"].shape
+    words = -(-(length - 1) // _LENGTHS) * _LENGTHS
+    places = jax.ShapeDtypeStruct((captions, words), np.int32)
+    options = {"method": request.methods, "lrp": request.lrp}
+    return word_program(model, prepared, places, at_once=max(1, _TOGETHER // captions), **options)
 
 
 def _by_word(

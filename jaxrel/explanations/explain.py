@@ -198,7 +198,8 @@ def explain_prepared(
         model, prepared, rows, request, count=batch.count, size=size
     ):
         shown = [
-            tuple(lines)[: some.count] for lines in (model.describe(some.inputs), model.tokens(some.inputs))
+            tuple(lines)[: some.count]
+            for lines in (model.describe(some.inputs), model.tokens(some.inputs))
         ]
         of_row = some.inputs.get("example", np.arange(len(images)))
         seen = tuple(pixels[i] for i in np.asarray(of_row)[: some.count])

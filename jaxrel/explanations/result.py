@@ -244,8 +244,9 @@ class Explanation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an image (.png), a page (.html), the numbers (.npz) or a table (.parquet).
 
-        A table has a row per example, as `jaxrel.batch.SCHEMA` says, and no images; it needs
-        pyarrow (`pip install 'jaxrel[batch]'`). The file appears complete or not at all. A missing folder is made.
+        A table has a row per example, as `jaxrel.batch.schema` says, and no images; it needs
+        pyarrow (`pip install 'jaxrel[batch]'`). The file appears complete or not at all. A
+        missing folder is made.
 
         Args:
           path: where to; the suffix says what.

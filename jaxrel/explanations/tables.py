@@ -32,14 +32,14 @@ COLUMNS = (
 Columns = dict[str, list]
 
 
-def required(module: str) -> Any:
-    """An optional package, or ModuleNotFoundError that says how to get it."""
+def required(module: str, *, extra: str = "batch") -> Any:
+    """An optional package, or ModuleNotFoundError that says with which extra it comes."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         raise ModuleNotFoundError(
-            f"this needs {package}: pip install 'jaxrel[batch]'", name=package
+            f"this needs {package}: pip install 'jaxrel[{extra}]'", name=package
         ) from error
 
 
@@ -104,7 +104,7 @@ def failed(identity: str, given: Mapping, error: str) -> Columns:
     return {name: [known.get(name)] for name in COLUMNS} | {"error": [error]}
 
 
-def joined(parts: Sequence[Columns]) -> Columns:
+def stacked(parts: Sequence[Columns]) -> Columns:
     """Tables one after the other."""
     return {name: [value for part in parts for value in part[name]] for name in COLUMNS}
 

@@ -96,6 +96,20 @@ def _fields(
     }
 
 
+def program(model: Any, prepared: Any, rows: Any, request: Request) -> jax.stages.Lowered:
+    """The program that explains such rows, not yet compiled.
+
+    Args:
+      model, prepared, request: as of `relevance`.
+      rows: inputs with one row per example to explain, or their shapes.
+    """
+    del prepared
+    count = jax.tree.leaves(rows)[0].shape[0]
+    asked = jax.ShapeDtypeStruct((count,), bool)
+    target_tokens = jax.eval_shape(model.target_tokens, rows)
+    return _explained.lower(model, rows, target_tokens, asked, **_options(model, request))
+
+
 def token_relevance(
     model: Any,
     inputs: Mapping[str, Any],

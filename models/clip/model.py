@@ -30,9 +30,7 @@ from jaxrel.models.inputs import (
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.processor import Processor
 
-_ADVICE = (
-    "as many images as texts, one image, one text, or target= the text's index for each image"
-)
+_ADVICE = "as many images as texts, one image, one text, or target= the text's index for each image"
 
 
 class CLIP(Model):
