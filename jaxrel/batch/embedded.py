@@ -1,7 +1,8 @@
 """The embedded engine: one machine, threads that read ahead, one compiled program."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -43,35 +44,45 @@ def run(
       OSError: the results cannot be written.
     """
     missing = folder.missing()
-    done = folder.rows - sum(b - a for a, b in map(folder.inputs, missing))
-    errors = 0
-    bar = tqdm(total=folder.rows, initial=done, unit="row", disable=not missing)
-    with bar, ThreadPoolExecutor(threads) as pool:
-        ahead = _ahead(
-            pool, explainer.prepare, _batches(explainer, source, folder, missing), threads
-        )
-        for shard in missing:
-            parts, start, stop = [], *folder.inputs(shard)
-            while start < stop:
-                loaded = next(ahead)
-                found, columns = explainer.results(loaded)
-                if draw is not None:
-                    draw(found, loaded, start)
-                parts.append(columns)
-                start += len(loaded.rows)
-                bar.update(len(loaded.rows))
-            whole = stacked(parts)
-            folder.write(shard, whole, precision=precision)
-            errors += sum(error is not None for error in whole["error"])
-    return errors
+    done = folder.rows - sum(stop - start for start, stop in map(folder.inputs, missing))
+    options = {"precision": precision, "threads": threads, "draw": draw}
+    with tqdm(total=folder.rows, initial=done, unit="row", disable=not missing) as bar:
+        shard = functools.partial(explain_shard, explainer, source, folder, **options)
+        return sum(shard(i, advance=bar.update) for i in missing)
 
 
-def _batches(
-    explainer: Explainer, source: Source, folder: Folder, shards: Iterable[int]
-) -> Iterator[list]:
-    """The rows of these shards in batches; none is of two shards."""
-    for shard in shards:
-        yield from explainer.split(source.read(*folder.inputs(shard)))
+def explain_shard(
+    explainer: Explainer,
+    source: Source,
+    folder: Folder,
+    shard: int,
+    *,
+    precision: str = "float32",
+    threads: int = 2,
+    draw: Draw | None = None,
+    advance: Callable[[int], Any] = int,
+) -> int:
+    """Explain the rows of one shard and write it; returns how many have an error.
+
+    Args:
+      explainer, source, folder, precision, threads, draw: as of `run`.
+      shard: its number.
+      advance: called with the number of rows of every batch.
+    """
+    start, stop = folder.inputs(shard)
+    parts = []
+    with ThreadPoolExecutor(threads) as pool:
+        batches = explainer.split(source.read(start, stop))
+        for loaded in _ahead(pool, explainer.prepare, batches, threads):
+            found, columns = explainer.results(loaded)
+            if draw is not None:
+                draw(found, loaded, start)
+            parts.append(columns)
+            start += len(loaded.rows)
+            advance(len(loaded.rows))
+    whole = stacked(parts)
+    folder.write(shard, whole, precision=precision)
+    return sum(error is not None for error in whole["error"])
 
 
 def _ahead(

@@ -137,7 +137,7 @@ class Explainer:
         return Loaded([*rows], [*images], errors, batch, prepared)
 
     def _prepared(self, rows: Sequence[Row], images: Mapping[int, Any]) -> tuple[Any, Any]:
-        """The examples of some rows, filled up to a whole batch, and what the model makes of them."""
+        """Some rows as a whole batch, filled up, and what the model makes of it."""
         if not images:
             return None, None
         texts, targets = ([rows[i][name] for i in images] for name in ("text", "target"))

@@ -1,8 +1,8 @@
 """The folder of a job's results: a manifest, and shards of rows that appear complete or not at all.
 
-    manifest.json          what was asked, of which rows, by which model and versions
+    _manifest.json         what was asked, of which rows, by which model and versions
     part-00000.parquet     the rows of the first `shard_rows` inputs; and so on
-    images/                the figures that were asked for
+    _images/               the figures that were asked for
 
 A shard holds the same inputs whenever and by whomever it is written. So a job that was killed goes
 on with the shards that are not there, and no row is lost or there twice.
@@ -19,7 +19,7 @@ from jaxrel.explanations.tables import Columns, parquet
 from jaxrel.files import write_atomically
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)

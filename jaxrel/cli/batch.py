@@ -70,7 +70,7 @@ def add(commands: Any) -> None:
     )
     results.add_argument(
         "--shard-rows",
-        type=_positive,
+        type=shared.positive,
         default=1024,
         help="inputs per file; what is lost when the job is stopped (default: 1024)",
     )
@@ -82,10 +82,10 @@ def add(commands: Any) -> None:
     )
     engine = batch.add_argument_group("engine")
     engine.add_argument(
-        "--batch-size", type=_positive, help="rows explained together (default: what fits)"
+        "--batch-size", type=shared.positive, help="rows explained together (default: what fits)"
     )
     engine.add_argument(
-        "--threads", type=_positive, default=2, help="threads that read ahead (default: 2)"
+        "--threads", type=shared.positive, default=2, help="threads that read ahead (default: 2)"
     )
     engine.add_argument(
         "--engine",
@@ -94,7 +94,7 @@ def add(commands: Any) -> None:
         help="embedded: this process; ray: Ray Data (pip install 'jaxrel[ray]')",
     )
     engine.add_argument("--ray-address", help="of a Ray cluster (default: Ray on this machine)")
-    engine.add_argument("--actors", type=_positive, default=1, help="Ray actors (default: 1)")
+    engine.add_argument("--actors", type=shared.positive, default=1, help="Ray actors (default: 1)")
     engine.add_argument("--num-cpus", type=float, help="CPUs of a Ray actor")
     engine.add_argument("--num-gpus", type=float, help="GPUs of a Ray actor")
     engine.add_argument(
@@ -107,16 +107,10 @@ def add(commands: Any) -> None:
     batch.set_defaults(run=run)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
-
-
 def _which(text: str) -> str:
     every = text.removeprefix("every:")
     if every != text:
-        _positive(every)
+        shared.positive(every)
     return text
 
 
@@ -280,7 +274,7 @@ def _draw(options: argparse.Namespace, found: Sequence[Any], loaded: Any, start:
         if _drawn(options.save_images, start + row, identity):
             place = slice(examples.index(i), examples.index(i) + examples.count(i))
             name = urllib.parse.quote(identity, safe=" ")
-            report.save([one[place] for one in found], options.out / "images" / f"{name}.png")
+            report.save([one[place] for one in found], options.out / "_images" / f"{name}.png")
 
 
 def _drawn(which: str, number: int, identity: str) -> bool:
