@@ -1,5 +1,6 @@
 """Reading image files that come from anywhere: a user's folder, a download, a camera."""
 
+import io
 import os
 import re
 import struct
@@ -7,7 +8,6 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,7 +33,7 @@ _UPRIGHT = {
 
 
 def read_image(
-    path: str | os.PathLike[str] | IO[bytes], *, max_pixels: int = 50_000_000
+    path: str | os.PathLike[str] | io.BufferedIOBase, *, max_pixels: int = 50_000_000
 ) -> Image.Image:
     """Read an image file as RGB, upright.
 
@@ -61,7 +61,7 @@ def read_image(
         return _decoded(file, path, max_pixels)
 
 
-def _decoded(file: IO[bytes], path: Path, max_pixels: int) -> Image.Image:
+def _decoded(file: io.BufferedIOBase, path: Path, max_pixels: int) -> Image.Image:
     # Pillow warns of odd metadata and large images; what matters here is raised instead.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

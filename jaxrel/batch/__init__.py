@@ -5,6 +5,7 @@ folder of Parquet files; `ray_data.run` runs the same job on Ray Data.
 """
 
 from jaxrel.batch.explainer import Explainer
+from jaxrel.batch.functions import of_function
 from jaxrel.explanations.tables import COLUMNS, schema
 
-__all__ = ["COLUMNS", "Explainer", "schema"]
+__all__ = ["COLUMNS", "Explainer", "of_function", "schema"]

@@ -17,11 +17,11 @@ Found = Mapping[str, Any]
 _QUERY = """
   with everything as (select * from read_parquet($parts) where error is null),
   chosen as (
-    select id, "row", row_number() over () as place
-    from (select distinct on (id, "row") * from everything where {where}) order by {order}
-    limit $limit
+    select id, "row", row_number() over (order by {order}) as place
+    from (select distinct on (id, "row") * from everything where {where})
   )
-  select everything.* from everything join chosen using (id, "row") order by place, method
+  select everything.* from everything join chosen using (id, "row")
+  where place <= $limit order by place, method
 """
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from jaxrel.explanations.tables import Columns, table
 from jaxrel.images import read_image
@@ -75,7 +74,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-def image_of(value: Any) -> Image.Image:
+def image_of(value: Any) -> Any:
     """An image from what a row may hold: a path, bytes, an image, an array, or bytes and a path.
 
     Raises:

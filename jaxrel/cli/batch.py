@@ -33,6 +33,13 @@ def add(commands: Any) -> None:
     batch.add_argument(
         "input", type=Path, help="a folder, or a .csv, .jsonl, .parquet or .json file"
     )
+    _add_asked(batch)
+    _add_files(batch)
+    _add_engine(batch)
+    batch.set_defaults(run=run)
+
+
+def _add_asked(batch: argparse.ArgumentParser) -> None:
     asked = batch.add_mutually_exclusive_group()
     asked.add_argument(
         "--text", metavar="SENTENCE", help="compare images with this, where rows have none"
@@ -48,6 +55,9 @@ def add(commands: Any) -> None:
     batch.add_argument("--layers", type=shared.numbers, help="layers that count, such as 0,1")
     batch.add_argument("--heads", type=shared.numbers, help="attention heads that count")
     batch.add_argument("--importance", default="grad_value", help="measure of the weighted method")
+
+
+def _add_files(batch: argparse.ArgumentParser) -> None:
     rows = batch.add_argument_group("rows")
     rows.add_argument(
         "--columns",
@@ -80,6 +90,9 @@ def add(commands: Any) -> None:
         metavar="every:100|ID,ID",
         help="draw every so manieth row, or these (default: none)",
     )
+
+
+def _add_engine(batch: argparse.ArgumentParser) -> None:
     engine = batch.add_argument_group("engine")
     engine.add_argument(
         "--batch-size", type=shared.positive, help="rows explained together (default: what fits)"
@@ -104,7 +117,6 @@ def add(commands: Any) -> None:
         metavar="TPU=4",
         help="other resources of a Ray actor",
     )
-    batch.set_defaults(run=run)
 
 
 def _which(text: str) -> str:
