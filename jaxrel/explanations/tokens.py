@@ -9,7 +9,9 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxrel.attention.bimodal_relevance import value_and_bimodal_relevance
+from jaxrel.attention.discovery import sites
 from jaxrel.attention.importance import measure
+from jaxrel.attention.maps import indices
 from jaxrel.attention.methods import check_methods
 from jaxrel.attention.unimodal_relevance import value_and_relevance
 from jaxrel.explanations.examples import Rows, rows_of
@@ -69,8 +71,9 @@ def relevance(
     for batch in rows_of(rows, count, size):
         inputs = batch.inputs
         given = shard_rows((inputs, model.target_tokens(inputs), batch.asked))
+        chosen = _chosen(model, inputs, request)
         score, found, reports = jax.device_get(
-            _explained(model, *given, **_options(model, request))
+            _explained(model, *given, chosen, **_options(model, request))
         )
         content = jax.device_get(model.content(inputs))
         found, content = jax.tree.map(lambda x, n=batch.count: x[:n], (found, content))
@@ -107,7 +110,8 @@ def program(model: Any, prepared: Any, rows: Any, request: Request) -> jax.stage
     count = jax.tree.leaves(rows)[0].shape[0]
     asked = jax.ShapeDtypeStruct((count,), bool)
     target_tokens = jax.eval_shape(model.target_tokens, rows)
-    return _explained.lower(model, rows, target_tokens, asked, **_options(model, request))
+    chosen = _chosen(model, rows, request)
+    return _explained.lower(model, rows, target_tokens, asked, chosen, **_options(model, request))
 
 
 def token_relevance(
@@ -136,7 +140,7 @@ def token_relevance(
     measure(importance)
     options = _options(model, Request(methods, importance=importance))
     every = np.ones(len(next(iter(inputs.values()))), bool)
-    return _explained(model, inputs, model.target_tokens(inputs), every, **options)[1]
+    return _explained(model, inputs, model.target_tokens(inputs), every, {}, **options)[1]
 
 
 def _schedule(model: Any) -> tuple[Any, ...]:
@@ -153,8 +157,6 @@ def _options(model: Any, request: Request) -> dict[str, Any]:
         "propagated": tuple(by_rules.items()),
         "streams": tuple(model.layout.streams),
         "schedule": _schedule(model),
-        "layers": None if request.layers is None else tuple(request.layers),
-        "heads": None if request.heads is None else tuple(request.heads),
         "importance": request.importance,
     }
 
@@ -166,14 +168,15 @@ def _options(model: Any, request: Request) -> dict[str, Any]:
         "propagated",
         "streams",
         "schedule",
-        "layers",
-        "heads",
         "importance",
     ),
 )
-def _explained(model: Any, inputs: Any, target_token: Any, asked: Any, **options: Any) -> Any:
+def _explained(
+    model: Any, inputs: Any, target_token: Any, asked: Any, chosen: Any, **options: Any
+) -> Any:
     explained = functools.partial(_explained_rows, **options)
-    return compiler_sharded(explained, inputs, (0, 0, None))(model, inputs, target_token, asked)
+    sharded = compiler_sharded(explained, inputs, (0, 0, None))
+    return sharded(model, inputs, target_token, asked, chosen)
 
 
 def _explained_rows(
@@ -181,13 +184,12 @@ def _explained_rows(
     inputs: Any,
     target_token: Any,
     asked: Any,
+    chosen: Any,
     *,
     methods: tuple[str, ...],
     propagated: tuple[tuple[str, Composite], ...],
     streams: tuple[Any, ...],
     schedule: tuple[Any, ...],
-    layers: tuple[int, ...] | None,
-    heads: tuple[int, ...] | None,
     importance: str,
 ) -> Any:
     score, relevance, reports = None, {}, {}
@@ -205,8 +207,8 @@ def _explained_rows(
             method=methods,
             target_token=target_token,
             attention=tuple(stream.name for stream in streams),
-            layers=layers,
-            heads=heads,
+            layers=chosen.get("layers"),
+            heads=chosen.get("heads"),
             importance=importance,
         )
         score, relevance = explained(model, inputs)
@@ -216,6 +218,37 @@ def _explained_rows(
         score, found, reports[name] = explained(model, inputs, asked)
         relevance[name] = {stream.name: _by_token(stream, found) for stream in streams}
     return score, relevance, reports
+
+
+def _chosen(model: Any, inputs: Any, request: Request) -> dict[str, Any]:
+    """Which layers and heads of each stream count, as bool arrays: one program serves all choices.
+
+    Raises:
+      ValueError: a layer or head does not exist.
+    """
+    asked = {"layers": request.layers, "heads": request.heads}
+    asked = {what: x for what, x in asked.items() if x is not None}
+    if not asked:
+        return {}
+    counts = jax.device_get(_counts(model, inputs))
+    chosen: dict[str, Any] = {what: {} for what in asked}
+    for what, some in asked.items():
+        for stream in model.layout.streams:
+            count = int(counts[stream.name][what])
+            mask = np.zeros(count, bool)
+            mask[list(indices(some, count, what))] = True
+            chosen[what][stream.name] = mask
+    return chosen
+
+
+@jax.jit
+def _counts(model: Any, inputs: Any) -> Any:
+    """How many layers and heads the attention of each stream has; traced once for a model."""
+    found = {stack.name: stack for stack in sites(_score)(model, inputs)}
+    return {
+        name: {"layers": stack.layers, "heads": stack.sites[0].shape[1]}
+        for name, stack in found.items()
+    }
 
 
 def _score(model: Any, inputs: Any) -> Any:

@@ -15,7 +15,8 @@ from jaxrel.batch.folder import read_manifest
 
 pytest.importorskip("ray")
 pandas = pytest.importorskip("pandas")
-pytestmark = pytest.mark.ray
+# Ray and datasets warn of their own.
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 
 JAXREL = [sys.executable, "-m", "jaxrel.cli"]
 
@@ -126,3 +127,22 @@ def test_the_explainer_in_ray_data_and_in_a_function_of_ones_own(images, wanted)
     finally:
         ray.shutdown()
     np.testing.assert_allclose(frame.score, wanted.score[:16], rtol=1e-5)
+
+
+def test_the_explainer_in_datasets_map(images, wanted):
+    datasets = pytest.importorskip("datasets")
+
+    from jaxrel import Explainer
+    from jaxrel.models import CLIP
+
+    explain = Explainer(CLIP.from_pretrained("clip-shapes"), batch_size=8)
+    paths = [str(path) for path in sorted(images.iterdir())[:16]]
+    given = datasets.Dataset.from_dict({"image": paths, "text": ["a red circle"] * 16})
+    found = given.map(explain, batched=True, batch_size=16, remove_columns=given.column_names)
+    np.testing.assert_allclose(found["score"], wanted.score[:16], rtol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(found["image_relevance"]).reshape(16, -1),
+        np.stack(wanted.image_relevance[:16]),
+        rtol=1e-4,
+        atol=1e-7,
+    )

@@ -221,3 +221,20 @@ def test_a_parquet_file_is_read_by_others(clip, tmp_path):
     polars = pytest.importorskip("polars")
     table = polars.read_parquet(tmp_path / "x.parquet")
     np.testing.assert_array_equal(table["image_relevance"][0].to_numpy(), found.image[0].ravel())
+
+
+def test_a_choice_of_layers_and_heads_compiles_nothing_again(clip, programs):
+    def run(layers, heads=None):
+        options = {"method": ("weighted", "grad_cam"), "layers": layers, "heads": heads}
+        return jaxrel.explain(clip, image=images(2), text="a red circle", **options)
+
+    last, _ = run([-1])
+    first = len(programs)
+    both, _ = run([0, 1])
+    run([0])
+    assert len(programs) == first
+    assert not np.allclose(last.image, both.image)
+    with pytest.raises(ValueError, match="layers: 2 does not exist; there are 2 layers, 0 to 1"):
+        run([2])
+    with pytest.raises(ValueError, match="layers: .* selects none"):
+        run([])
