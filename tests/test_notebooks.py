@@ -75,7 +75,10 @@ def functions():
     [
         ("jaxrel", "jaxrel[train,report,batch]"),
         ("jaxrel==0.1.0", "jaxrel[train,report,batch]==0.1.0"),
-        ("git+https://host/jaxrel.git@v1", "jaxrel[train,report,batch] @ git+https://host/jaxrel.git@v1"),
+        (
+            "git+https://host/jaxrel.git@v1",
+            "jaxrel[train,report,batch] @ git+https://host/jaxrel.git@v1",
+        ),
         ("https://host/jaxrel-1.whl", "jaxrel[train,report,batch] @ https://host/jaxrel-1.whl"),
         ("jaxrel-1-py3-none-any.whl", "jaxrel-1-py3-none-any.whl[train,report,batch]"),
         ("/folder/jaxrel", "/folder/jaxrel[train,report,batch]"),

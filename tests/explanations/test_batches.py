@@ -236,5 +236,5 @@ def test_a_choice_of_layers_and_heads_compiles_nothing_again(clip, programs):
     assert not np.allclose(last.image, both.image)
     with pytest.raises(ValueError, match="layers: 2 does not exist; there are 2 layers, 0 to 1"):
         run([2])
-    with pytest.raises(ValueError, match="layers: .* selects none"):
+    with pytest.raises(ValueError, match="selects none"):
         run([])
