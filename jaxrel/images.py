@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -61,7 +62,7 @@ def read_image(
         return _decoded(file, path, max_pixels)
 
 
-def _decoded(file: io.BufferedIOBase, path: Path, max_pixels: int) -> Image.Image:
+def _decoded(file: Any, path: Path, max_pixels: int) -> Image.Image:
     # Pillow warns of odd metadata and large images; what matters here is raised instead.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

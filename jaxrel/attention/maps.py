@@ -128,7 +128,7 @@ def require_finite(name: str, array: Any, *, layers: Selection = None) -> None:
 
 def only(
     stacked: Mapping[str, Any], layers: Any = None, heads: Any = None
-) -> tuple[dict[str, Array], Any]:
+) -> tuple[dict[str, Any], Any]:
     """Stacked maps and values of which some layers and heads count, chosen while the program runs.
 
     Layers that do not count become zeros, which change nothing that is accumulated on a residual
@@ -165,7 +165,8 @@ def only(
     def sorted_out(x: Any) -> Any:
         return jnp.where(counts.reshape(-1, *(1 for _ in x.shape[1:])), x[order], 0)
 
-    return {name: x if x is None else sorted_out(x) for name, x in stacked.items()}, counts
+    kept: dict[str, Any] = {n: x if x is None else sorted_out(x) for n, x in stacked.items()}
+    return kept, counts
 
 
 def prepare(

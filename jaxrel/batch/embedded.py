@@ -45,10 +45,18 @@ def run(
     """
     missing = folder.missing()
     done = folder.rows - sum(stop - start for start, stop in map(folder.inputs, missing))
-    options = {"precision": precision, "threads": threads, "draw": draw}
     with tqdm(total=folder.rows, initial=done, unit="row", disable=not missing) as bar:
-        shard = functools.partial(explain_shard, explainer, source, folder, **options)
-        return sum(shard(i, advance=bar.update) for i in missing)
+        shard = functools.partial(
+            explain_shard,
+            explainer,
+            source,
+            folder,
+            precision=precision,
+            threads=threads,
+            draw=draw,
+            advance=bar.update,
+        )
+        return sum(map(shard, missing))
 
 
 def explain_shard(

@@ -1,6 +1,7 @@
 """`Explainer`: rows in, rows out, whatever runs it."""
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -153,7 +154,7 @@ class Explainer:
         }
         (batch,) = batches(lists, self.batch_size)
         if self._target == "words":
-            batch = batch._replace(target=targets[0])
+            batch = dataclasses.replace(batch, target=targets[0])
         prepared = self.model.prepare(image=batch.image, text=batch.text)
         if batch.target is not None:
             self.model.pairs(prepared, batch.target)

@@ -47,7 +47,7 @@ def find_rows(folder: Path, where: str, *, order: str, limit: int) -> list[Found
             _QUERY.format(where=f"({where})", order=order), {"parts": parts, "limit": limit}
         )
         names = [column[0] for column in found.description]
-        rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+        rows: list[Found] = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
     except duckdb.Error as error:
         raise ValueError(
             f"--where {where!r} --order {order!r} cannot be read as SQL over the columns "

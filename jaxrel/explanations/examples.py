@@ -4,8 +4,9 @@ A program is compiled for each size of a batch. So the last batch is filled up w
 its last example, and lists of any length go through the same program.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ import numpy as np
 USUAL_SIZE = 32
 
 
-class Batch(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Batch:
     """Some examples: as `model.prepare` and `model.pairs` take them.
 
     The first `count` are asked for, and `start` is the number of the first; the others fill up.
@@ -87,7 +89,8 @@ def _filled(entries: list, size: int) -> list:
     return entries + entries[-1:] * (size - len(entries))
 
 
-class Rows(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Rows:
     """A model's inputs, one row per example to explain: `count` of them, and others to fill up."""
 
     inputs: dict[str, Any]

@@ -159,7 +159,7 @@ def _maps(maps: Sequence[np.ndarray | None], kind: Any) -> Any:
     pa = required("pyarrow")
     missing = np.asarray([one is None for one in maps], bool)
     flat = np.zeros((len(maps), kind.list_size), kind.value_type.to_pandas_dtype())
-    for i in np.flatnonzero(~missing):
+    for i in np.flatnonzero(~missing).tolist():
         flat[i] = np.asarray(maps[i]).ravel()
     mask = pa.array(missing) if missing.any() else None
     return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), type=kind, mask=mask)

@@ -330,7 +330,7 @@ class Captioner(Model):
         """Return images and captions as lists with an entry per image; see `prepare`, `pairs`."""
         return captions.by_example(image, text, target)
 
-    def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array | np.ndarray]:
+    def pairs(self, inputs: Inputs, target: Any = None) -> Mapping[str, Array | np.ndarray]:
         """Bring inputs to one row per word: its image, its caption and its position.
 
         Args:

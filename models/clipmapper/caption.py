@@ -1,5 +1,6 @@
 """CLIPmapper that writes captions of images."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -186,7 +187,7 @@ class CLIPMapperCaption(CLIPMapper):
         """Return images and captions as lists with an entry per image; see `prepare`, `pairs`."""
         return captions.by_example(image, text, target)
 
-    def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array | np.ndarray]:
+    def pairs(self, inputs: Inputs, target: Any = None) -> Mapping[str, Array | np.ndarray]:
         """Bring inputs to one row per word: its image, its caption and its position.
 
         Args:

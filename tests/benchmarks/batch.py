@@ -38,8 +38,8 @@ WAYS = {
 NOTE = """\
 {images} images of {side} x {side} pixels with one sentence, method weighted. The gradient is of the
 summed score by the position embeddings of both towers. Time is from images (of `jaxrel batch`, from
-files) to results, after a first batch that compiles; of Ray from the start, with its own and that of
-an actor. Busy is the share of the time in which the compiled program runs. Memory is the most that
+files) to results, after a first batch that compiles; of Ray from the start, its own included.
+Busy is the share of the time in which the compiled program runs. Memory is the most that
 the process held."""
 
 
