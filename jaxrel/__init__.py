@@ -5,6 +5,7 @@ from jaxrel import versions
 versions.check(*versions.running())
 
 from jaxrel import attention, gradients
+from jaxrel.batch import Explainer
 from jaxrel.explanations.explain import explain
 from jaxrel.explanations.result import Explanation
 from jaxrel.propagation import composites, rules
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Composite",
+    "Explainer",
     "Explanation",
     "attention",
     "capture",

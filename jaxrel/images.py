@@ -1,5 +1,6 @@
 """Reading image files that come from anywhere: a user's folder, a download, a camera."""
 
+import io
 import os
 import re
 import struct
@@ -7,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -31,7 +33,9 @@ _UPRIGHT = {
 }
 
 
-def read_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) -> Image.Image:
+def read_image(
+    path: str | os.PathLike[str] | io.BufferedIOBase, *, max_pixels: int = 50_000_000
+) -> Image.Image:
     """Read an image file as RGB, upright.
 
     The size in the header is checked before any pixel is decoded. Of an animation the first
@@ -39,7 +43,8 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) ->
     profiles are not applied.
 
     Args:
-      path: a PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file; the content counts, not the suffix.
+      path: a PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file, or one that is open for reading in
+        binary; the content counts, not the suffix.
       max_pixels: the largest image accepted, height times width.
 
     Returns:
@@ -49,10 +54,17 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = 50_000_000) ->
       OSError: there is no such file, or it is a folder or cannot be opened.
       ValueError: the file is empty, no image, cut short, damaged or too large.
     """
+    if not isinstance(path, str | os.PathLike):
+        return _decoded(path, Path("the image"), max_pixels)
     path = Path(path)
     _check_file(path)
+    with path.open("rb") as file:
+        return _decoded(file, path, max_pixels)
+
+
+def _decoded(file: Any, path: Path, max_pixels: int) -> Image.Image:
     # Pillow warns of odd metadata and large images; what matters here is raised instead.
-    with warnings.catch_warnings(), path.open("rb") as file:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             image = Image.open(file, formats=FORMATS)

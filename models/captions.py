@@ -8,7 +8,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrel.models.inputs import Inputs, words_before
+from jaxrel.models.inputs import Inputs, as_list, words_before
 
 
 def special_ids(tokenizer: Any) -> tuple[int, int, int]:
@@ -76,6 +76,27 @@ def check_one_caption_each(images: int, captions: int) -> None:
         raise ValueError(f"{images} images and {captions} captions: give one caption per image")
 
 
+def by_example(image: Any, text: Any, target: Any) -> dict[str, Any]:
+    """Images and captions as lists with an entry per image, before they are prepared.
+
+    Args:
+      image: an image, or a list of them.
+      text: a caption for each, or None where the model writes them.
+      target: which words to explain, the same of every caption.
+
+    Raises:
+      ValueError: there are other numbers of images and captions.
+    """
+    images, texts = as_list(image), None if text is None else as_list(text)
+    if images and texts:
+        check_one_caption_each(len(images), len(texts))
+    return {
+        "image": images,
+        "text": texts,
+        "target": tuple(target) if isinstance(target, list) else target,
+    }
+
+
 def explained_position(inputs: Inputs, target: Any) -> Int[Array, "*batch"]:
     """Return the position of the words to explain: `target`, or else what the inputs say.
 
@@ -92,7 +113,7 @@ def explained_position(inputs: Inputs, target: Any) -> Int[Array, "*batch"]:
 
 def rows_by_word(
     inputs: Inputs, shown: Sequence[Sequence[str]], words: Any, target: Any = None
-) -> dict[str, Array]:
+) -> dict[str, np.ndarray]:
     """Bring inputs to one row per word: its image, its caption and its position.
 
     Args:
@@ -105,8 +126,9 @@ def rows_by_word(
     Raises:
       ValueError: see `word_rows`.
     """
-    example, position = map(jnp.asarray, word_rows(shown, words, target))
-    rows = {name: jnp.asarray(value)[example] for name, value in inputs.items()}
+    # On the host: a program would be compiled for each number of words.
+    example, position = word_rows(shown, words, target)
+    rows = {name: np.asarray(value)[example] for name, value in inputs.items()}
     return rows | {"position": position, "example": example}
 
 

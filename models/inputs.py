@@ -79,11 +79,38 @@ def as_pairs(inputs: Inputs, texts: str, advice: str) -> dict[str, Array]:
     Raises:
       ValueError: there are other numbers of images and texts.
     """
-    images, rows = len(inputs["image"]), len(inputs["text"])
+    rows = _count_pairs(len(inputs["image"]), len(inputs["text"]), texts, advice)
+    return {name: jnp.broadcast_to(x, (rows, *x.shape[1:])) for name, x in inputs.items()}
+
+
+def _count_pairs(images: int, rows: int, texts: str, advice: str) -> int:
     if images != rows and 1 not in (images, rows):
         raise ValueError(f"{images} images and {rows} {texts} make no pairs: give {advice}")
-    rows = max(images, rows)
-    return {name: jnp.broadcast_to(x, (rows, *x.shape[1:])) for name, x in inputs.items()}
+    return max(images, rows)
+
+
+def as_list(given: Any) -> list:
+    """What a user gave one or several of, as a list."""
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def by_example(image: Any, text: Any, texts: str, advice: str) -> dict[str, list]:
+    """Images and texts as lists with an entry per pair, as `as_pairs` makes pairs.
+
+    Args:
+      image: an image, or a list of them.
+      text: a text, or a list of them.
+      texts: as in `as_pairs`.
+      advice: as in `as_pairs`.
+
+    Raises:
+      ValueError: as `as_pairs`.
+    """
+    lists = {"image": as_list(image), "text": as_list(text)}
+    if not all(lists.values()):
+        return lists  # `prepare` says that there is none
+    rows = _count_pairs(len(lists["image"]), len(lists["text"]), texts, advice)
+    return {name: x * rows if len(x) == 1 else x for name, x in lists.items()}
 
 
 def words_before(text: Any, last: Int[Array, " batch"]) -> Bool[Array, "batch tokens"]:

@@ -34,11 +34,15 @@ class Layout:
         Stream s holds the target token. Empty where every stream attends to itself alone.
       by_word: whether `jaxrel.explain` explains captions word by word in the image's pixels, with
         one forward pass per caption: see `jaxrel.explanations.words.Captions`.
+      target: what `target=` is of `jaxrel.explain`: the index of the "text" that each image is
+        compared with, one of each "example" (such as its answer), or the "words" that are
+        explained of every caption.
     """
 
     streams: tuple[Stream, ...]
     schedule: tuple[tuple[tuple[tuple[str, str], ...], ...], ...] = ()
     by_word: bool = False
+    target: Literal["text", "example", "words"] = "example"
 
     def __getitem__(self, name: str) -> Stream:
         """Return the stream called `name`; KeyError names the streams there are."""

@@ -1,5 +1,6 @@
 """From images and sentences to a model's inputs, on the host."""
 
+import hashlib
 import json
 import os
 import unicodedata
@@ -7,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,8 @@ def quiet_transformers() -> Iterator[None]:
 class Processor:
     """A model's own tokenizer and image preprocessing.
 
-    It is compared by identity, so that a model that holds one stays a cheap static part of a
-    compiled function's key.
+    It is compared by what it holds: a program that was compiled for a model serves another that
+    was loaded from the same files.
 
     Args:
       tokenizer: a `transformers` tokenizer, or None when the model came without one.
@@ -51,6 +53,24 @@ class Processor:
 
     tokenizer: Any = None
     images: Any = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Processor):
+            return NotImplemented
+        return self is other or self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    @cached_property
+    def _content(self) -> str:
+        """A digest of all that the tokenizer and the image preprocessing do."""
+        fields = [type(self.tokenizer).__name__, type(self.images).__name__]
+        if self.tokenizer is not None:
+            fields += [self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.init_kwargs)]
+        if self.images is not None:
+            fields.append(json.dumps(self.images.to_dict(), sort_keys=True, default=str))
+        return hashlib.sha256("\0".join(fields).encode()).hexdigest()
 
     @classmethod
     def from_folder(cls, folder: Path, *, image_size: int | None = None) -> "Processor":
@@ -104,9 +124,13 @@ class Processor:
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if image is None or not images:
             raise ValueError("no image: pass image= a PIL image, a uint8 array, or a list")
+        # What fills up a batch, or goes with several texts, is the same image again.
+        once = {id(one): one for one in images}
         with quiet_transformers():
-            out = self.images([_rgb(p) for p in images], return_tensors="np")
-        return np.asarray(out["pixel_values"], np.float32).transpose(0, 2, 3, 1)
+            out = self.images([_rgb(one) for one in once.values()], return_tensors="np")
+        place = {key: i for i, key in enumerate(once)}
+        values = np.asarray(out["pixel_values"], np.float32).transpose(0, 2, 3, 1)
+        return values if len(once) == len(images) else values[[place[id(x)] for x in images]]
 
     def seen(self, image: Any) -> Image.Image:
         """Return the part of an image that `image` keeps, at the image's own resolution.

@@ -31,6 +31,7 @@ FLOORS = {
     "jaxrel.report": ("jaxrel.files", "jaxrel.renamed"),
     "jaxrel.explanations": (*EXPLAIN, "jaxrel.report"),
     "jaxrel.metrics": (*EXPLAIN, "jaxrel.report", "jaxrel.renamed"),
+    "jaxrel.batch": (*EXPLAIN, "jaxrel.explanations", "jaxrel.report"),
     "jaxrel.models": ("jaxrel.tag", "jaxrel.capture_with_grad", "jaxrel.renamed"),
 }
 

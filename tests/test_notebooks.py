@@ -73,13 +73,16 @@ def functions():
 @pytest.mark.parametrize(
     ("source", "wanted"),
     [
-        ("jaxrel", "jaxrel[train,report]"),
-        ("jaxrel==0.1.0", "jaxrel[train,report]==0.1.0"),
-        ("git+https://host/jaxrel.git@v1", "jaxrel[train,report] @ git+https://host/jaxrel.git@v1"),
-        ("https://host/jaxrel-1.whl", "jaxrel[train,report] @ https://host/jaxrel-1.whl"),
-        ("jaxrel-1-py3-none-any.whl", "jaxrel-1-py3-none-any.whl[train,report]"),
-        ("/folder/jaxrel", "/folder/jaxrel[train,report]"),
-        ("./jaxrel", "./jaxrel[train,report]"),
+        ("jaxrel", "jaxrel[train,report,batch]"),
+        ("jaxrel==0.1.0", "jaxrel[train,report,batch]==0.1.0"),
+        (
+            "git+https://host/jaxrel.git@v1",
+            "jaxrel[train,report,batch] @ git+https://host/jaxrel.git@v1",
+        ),
+        ("https://host/jaxrel-1.whl", "jaxrel[train,report,batch] @ https://host/jaxrel-1.whl"),
+        ("jaxrel-1-py3-none-any.whl", "jaxrel-1-py3-none-any.whl[train,report,batch]"),
+        ("/folder/jaxrel", "/folder/jaxrel[train,report,batch]"),
+        ("./jaxrel", "./jaxrel[train,report,batch]"),
     ],
 )
 def test_what_is_installed(functions, source, wanted):

@@ -126,6 +126,49 @@ def require_finite(name: str, array: Any, *, layers: Selection = None) -> None:
         )
 
 
+def only(
+    stacked: Mapping[str, Any], layers: Any = None, heads: Any = None
+) -> tuple[dict[str, Any], Any]:
+    """Stacked maps and values of which some layers and heads count, chosen while the program runs.
+
+    Layers that do not count become zeros, which change nothing that is accumulated on a residual
+    stream, and go before the others, so that the last is one that counts. Heads that do not count
+    become zeros, and the others are scaled so that their mean over all heads is that over those.
+
+    Args:
+      stacked: maps "attn" `[layers, batch, heads, query, key]`, and others `[layers, ...]`; None
+        where there is none.
+      layers: which layers count, bool `[layers]`, traced or not; None for all.
+      heads: which heads count, bool `[heads]`; None for all.
+
+    Returns:
+      The same in this order, and by place whether the layer counts; None where all do.
+
+    Raises:
+      ValueError: a choice has another length.
+    """
+    attn = stacked["attn"]
+    for what, chosen, count in (("layers", layers, len(attn)), ("heads", heads, attn.shape[2])):
+        if chosen is not None and chosen.shape != (count,):
+            raise ValueError(
+                f"{what}: a choice as a bool array has an entry for each of the {count} {what}, "
+                f"got shape {chosen.shape}"
+            )
+    if heads is not None:
+        share = jnp.where(heads, len(heads) / jnp.maximum(heads.sum(), 1), 0)
+        stacked = {**stacked, "attn": attn * share.astype(attn.dtype)[:, None, None]}
+    if layers is None:
+        return dict(stacked), None
+    order = jnp.argsort(jnp.asarray(layers), stable=True)
+    counts = jnp.asarray(layers)[order]
+
+    def sorted_out(x: Any) -> Any:
+        return jnp.where(counts.reshape(-1, *(1 for _ in x.shape[1:])), x[order], 0)
+
+    kept: dict[str, Any] = {n: x if x is None else sorted_out(x) for n, x in stacked.items()}
+    return kept, counts
+
+
 def prepare(
     where: str,
     maps: Mapping[str, Any],

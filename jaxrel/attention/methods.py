@@ -30,6 +30,7 @@ class Method:
       signed: whether its relevance may be negative.
       streaming: whether one row of it can be accumulated in the backward pass.
       skips: whether a layer that does not run (a branch not taken) changes nothing.
+      residual: whether relevance stays where attention does not move it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Method:
     signed: bool = False
     streaming: bool = False
     skips: bool = False
+    residual: bool = True
 
     @property
     def by_lrp(self) -> bool:
@@ -98,6 +100,7 @@ _ROWS = (
         ("maps", "gradients"),
         f"{_GAE}, the ablation of eq. 6",
         streams=("one",),
+        residual=False,
     ),
     # On one stream it is 'equal_lrp'.
     Method(

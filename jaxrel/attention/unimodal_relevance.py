@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jaxtyping import Array
 
 from jaxrel.attention.discovery import (
     Site,
@@ -19,8 +20,8 @@ from jaxrel.attention.discovery import (
 )
 from jaxrel.attention.importance import measure
 from jaxrel.attention.lrp_of_maps import lrp_of_maps
-from jaxrel.attention.maps import relevance_dtype, row, token_index
-from jaxrel.attention.methods import METHODS, TABLE, check_methods
+from jaxrel.attention.maps import only, relevance_dtype, row, token_index
+from jaxrel.attention.methods import METHODS, TABLE, Method, check_methods
 from jaxrel.attention.streaming import accumulate, seed, weigh_sum
 from jaxrel.propagation.composites import as_composite, attn_lrp
 from jaxrel.renamed import renamed_keywords
@@ -30,6 +31,9 @@ from jaxrel.tracing.evaluate import Edits, Interceptor
 from jaxrel.tracing.graph import Traced
 from jaxrel.tracing.pullback import check_output, leaf_paths, pullback
 from jaxrel.tracing.sharding import shaped_like
+
+# None, indices, or a bool array; or one of these by stack.
+Choice = slice | Sequence[int] | Array | np.ndarray | Mapping[str, Any] | None
 
 STREAMING = tuple(name for name in METHODS if TABLE[name].streaming)
 
@@ -41,8 +45,8 @@ def relevance(
     method: str | Sequence[str] = "weighted",
     target_token: Any = 0,
     attention: str | Sequence[str] | None = None,
-    layers: slice | Sequence[int] | None = None,
-    heads: slice | Sequence[int] | None = None,
+    layers: Choice = None,
+    heads: Choice = None,
     importance: str | Callable = "grad_value",
     form: Literal["auto", "streaming", "stacked"] = "auto",
     rules: Any = None,
@@ -65,8 +69,10 @@ def relevance(
         `[batch]`, a mapping from stack names to these, or None for the whole matrix.
       attention: the names of the attention stacks: tags of the maps, or the names that `sites`
         lists. By default the function's only self-attention stack.
-      layers: the layers accumulated; all, by default. `slice(-1, None)` is the last alone.
-      heads: the attention heads averaged; all, by default.
+      layers: the layers accumulated; all, by default. `slice(-1, None)` is the last alone. A bool
+        array `[layers]` may be traced, so that one program serves every choice; a mapping gives
+        one by stack.
+      heads: the attention heads averaged; all, by default. As `layers`, `[heads]`.
       importance: the measure of the weighted method: 'grad_value', 'norm', 'abs_grad_value',
         or a function `(value, grad) -> [batch, tokens]`.
       form: 'streaming', 'stacked', or 'auto', which streams where it can.
@@ -114,8 +120,8 @@ def value_and_relevance(
     method: str | Sequence[str] = "weighted",
     target_token: Any = 0,
     attention: str | Sequence[str] | None = None,
-    layers: slice | Sequence[int] | None = None,
-    heads: slice | Sequence[int] | None = None,
+    layers: Choice = None,
+    heads: Choice = None,
     importance: str | Callable = "grad_value",
     form: Literal["auto", "streaming", "stacked"] = "auto",
     rules: Any = None,
@@ -400,14 +406,38 @@ def _stacked(
                 "before": layers(values, "before"),
                 "after": layers(values, "after"),
                 "value_grad": layers(grads, "total"),
-                "importance": importance,
             }
         index = target_tokens[stack.name]
         for method in (TABLE[name] for name in methods):
             maps = layers(found if method.by_lrp else values, "value")
-            matrix = method.relevance_matrix(maps, grad, given, **some)
+            chosen = {what: _of_stack(one, stack) for what, one in some.items()}
+            matrix = _matrix(method, maps, grad, given, importance, chosen)
             result[method.name][stack.name] = matrix if index is None else row(matrix, index)
     return out, result
+
+
+def _of_stack(chosen: Any, stack: Stack) -> Any:
+    return chosen[stack.name] if isinstance(chosen, Mapping) else chosen
+
+
+def _matrix(
+    method: Method, maps: Any, grad: Any, values: Mapping, importance: Any, chosen: Mapping
+) -> Any:
+    """A method's relevance matrix, of layers and heads that are named or masked."""
+    masks = {what: x for what, x in chosen.items() if isinstance(x, jax.Array | np.ndarray)}
+    named = {what: x for what, x in chosen.items() if what not in masks}
+    counts = None
+    if masks:
+        kept, counts = only({"attn": maps, "grad": grad, **values}, **masks)
+        maps, grad = kept.pop("attn"), kept.pop("grad")
+        values = kept
+    if counts is not None and not method.residual:
+        # Without a residual stream a layer of zeros would take all; the identity changes nothing.
+        counts = counts[:, None, None, None, None]
+        maps = jnp.where(counts, maps, jnp.eye(maps.shape[-1], dtype=maps.dtype))
+        grad = jnp.where(counts, grad, 1)
+    options = {**values, "importance": importance} if values else {}
+    return method.relevance_matrix(maps, grad, options, **named)
 
 
 def _value(site: Site, what: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `jaxrel explain | train | evaluate | doctor`.
+"""The command line: `jaxrel explain | batch | report | train | evaluate | doctor`.
 
 What is wrong with the user's input is said in one line on standard error, with exit status 2;
 `--debug` shows where it happened instead.
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrel.cli import doctor, evaluate, explain, train
+from jaxrel.cli import batch, doctor, evaluate, explain, report, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = _parser().parse_args(given)
             options.command = shlex.join(["jaxrel", *given])
             options.run(options)
-        except (ValueError, OSError, ArithmeticError) as error:
+        except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
             if "--debug" in given:
                 raise
             print(f"jaxrel: error: {error}", file=sys.stderr)
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     parser.add_argument("--debug", action="store_true", help="show where an error happened")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (explain, train, evaluate, doctor):
+    for command in (explain, batch, report, train, evaluate, doctor):
         command.add(commands)
     for added in commands.choices.values():
         added.add_argument("--debug", action="store_true", default=argparse.SUPPRESS)

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
     images, texts, named = _check(options, asked)
     options.model = options.model or DEFAULT_MODELS[asked]
     model = shared.load(options.model)
-    _check_asked(model, asked, options.model)
+    check_asked(model, asked, options.model)
     kind = family(model)
     usual = kind.methods if options.method == "all" else (kind.usual,)
     by_word = kind is WORD_BY_WORD
@@ -139,7 +139,7 @@ def _check(options: argparse.Namespace, asked: Asked) -> tuple[list, list[str] |
     return images, texts, named
 
 
-def _check_asked(model: Any, asked: Asked, name: str) -> None:
+def check_asked(model: Any, asked: Asked, name: str) -> None:
     """Raise ValueError unless the model does what is asked for."""
     does = {"vqa": "question", "caption": "caption"}.get(getattr(model, "task", ""), "text")
     if does != asked:

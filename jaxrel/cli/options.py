@@ -48,6 +48,13 @@ def numbers(text: str) -> tuple[int, ...]:
         ) from None
 
 
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
 def recipe(name: str) -> Any:
     """A recipe of `jaxrel.train`; ValueError where a package that recipes need is missing."""
     missing = [name for name in ("grain", "optax", "orbax") if not importlib.util.find_spec(name)]

@@ -3,20 +3,22 @@
 The relevance itself is that of `jaxrel.explanations.words`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
+from jaxrel.explanations.examples import Rows, rows_of
 from jaxrel.explanations.methods import Request
-from jaxrel.explanations.words import in_pixels, word_relevance
+from jaxrel.explanations.words import in_pixels, word_program, word_relevance
 from jaxrel.tracing.sharding import shard_rows
 
 # So many backward passes of one image go together: more would need more memory, not less time.
 _TOGETHER = 32
-# Captions are cut to a multiple of this: programs are compiled per length.
+# Captions are cut to a multiple of this, and as many words go together: programs are compiled per
+# length.
 _LENGTHS = 4
 
 
@@ -34,8 +36,14 @@ def check(model: Any, request: Request) -> None:
 
 
 def relevance(
-    model: Any, prepared: Mapping[str, Any], rows: Mapping[str, Any], request: Request
-) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
+    model: Any,
+    prepared: Mapping[str, Any],
+    rows: Mapping[str, Any],
+    request: Request,
+    *,
+    count: int,
+    size: int,
+) -> Iterator[tuple[Rows, np.ndarray, dict[str, dict[str, Any]]]]:
     """Explain each row, a word of a caption.
 
     Args:
@@ -43,15 +51,22 @@ def relevance(
       prepared: images and captions, one caption per image, as `prepare` returns them.
       rows: the same with one row per word, as `pairs` returns them.
       request: the methods and their settings.
+      count: how many of the prepared captions are asked for; others fill up.
+      size: how many captions go together: as many as are prepared.
 
-    Returns:
-      The score of each row, and by method the fields of an `Explanation` that depend on it.
+    Yields:
+      Rows, the score of each that is asked for, and by method the fields of an `Explanation` that
+      depend on it.
     """
-    example, position = (np.asarray(rows[key]) for key in ("example", "position"))
+    del size
+    words = int((np.asarray(rows["example"]) < count).sum())
+    (batch,) = rows_of(rows, count, -(-words // _TOGETHER) * _TOGETHER)
+    example, position = (np.asarray(batch.inputs[key])[:words] for key in ("example", "position"))
     places, column = _by_caption(example, position, len(prepared["text"]))
     score, found = _by_word(model, prepared, places, request)
-    content = np.asarray(model.content(rows)["text"])
-    asked = [row[i] for row, i in zip(model.tokens(rows), position, strict=True)]
+    content = np.asarray(model.content(batch.inputs)["text"])[:words]
+    shown = model.tokens(batch.inputs)[:words]
+    asked = [row[i] for row, i in zip(shown, position, strict=True)]
     heads = request.heads
     chosen = "all heads" if heads is None else f"heads {', '.join(map(str, heads))}"
     # A detector was measured on maps of all heads and of the usual rules.
@@ -70,7 +85,23 @@ def relevance(
         if judge is not None:
             maps = in_pixels(of_image, prepared["image"].shape[1])
             fields[one]["flags"] = judge.flags(one, asked, maps)
-    return score[example, column], fields
+    yield batch, score[example, column], fields
+
+
+def program(model: Any, prepared: Any, rows: Any, request: Request) -> jax.stages.Lowered:
+    """The program that explains the longest captions of such images, not yet compiled.
+
+    Args:
+      model, request: as of `relevance`.
+      prepared: images and captions, or their shapes.
+      rows: not used.
+    """
+    del rows
+    captions, length = prepared["text"].shape
+    words = -(-(length - 1) // _LENGTHS) * _LENGTHS
+    places = jax.ShapeDtypeStruct((captions, words), np.int32)
+    options = {"method": request.methods, "lrp": request.lrp}
+    return word_program(model, prepared, places, at_once=max(1, _TOGETHER // captions), **options)
 
 
 def _by_word(
@@ -104,7 +135,7 @@ def _by_caption(
     for row, caption in enumerate(example):
         column[row] = count[caption]
         count[caption] += 1
-    places = np.zeros((captions, count.max()), np.int32)
+    places = np.zeros((captions, -(-count.max() // _LENGTHS) * _LENGTHS), np.int32)
     places[example, column] = position
     return places, column
 

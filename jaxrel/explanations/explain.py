@@ -9,9 +9,17 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 from jaxrel.attention.methods import check_methods
 from jaxrel.explanations import captions, tokens
+from jaxrel.explanations.examples import (
+    Batch,
+    batches,
+    by_example,
+    count_of,
+    size_of_batches,
+)
 from jaxrel.explanations.methods import (
     BIMODAL_METHODS,
     METHODS,
@@ -43,6 +51,12 @@ class Explainable(Protocol):
         read from the first of them: see `attention.value_and_bimodal_relevance`. `by_word`
         says that captions are explained word by word in the image's pixels; the model then
         speaks the protocol `jaxrel.explanations.words.Captions` too. Either may be left out.
+        """
+
+    def examples(self, *, image: Any, text: Any, target: Any) -> Mapping[str, Any]:
+        """Images, texts and targets as lists with an entry per example, or one thing for all.
+
+        It may be left out; image i then goes with text i, and one of either with all others.
         """
 
     def prepare(self, *, image: Any, text: Any) -> Mapping[str, Any]:
@@ -86,6 +100,7 @@ def explain(
     lrp: Any = None,
     name: str = "",
     detector: Detector | None = None,
+    batch_size: int | None = None,
 ) -> Any:
     """Explain how much each patch of an image and each word of a sentence matters to a score.
 
@@ -121,6 +136,10 @@ def explain(
       name: the model's name, for the record.
       detector: flags words of a Captioner that are likely hallucinated, by their maps, such as
         `jaxrel.metrics.Detector`. It judges only maps of all heads and of the usual rules.
+      batch_size: how many examples are explained together (of captions also how many words). Memory
+        depends on it and not on the number of examples. The last batch is filled up to this
+        size, so that nothing is compiled for another number. By default 32, and for fewer
+        examples the next power of two.
 
     Returns:
       An `Explanation` of the batch, or a list of them, one per method if several were given.
@@ -133,32 +152,81 @@ def explain(
     method = kind.usual if method is None else method
     methods = check_methods(method, kind.methods, "method")
     request = Request(methods, layers, heads, importance, lrp, detector)
-    way = captions if kind is WORD_BY_WORD else tokens
-    way.check(model, request)
-    prepared = model.prepare(image=image, text=text)
-    rows = model.pairs(prepared, target)
-    score, found = way.relevance(model, prepared, rows, request)
-    shared: dict[str, Any] = {
-        "target": tuple(model.describe(rows)),
-        "score": score,
-        "tokens": tuple(map(tuple, model.tokens(rows))),
-        "pixels": _seen(model, image, len(score), rows.get("example")),
-        "model": name,
-    }
-    explanations = [
-        Explanation(**shared, **found[one], method=one, signed=one in kind.signed)
-        for one in methods
-    ]
+    way(model).check(model, request)
+    examples = by_example(model, image, text, target)
+    count = count_of(examples)
+    size = size_of_batches(count, batch_size)
+    # Nobody waits for a bar of one batch.
+    progress = tqdm(total=count, unit="example", delay=1, disable=count <= size)
+    parts = []
+    with progress:
+        for batch in batches(examples, size):
+            prepared = model.prepare(image=batch.image, text=batch.text)
+            parts.append(explain_prepared(model, prepared, batch, request, name=name))
+            progress.update(batch.count)
+    explanations = [Explanation.concatenate(part) for part in zip(*parts, strict=True)]
     return explanations[0] if isinstance(method, str) else explanations
 
 
-def _seen(model: Any, image: Any, rows: int, example: Any) -> tuple[np.ndarray, ...]:
-    """By row, the part of its image that the model sees."""
-    images = list(image) if isinstance(image, list | tuple) else [image]
-    seen = [np.asarray(model.seen(one)) for one in images]
-    if example is not None:
-        return tuple(seen[i] for i in np.asarray(example))
-    return tuple(seen) if len(seen) == rows else tuple(seen * rows)
+def way(model: Any) -> Any:
+    """The module that explains a model: `captions` for one that explains word by word."""
+    return captions if family(model) is WORD_BY_WORD else tokens
+
+
+def explain_prepared(
+    model: Any, prepared: Mapping[str, Any], batch: Batch, request: Request, *, name: str = ""
+) -> list[Explanation]:
+    """Explain a batch of examples.
+
+    Args:
+      model: as in `explain`.
+      prepared: what `model.prepare` made of the batch.
+      batch: the examples.
+      request: what is asked, which `way(model).check` has checked.
+      name: the model's name, for the record.
+
+    Returns:
+      An explanation of the examples that are asked for, by method.
+    """
+    rows = model.pairs(prepared, batch.target)
+    images = batch.image if isinstance(batch.image, list) else [batch.image]
+    pixels = [np.asarray(model.seen(image)) for image in images[: batch.count]]
+    size = len(images)
+    kind = family(model)
+    parts = []
+    for some, score, found in way(model).relevance(
+        model, prepared, rows, request, count=batch.count, size=size
+    ):
+        shown = [
+            tuple(lines)[: some.count]
+            for lines in (model.describe(some.inputs), model.tokens(some.inputs))
+        ]
+        of_row = some.inputs.get("example", np.arange(len(images)))
+        seen = tuple(pixels[i] for i in np.asarray(of_row)[: some.count])
+        parts.append(
+            [
+                Explanation(
+                    target=shown[0],
+                    score=score,
+                    tokens=shown[1],
+                    pixels=seen,
+                    model=name,
+                    method=one,
+                    signed=one in kind.signed,
+                    **_numbered(found[one], batch.start),
+                )
+                for one in request.methods
+            ]
+        )
+    return [Explanation.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+def _numbered(fields: Mapping[str, Any], start: int) -> dict[str, Any]:
+    """Fields of a batch whose first example has this number among all."""
+    report = dict(fields["report"])
+    if "example" in report:
+        report["example"] = [start + i for i in report["example"]]
+    return {**fields, "report": report}
 
 
 __getattr__ = renamed(__name__, {"TWO_STREAM": "jaxrel.explanations.explain.BIMODAL_METHODS"})

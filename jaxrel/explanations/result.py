@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from jaxrel import report
-from jaxrel.explanations import archive, panels
+from jaxrel.explanations import archive, joined, panels, tables
 from jaxrel.files import write_atomically
 from jaxrel.flags import Flag
 from jaxrel.renamed import renamed_attribute, renamed_keywords
@@ -43,7 +43,8 @@ class Explanation:
       pixels: per example, the image as shown; sizes may differ.
       model: the model's name.
       settings: the method's settings, in words.
-      report: a summary that JSON can hold: losses of relevance, timings, versions.
+      report: a summary that JSON can hold: losses of relevance, timings, versions. A list with an
+        entry per example goes with its examples when they are taken apart or put together.
       flags: per example, what the map says of the word explained, None for a word that is not
         judged; empty where no word is.
 
@@ -142,7 +143,26 @@ class Explanation:
             tokens=self.tokens[part],
             pixels=None if self.pixels is None else self.pixels[part],
             flags=self.flags[part],
+            report=joined.part(self.report, part, len(self)),
         )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Explanation"]) -> "Explanation":
+        """Join explanations by one method, with one set of settings, of one model.
+
+        Args:
+          parts: at least one. Their maps have one size.
+
+        Returns:
+          All of their examples, in order. Entries of the reports with a value per example are
+          joined; numbers with a point are sums over examples, and are added up.
+
+        Raises:
+          ValueError: there are none, or they differ in method, settings, model or size.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        return cls(**joined.fields(parts))
 
     def _index(self, index: SupportsIndex) -> int:
         i = operator.index(index)
@@ -187,6 +207,20 @@ class Explanation:
             after_word = bool(token)
         return words
 
+    def to_dataframe(self) -> Any:
+        """The relevance as a tidy pandas table: one row per example and token or patch.
+
+        Returns:
+          A `pandas.DataFrame` with the columns example, target, score, method, modality ("image"
+          or "text"), token (as in `tokens`; "" for patches), position (in the text, or in the
+          image row by row), row and column (of patches, else missing) and relevance. Special
+          and padding tokens are left out.
+
+        Raises:
+          ModuleNotFoundError: pandas is missing.
+        """
+        return tables.dataframe(self)
+
     def column(self) -> Column:
         """What `jaxrel.report` draws: a panel per example."""
         return panels.column(self)
@@ -208,9 +242,11 @@ class Explanation:
         return report.fragment([self])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an image (.png), a single-file page (.html) or the numbers (.npz).
+        """Write an image (.png), a page (.html), the numbers (.npz) or a table (.parquet).
 
-        The file appears complete or not at all. A missing folder is made.
+        A table has a row per example, as `jaxrel.batch.schema` says, and no images; it needs
+        pyarrow (`pip install 'jaxrel[batch]'`). The file appears complete or not at all. A
+        missing folder is made.
 
         Args:
           path: where to; the suffix says what.
@@ -224,10 +260,12 @@ class Explanation:
                 write_atomically(path, archive.encode(vars(self)))
             case ".png" | ".html":
                 report.save([self], path)
+            case ".parquet":
+                write_atomically(path, tables.parquet(tables.columns(self)))
             case _:
                 raise ValueError(
                     f"cannot save an explanation as {str(path)!r}: the suffix is {suffix!r}; "
-                    "use .png (image), .html (page) or .npz (numbers)"
+                    "use .png (image), .html (page), .npz (numbers) or .parquet (table)"
                 )
 
     @classmethod

@@ -1,7 +1,7 @@
 """`explain` for models of token streams: relevance of patches and words at the tokens."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +9,12 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxrel.attention.bimodal_relevance import value_and_bimodal_relevance
+from jaxrel.attention.discovery import sites
 from jaxrel.attention.importance import measure
+from jaxrel.attention.maps import indices
 from jaxrel.attention.methods import check_methods
 from jaxrel.attention.unimodal_relevance import value_and_relevance
+from jaxrel.explanations.examples import Rows, rows_of
 from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, family
 from jaxrel.propagation.composites import Composite, as_composite
 from jaxrel.propagation.conservation import value_and_measured_lrp
@@ -42,29 +45,49 @@ def check(model: Any, request: Request) -> None:
 
 
 def relevance(
-    model: Any, prepared: Mapping[str, Any], rows: Mapping[str, Any], request: Request
-) -> tuple[np.ndarray, dict[str, dict[str, Any]]]:
-    """Explain each row.
+    model: Any,
+    prepared: Mapping[str, Any],
+    rows: Mapping[str, Any],
+    request: Request,
+    *,
+    count: int,
+    size: int,
+) -> Iterator[tuple[Rows, np.ndarray, dict[str, dict[str, Any]]]]:
+    """Explain each row, in batches of one size.
 
     Args:
       model: a model that speaks the protocol `Explainable`.
       prepared: the model's inputs, as `prepare` returns them; the rows hold all of them.
       rows: the same with one row per example to explain, as `pairs` returns them.
       request: the methods and their settings.
+      count: how many of the prepared examples are asked for; others fill up.
+      size: how many rows go together.
 
-    Returns:
-      The score of each row, and by method the fields of an `Explanation` that depend on it.
+    Yields:
+      Rows, the score of each that is asked for, and by method the fields of an `Explanation` that
+      depend on it.
     """
     del prepared
-    score, found, reports = jax.device_get(
-        _explained(
-            model, *shard_rows((rows, model.target_tokens(rows))), **_options(model, request)
+    for batch in rows_of(rows, count, size):
+        inputs = batch.inputs
+        given = shard_rows((inputs, model.target_tokens(inputs), batch.asked))
+        chosen = _chosen(model, inputs, request)
+        score, found, reports = jax.device_get(
+            _explained(model, *given, chosen, **_options(model, request))
         )
-    )
-    content = jax.device_get(model.content(rows))
-    streams = model.layout.streams
-    where = {"example": np.asarray(rows["example"]).tolist()} if "example" in rows else {}
-    fields = {
+        content = jax.device_get(model.content(inputs))
+        found, content = jax.tree.map(lambda x, n=batch.count: x[:n], (found, content))
+        yield batch, score[: batch.count], _fields(model, batch, found, content, reports, request)
+
+
+def _fields(
+    model: Any, batch: Rows, found: Any, content: Any, reports: Any, request: Request
+) -> dict[str, dict[str, Any]]:
+    """By method, the fields of an `Explanation`."""
+    streams, where = model.layout.streams, {}
+    if "example" in batch.inputs:
+        where = {"example": np.asarray(batch.inputs["example"])[: batch.count].tolist()}
+    return {
         one: {
             **_modalities(streams, found[one], content),
             "settings": _settings(one, request),
@@ -74,7 +97,21 @@ def relevance(
         }
         for one in request.methods
     }
-    return score, fields
+
+
+def program(model: Any, prepared: Any, rows: Any, request: Request) -> jax.stages.Lowered:
+    """The program that explains such rows, not yet compiled.
+
+    Args:
+      model, prepared, request: as of `relevance`.
+      rows: inputs with one row per example to explain, or their shapes.
+    """
+    del prepared
+    count = jax.tree.leaves(rows)[0].shape[0]
+    asked = jax.ShapeDtypeStruct((count,), bool)
+    target_tokens = jax.eval_shape(model.target_tokens, rows)
+    chosen = _chosen(model, rows, request)
+    return _explained.lower(model, rows, target_tokens, asked, chosen, **_options(model, request))
 
 
 def token_relevance(
@@ -102,7 +139,8 @@ def token_relevance(
     methods = check_methods(method, family(model).methods, "method")
     measure(importance)
     options = _options(model, Request(methods, importance=importance))
-    return _explained(model, inputs, model.target_tokens(inputs), **options)[1]
+    every = np.ones(len(next(iter(inputs.values()))), bool)
+    return _explained(model, inputs, model.target_tokens(inputs), every, {}, **options)[1]
 
 
 def _schedule(model: Any) -> tuple[Any, ...]:
@@ -119,8 +157,6 @@ def _options(model: Any, request: Request) -> dict[str, Any]:
         "propagated": tuple(by_rules.items()),
         "streams": tuple(model.layout.streams),
         "schedule": _schedule(model),
-        "layers": None if request.layers is None else tuple(request.layers),
-        "heads": None if request.heads is None else tuple(request.heads),
         "importance": request.importance,
     }
 
@@ -132,27 +168,28 @@ def _options(model: Any, request: Request) -> dict[str, Any]:
         "propagated",
         "streams",
         "schedule",
-        "layers",
-        "heads",
         "importance",
     ),
 )
-def _explained(model: Any, inputs: Any, target_token: Any, **options: Any) -> Any:
+def _explained(
+    model: Any, inputs: Any, target_token: Any, asked: Any, chosen: Any, **options: Any
+) -> Any:
     explained = functools.partial(_explained_rows, **options)
-    return compiler_sharded(explained, inputs, (0, 0, None))(model, inputs, target_token)
+    sharded = compiler_sharded(explained, inputs, (0, 0, None))
+    return sharded(model, inputs, target_token, asked, chosen)
 
 
 def _explained_rows(
     model: Any,
     inputs: Any,
     target_token: Any,
+    asked: Any,
+    chosen: Any,
     *,
     methods: tuple[str, ...],
     propagated: tuple[tuple[str, Composite], ...],
     streams: tuple[Any, ...],
     schedule: tuple[Any, ...],
-    layers: tuple[int, ...] | None,
-    heads: tuple[int, ...] | None,
     importance: str,
 ) -> Any:
     score, relevance, reports = None, {}, {}
@@ -170,21 +207,57 @@ def _explained_rows(
             method=methods,
             target_token=target_token,
             attention=tuple(stream.name for stream in streams),
-            layers=layers,
-            heads=heads,
+            layers=chosen.get("layers"),
+            heads=chosen.get("heads"),
             importance=importance,
         )
         score, relevance = explained(model, inputs)
     for name, composite in propagated:
         tags = tuple(f"{stream.name}/tokens" for stream in streams)
-        explained = value_and_measured_lrp(_score, composite, argnums=None, at=tags)
-        score, found, reports[name] = explained(model, inputs)
+        explained = value_and_measured_lrp(_asked_score, composite, argnums=None, at=tags)
+        score, found, reports[name] = explained(model, inputs, asked)
         relevance[name] = {stream.name: _by_token(stream, found) for stream in streams}
     return score, relevance, reports
 
 
+def _chosen(model: Any, inputs: Any, request: Request) -> dict[str, Any]:
+    """Which layers and heads of each stream count, as bool arrays: one program serves all choices.
+
+    Raises:
+      ValueError: a layer or head does not exist.
+    """
+    asked = {"layers": request.layers, "heads": request.heads}
+    asked = {what: x for what, x in asked.items() if x is not None}
+    if not asked:
+        return {}
+    counts = jax.device_get(_counts(model, inputs))
+    chosen: dict[str, Any] = {what: {} for what in asked}
+    for what, some in asked.items():
+        for stream in model.layout.streams:
+            count = int(counts[stream.name][what])
+            mask = np.zeros(count, bool)
+            mask[list(indices(some, count, what))] = True
+            chosen[what][stream.name] = mask
+    return chosen
+
+
+@jax.jit
+def _counts(model: Any, inputs: Any) -> Any:
+    """How many layers and heads the attention of each stream has; traced once for a model."""
+    found = {stack.name: stack for stack in sites(_score)(model, inputs)}
+    return {
+        name: {"layers": stack.layers, "heads": stack.sites[0].shape[1]}
+        for name, stack in found.items()
+    }
+
+
 def _score(model: Any, inputs: Any) -> Any:
     return model.score(inputs)
+
+
+def _asked_score(model: Any, inputs: Any, asked: Any) -> Any:
+    """The score of the rows that are asked for; what fills up counts in no sum of relevance."""
+    return jnp.where(asked, model.score(inputs), 0)
 
 
 def _by_token(stream: Any, found: Mapping[str, Any]) -> Any:

@@ -107,16 +107,24 @@ def word_relevance(
         )
     if at_once is not None and at_once < 1:
         raise ValueError(f"word_relevance: at_once must be 1 or more, got {at_once}")
-    score, found = _word_relevance(
-        model,
-        {name: jnp.asarray(value) for name, value in inputs.items()},
-        jnp.asarray(positions),
-        methods=tuple(method),
-        composite=composites.captioning() if lrp is None else as_composite(lrp),
-        at_once=at_once,
-    )
+    given = {name: jnp.asarray(value) for name, value in inputs.items()}
+    options = _options(method, lrp, at_once)
+    score, found = _word_relevance(model, given, jnp.asarray(positions), **options)
     # A compiled program returns a dictionary in the order of its keys.
     return score, {one: found[one] for one in method}
+
+
+def word_program(
+    model: Any, inputs: Any, positions: Any, *, method: Any, lrp: Any = None, at_once: Any = None
+) -> jax.stages.Lowered:
+    """The program of `word_relevance` for arrays of such shapes, not yet compiled."""
+    return _word_relevance.lower(model, inputs, positions, **_options(method, lrp, at_once))
+
+
+def _options(method: Sequence[str], lrp: Any, at_once: int | None) -> dict[str, Any]:
+    """What is chosen, as the static arguments of the compiled program."""
+    composite = composites.captioning() if lrp is None else as_composite(lrp)
+    return {"methods": tuple(method), "composite": composite, "at_once": at_once}
 
 
 def in_pixels(

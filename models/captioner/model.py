@@ -271,6 +271,7 @@ class Captioner(Model):
                 Stream("text", "text", config.context),
             ),
             by_word=True,
+            target="words",
         )
 
     def target_tokens(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
@@ -325,7 +326,11 @@ class Captioner(Model):
         ids = self.processor.text(text, self.config.context, unknown="raise")
         return seen | {"text": jnp.asarray(ids)}
 
-    def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
+    def examples(self, *, image: Any, text: Any, target: Any = None) -> dict[str, Any]:
+        """Return images and captions as lists with an entry per image; see `prepare`, `pairs`."""
+        return captions.by_example(image, text, target)
+
+    def pairs(self, inputs: Inputs, target: Any = None) -> Mapping[str, Array | np.ndarray]:
         """Bring inputs to one row per word: its image, its caption and its position.
 
         Args:

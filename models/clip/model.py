@@ -18,9 +18,19 @@ from jaxrel.models.clip.config import MODEL_TYPE, CLIPConfig
 from jaxrel.models.clip.hugging_face import PARAMETERS, interpolate_positions
 from jaxrel.models.clip.tokens import content, end_of_text, token_ids
 from jaxrel.models.clip.towers import TextTower, VisionTower
-from jaxrel.models.inputs import Inputs, as_pairs, check_floats, check_held, check_text
+from jaxrel.models.inputs import (
+    Inputs,
+    as_list,
+    as_pairs,
+    by_example,
+    check_floats,
+    check_held,
+    check_text,
+)
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.processor import Processor
+
+_ADVICE = "as many images as texts, one image, one text, or target= the text's index for each image"
 
 
 class CLIP(Model):
@@ -101,7 +111,8 @@ class CLIP(Model):
             (
                 Stream("vision", "image", vision.tokens, vision.grid),
                 Stream("text", "text", text.context),
-            )
+            ),
+            target="text",
         )
 
     def __call__(self, inputs: Inputs, *, return_attention: bool = False) -> Any:
@@ -163,8 +174,25 @@ class CLIP(Model):
             target = jnp.atleast_1d(jnp.asarray(target))
             _check_target(target, len(text))
             text = text[target]
-        advice = "as many images as texts, one image, one text, or target= the text's index for "
-        return as_pairs({"image": image, "text": text}, "texts", advice + "each image")
+        return as_pairs({"image": image, "text": text}, "texts", _ADVICE)
+
+    def examples(self, *, image: Any, text: Any, target: Any = None) -> dict[str, Any]:
+        """Return images and texts as lists with an entry per pair, before they are prepared.
+
+        Args:
+          image: as in `prepare`.
+          text: as in `prepare`.
+          target: as in `pairs`.
+
+        Raises:
+          ValueError: see `pairs`.
+        """
+        if target is not None:
+            texts = as_list(text)
+            chosen = np.atleast_1d(np.asarray(target))
+            _check_target(chosen, len(texts))
+            text = [texts[i] for i in chosen]
+        return by_example(image, text, "texts", _ADVICE) | {"target": None}
 
     def score(self, inputs: Inputs, target: Any = None) -> Float[Array, " batch"]:
         """Return the similarity of each pair: the scalar that explanations explain.
@@ -285,7 +313,7 @@ class CLIP(Model):
         return jnp.asarray(text)
 
 
-def _check_target(target: Array, texts: int) -> None:
+def _check_target(target: Array | np.ndarray, texts: int) -> None:
     if not jnp.issubdtype(target.dtype, jnp.integer) or target.ndim != 1:
         raise ValueError(
             f"target must be the text's index, one or one per image, got {target.dtype} of "

@@ -1,5 +1,6 @@
 """CLIPmapper that writes captions of images."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -182,7 +183,11 @@ class CLIPMapperCaption(CLIPMapper):
         ids = token_ids(self.processor, text, self.config.clip.text)
         return {"image": pixels, "text": ids}
 
-    def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
+    def examples(self, *, image: Any, text: Any, target: Any = None) -> dict[str, Any]:
+        """Return images and captions as lists with an entry per image; see `prepare`, `pairs`."""
+        return captions.by_example(image, text, target)
+
+    def pairs(self, inputs: Inputs, target: Any = None) -> Mapping[str, Array | np.ndarray]:
         """Bring inputs to one row per word: its image, its caption and its position.
 
         Args:

@@ -247,6 +247,7 @@ class CLIPMapper(Model):
                 Stream("vision", "image", vision.tokens, vision.grid),
             ),
             schedule=(((("qq", "vision"),),), ((("ss", "text"),),), mapper),
+            target="example" if self.config.task == "vqa" else "words",
         )
 
     def score(self, inputs: Inputs, target: Any = None) -> Float[Array, " batch"]:

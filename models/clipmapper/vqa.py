@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxrel.models.clip.tokens import end_of_text, token_ids
 from jaxrel.models.clipmapper.model import KINDS, CLIPMapper
-from jaxrel.models.inputs import Inputs, as_pairs
+from jaxrel.models.inputs import Inputs, as_pairs, by_example
 from jaxrel.models.transformer import read_at
+
+_ADVICE = "as many images as questions, one image, or one question"
 
 
 class CLIPMapperVQA(CLIPMapper):
@@ -93,18 +95,35 @@ class CLIPMapperVQA(CLIPMapper):
         Raises:
           ValueError: the numbers do not fit, or the model does not have this answer.
         """
-        advice = "as many images as questions, one image, or one question"
-        paired = as_pairs(inputs, "questions", advice)
+        paired = as_pairs(inputs, "questions", _ADVICE)
         rows = len(paired["text"])
         if target is None:
             answer = _predict(self, paired).argmax(-1)
         else:
-            chosen = [target] if np.ndim(target) == 0 else list(target)
-            answer = jnp.asarray([self._answer(one) for one in chosen])
-            if len(answer) not in (1, rows):
-                raise ValueError(f"{len(answer)} answers for {rows} questions; give one for each")
-            answer = jnp.broadcast_to(answer, rows)
+            answer = jnp.asarray(self._answers(target, rows))
         return paired | {"answer": answer.astype(jnp.int32)}
+
+    def examples(self, *, image: Any, text: Any, target: Any = None) -> dict[str, Any]:
+        """Return images, questions and answers as lists with an entry per question.
+
+        Args:
+          image: as in `prepare`.
+          text: as in `prepare`.
+          target: as in `pairs`.
+
+        Raises:
+          ValueError: see `pairs`.
+        """
+        lists: dict[str, Any] = by_example(image, text, "questions", _ADVICE)
+        answers = None if target is None else self._answers(target, len(lists["text"]))
+        return lists | {"target": answers}
+
+    def _answers(self, target: Any, rows: int) -> list[int]:
+        """The indices of one answer per question."""
+        chosen = [self._answer(one) for one in ([target] if np.ndim(target) == 0 else target)]
+        if len(chosen) not in (1, rows):
+            raise ValueError(f"{len(chosen)} answers for {rows} questions; give one for each")
+        return chosen * rows if len(chosen) == 1 else chosen
 
     def _answer(self, answer: Any) -> int:
         answers = self.config.answers

@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tests.benchmarks import captioner, clip_attention, lrp, streaming_forms
+from tests.benchmarks import batch, captioner, clip_attention, lrp, streaming_forms
 from tests.benchmarks.table import hardware
 
 BENCHMARKS = {
@@ -20,6 +20,8 @@ BENCHMARKS = {
     "lrp-decoder": partial(lrp.run, "12-layer decoder", batch=4),
     "captioner-gridtd": partial(captioner.run, "gridtd"),
     "captioner-aoa": partial(captioner.run, "aoa"),
+    "batch-shapes": partial(batch.run, "clip-shapes", images=2000),
+    "batch-vit": partial(batch.run, "ViT-B/32", images=128),
 }
 
 

@@ -1,0 +1,296 @@
+"""`jaxrel batch INPUT --out FOLDER`: many inputs to a table."""
+
+import argparse
+import functools
+import sys
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrel.cli import options as shared
+from jaxrel.cli.explain import DEFAULT_MODELS
+
+EXAMPLES = """examples:
+  jaxrel batch photos/ --text "a dog" --out results
+  jaxrel batch questions.csv --question "what is red?" --method weighted,lrp --out results
+  jaxrel batch captions_val2017.json --images val2017 --model openai/clip-vit-base-patch32 --out r
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    batch = commands.add_parser(
+        "batch",
+        help="explain a folder or a table of inputs, and write a table",
+        description="Explain every row of a folder of images, of a CSV, JSONL or Parquet file "
+        "(columns id, image, text, target), or of a file of COCO captions, VQA v2 questions or "
+        "Flickr30k, and write Parquet files to OUT. A job that was stopped goes on with the same "
+        "command. An input that cannot be read is a row with its error.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    batch.add_argument(
+        "input", type=Path, help="a folder, or a .csv, .jsonl, .parquet or .json file"
+    )
+    _add_asked(batch)
+    _add_files(batch)
+    _add_engine(batch)
+    batch.set_defaults(run=run)
+
+
+def _add_asked(batch: argparse.ArgumentParser) -> None:
+    asked = batch.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--text", metavar="SENTENCE", help="compare images with this, where rows have none"
+    )
+    asked.add_argument("--question", help="answer this, where rows have no question of their own")
+    asked.add_argument(
+        "--caption", action="store_true", help="write captions, and explain each word"
+    )
+    batch.add_argument(
+        "--model", help="a bundled model, a folder or a hub name (default: by what is asked)"
+    )
+    batch.add_argument("--method", help="one or several, with commas, or 'all'")
+    batch.add_argument("--layers", type=shared.numbers, help="layers that count, such as 0,1")
+    batch.add_argument("--heads", type=shared.numbers, help="attention heads that count")
+    batch.add_argument("--importance", default="grad_value", help="measure of the weighted method")
+
+
+def _add_files(batch: argparse.ArgumentParser) -> None:
+    rows = batch.add_argument_group("rows")
+    rows.add_argument(
+        "--columns",
+        type=_columns,
+        default={},
+        metavar="image=FILE,text=CAPTION",
+        help="the file's names of the columns id, image, text and target",
+    )
+    rows.add_argument("--images", type=Path, help="the folder of the images that the file names")
+    rows.add_argument("--strict", action="store_true", help="stop at an input that cannot be read")
+    results = batch.add_argument_group("results")
+    results.add_argument(
+        "--out", default=Path("out"), type=Path, help="output folder (default: out)"
+    )
+    results.add_argument(
+        "--precision",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the images' relevance in the files (default: float32)",
+    )
+    results.add_argument(
+        "--shard-rows",
+        type=shared.positive,
+        default=1024,
+        help="inputs per file; what is lost when the job is stopped (default: 1024)",
+    )
+    results.add_argument(
+        "--save-images",
+        type=_which,
+        metavar="every:100|ID,ID",
+        help="draw every so manieth row, or these (default: none)",
+    )
+
+
+def _add_engine(batch: argparse.ArgumentParser) -> None:
+    engine = batch.add_argument_group("engine")
+    engine.add_argument(
+        "--batch-size", type=shared.positive, help="rows explained together (default: what fits)"
+    )
+    engine.add_argument(
+        "--threads", type=shared.positive, default=2, help="threads that read ahead (default: 2)"
+    )
+    engine.add_argument(
+        "--engine",
+        choices=("embedded", "ray"),
+        default="embedded",
+        help="embedded: this process; ray: Ray Data (pip install 'jaxrel[ray]')",
+    )
+    engine.add_argument("--ray-address", help="of a Ray cluster (default: Ray on this machine)")
+    engine.add_argument("--actors", type=shared.positive, default=1, help="Ray actors (default: 1)")
+    engine.add_argument("--num-cpus", type=float, help="CPUs of a Ray actor")
+    engine.add_argument("--num-gpus", type=float, help="GPUs of a Ray actor")
+    engine.add_argument(
+        "--resources",
+        type=_resources,
+        default={},
+        metavar="TPU=4",
+        help="other resources of a Ray actor",
+    )
+
+
+def _which(text: str) -> str:
+    every = text.removeprefix("every:")
+    if every != text:
+        shared.positive(every)
+    return text
+
+
+def _pairs(text: str, what: str) -> dict[str, str]:
+    pairs = dict(part.partition("=")[::2] for part in text.split(","))
+    if not all(name and value for name, value in pairs.items()):
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+    return pairs
+
+
+def _columns(text: str) -> dict[str, str]:
+    known = ("id", "image", "text", "target")
+    pairs = _pairs(text, "image=NAME,text=NAME")
+    for name in pairs:
+        if name not in known:
+            raise argparse.ArgumentTypeError(
+                f"there is no column {name!r}; there are {', '.join(known)}"
+            )
+    return pairs
+
+
+def _resources(text: str) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in _pairs(text, "NAME=NUMBER").items()}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, got {text!r}") from None
+
+
+def run(options: argparse.Namespace) -> None:
+    """Explain the rows that OUT lacks, and say what there is."""
+    from jaxrel.batch import embedded
+    from jaxrel.batch.memory import fit
+    from jaxrel.explanations.tables import required
+
+    required("pyarrow")
+    shared.check_out(options.out)
+    if options.engine == "ray":
+        required("ray", extra="ray")
+    source = _source(options)
+    asked = _asked(options, source)
+    options.model = options.model or DEFAULT_MODELS[asked]
+    made = _explainer(options)
+    first = made.prepare(next(made.split(source.read(0, 1))))
+    _check_first(options, first)
+    found = fit(made, first, options.batch_size)
+    options.batch_size = found.batch_size
+    made.batch_size = found.batch_size
+    folder = _folder(options, source, made)
+    folder.open()
+    print(f"{folder.rows} rows in {found}", file=sys.stderr)
+    if options.engine == "ray":
+        from jaxrel.batch import ray_data
+
+        errors = ray_data.run(
+            functools.partial(_explainer, options),
+            functools.partial(_source, options),
+            folder,
+            precision=options.precision,
+            address=options.ray_address,
+            actors=options.actors,
+            num_cpus=options.num_cpus,
+            num_gpus=options.num_gpus,
+            resources=options.resources,
+        )
+    else:
+        draw = functools.partial(_draw, options) if options.save_images else None
+        errors = embedded.run(
+            made, source, folder, precision=options.precision, threads=options.threads, draw=draw
+        )
+    what = f", {errors} of them with an error (column 'error')" if errors else ""
+    print(f"wrote {folder.rows} rows to {options.out}{what}")
+
+
+def _source(options: argparse.Namespace) -> Any:
+    from jaxrel.batch.sources import open_source
+
+    text = options.text or options.question
+    return open_source(options.input, columns=options.columns, images=options.images, text=text)
+
+
+def _asked(options: argparse.Namespace, source: Any) -> str:
+    """What is asked: as the options say, or as the first row and the model do."""
+    if options.question:
+        return "question"
+    if options.caption:
+        return "caption"
+    questions = options.input.suffix == ".json" and "question" in options.input.name
+    if questions:
+        return "question"
+    has_text = source.read(0, 1)[0]["text"] is not None
+    if not has_text and options.model is None:
+        raise ValueError(
+            f"the rows of {options.input} have no text: say with --text, --question or --caption "
+            "what to explain, or name the column with --columns text=NAME"
+        )
+    return "text"
+
+
+def _explainer(options: argparse.Namespace) -> Any:
+    from jaxrel.attention.methods import check_methods
+    from jaxrel.batch import Explainer
+    from jaxrel.explanations.methods import WORD_BY_WORD, family
+    from jaxrel.metrics import Detector
+    from jaxrel.models.checkpoint import find_folder
+
+    model = shared.load(options.model)
+    kind = family(model)
+    named = kind.usual if options.method is None else options.method
+    methods = kind.methods if named == "all" else shared.names(named)
+    by_word = kind is WORD_BY_WORD
+    return Explainer(
+        model,
+        check_methods(methods, kind.methods, "method"),
+        batch_size=options.batch_size or 1,
+        layers=options.layers,
+        heads=options.heads,
+        importance=options.importance,
+        detector=Detector.load(find_folder(options.model), model) if by_word else None,
+        name=str(options.model),
+        strict=options.strict,
+    )
+
+
+def _check_first(options: argparse.Namespace, first: Any) -> None:
+    """Raise ValueError where the first row shows that no row can be explained."""
+    if first.batch is None and options.strict:
+        raise ValueError(next(iter(first.errors.values())))
+
+
+def _folder(options: argparse.Namespace, source: Any, made: Any) -> Any:
+    from jaxrel.batch.folder import Folder
+    from jaxrel.batch.provenance import model_digest, versions
+
+    settings = {
+        "input": str(options.input),
+        "inputs": source.digest,
+        "model": options.model,
+        "model_digest": model_digest(made.model),
+        "text": options.text or options.question,
+        "method": list(made.request.methods),
+        "layers": options.layers and list(options.layers),
+        "heads": options.heads and list(options.heads),
+        "importance": options.importance,
+        "precision": options.precision,
+        "engine": options.engine,
+    }
+    provenance = {"command": options.command, "versions": versions()}
+    return Folder(options.out, len(source.ids), options.shard_rows, settings, provenance)
+
+
+def _draw(options: argparse.Namespace, found: Sequence[Any], loaded: Any, start: int) -> None:
+    """Draw the rows of a batch that `--save-images` names."""
+    from jaxrel import report
+    from jaxrel.explanations.tables import example_of
+
+    if not found:
+        return
+    examples = list(example_of(found[0]))
+    for i, row in enumerate(loaded.good):
+        identity = loaded.rows[row]["id"]
+        if _drawn(options.save_images, start + row, identity):
+            place = slice(examples.index(i), examples.index(i) + examples.count(i))
+            name = urllib.parse.quote(identity, safe=" ")
+            report.save([one[place] for one in found], options.out / "_images" / f"{name}.png")
+
+
+def _drawn(which: str, number: int, identity: str) -> bool:
+    every = which.removeprefix("every:")
+    if every != which:
+        return number % int(every) == 0
+    return identity in which.split(",")

@@ -1,0 +1,52 @@
+"""A choice of layers and heads as bool arrays, traced, is the choice by index."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from jaxrel import attention
+from jaxrel.attention.methods import METHODS
+
+LAYERS, HEADS, TOKENS, WIDTH = 3, 2, 4, 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Three layers of attention on a residual stream, with two heads each."""
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.normal(size=(LAYERS, 3, WIDTH, WIDTH)), jnp.float32)
+
+    def fun(x):
+        for q, k, v in weights:
+            heads = [(x @ w).reshape(*x.shape[:2], HEADS, -1).swapaxes(1, 2) for w in (q, k, v)]
+            attn = jax.nn.softmax(heads[0] @ heads[1].mT, -1)
+            x = x + (attn @ heads[2]).swapaxes(1, 2).reshape(x.shape)
+        return jnp.sin(x[:, 0]).sum(-1)
+
+    return fun, jnp.asarray(rng.normal(size=(2, TOKENS, WIDTH)), jnp.float32)
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 2], [0, 1, 2]])
+@pytest.mark.parametrize("heads", [None, [1]])
+def test_masks_are_the_choice_by_index(model, layers, heads):
+    fun, x = model
+    by_index = attention.relevance(fun, method=METHODS, layers=layers, heads=heads)(x)
+    mask = np.isin(np.arange(LAYERS), layers)
+    head_mask = None if heads is None else np.isin(np.arange(HEADS), heads)
+
+    @jax.jit
+    def masked(x, layers, heads):
+        return attention.relevance(fun, method=METHODS, layers=layers, heads=heads)(x)
+
+    found = masked(x, jnp.asarray(mask), None if heads is None else jnp.asarray(head_mask))
+    for name in METHODS:
+        wanted = np.asarray(by_index[name])
+        # float32: the scale of the heads rounds once more, and the program is fused otherwise.
+        np.testing.assert_allclose(found[name], wanted, rtol=2e-5, atol=2e-6 * np.abs(wanted).max())
+
+
+def test_a_mask_of_another_length(model):
+    fun, x = model
+    with pytest.raises(ValueError, match=r"an entry for each of the 3 layers, got shape \(2,\)"):
+        attention.relevance(fun, method="raw", layers=np.ones(2, bool))(x)

@@ -1,0 +1,153 @@
+"""`jaxrel batch` and `jaxrel report` end to end."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxrel
+from jaxrel import cli
+from tests.zoo.clips import small_clip
+
+pandas = pytest.importorskip("pandas")
+pytest.importorskip("pyarrow")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_clip()
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        pixels = rng.integers(0, 256, (20, 30 + i, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path, capsys):
+    """Run a command; returns (status, standard output, standard error)."""
+
+    def run(*arguments):
+        status = cli.main([str(x) for x in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def results(run, images, saved, tmp_path):
+    """A job of two methods, whose fourth image is bad."""
+    out = tmp_path / "results"
+    status, said, progress = run(
+        "batch", images, "--text", "a red circle", "--model", saved, "--method", "equal,rollout",
+        "--out", out, "--shard-rows", 4, "--batch-size", 2, "--save-images", "every:3",
+    )  # fmt: skip
+    assert status == 0
+    assert said == f"wrote 7 rows to {out}, 1 of them with an error (column 'error')\n"
+    assert "7 rows in batches of 2, which take " in progress
+    assert "7/7" in progress
+    return out
+
+
+def test_a_folder_of_images(results, images, model):
+    frame = pandas.read_parquet(results)
+    assert len(frame) == 6 * 2 + 1
+    bad = frame[frame.id == "3.png"]
+    assert "is not an image that can be read" in bad.error.item()
+    seen = [Image.open(images / f"{i}.png") for i in (0, 1, 2, 4, 5, 6)]
+    wanted = jaxrel.explain(model, image=seen, text="a red circle", method=["equal", "rollout"])
+    for one in wanted:
+        rows = frame[frame.method == one.method]
+        np.testing.assert_allclose(rows.score, one.score, rtol=1e-5)
+        np.testing.assert_allclose(
+            np.stack(rows.image_relevance), one.image.reshape(6, -1), rtol=1e-4, atol=1e-6
+        )
+    assert [*frame[frame.id == "0.png"].tokens.iloc[0]] == ["a", "red", "circle"]
+    manifest = json.loads((results / "_manifest.json").read_text())
+    assert manifest["settings"]["method"] == ["equal", "rollout"]
+    assert manifest["provenance"]["command"].startswith("jaxrel batch ")
+    assert manifest["provenance"]["versions"]["jaxrel"] == jaxrel.__version__
+    assert sorted(x.name for x in (results / "_images").iterdir()) == ["0.png.png", "6.png.png"]
+
+
+def test_it_goes_on_and_refuses_another_job(results, run, images, saved):
+    command = ("batch", images, "--text", "a red circle", "--model", saved, "--out", results)
+    same = ("--method", "equal,rollout", "--shard-rows", 4)
+    (results / "part-00001.parquet").unlink()
+    assert run(*command, *same)[0] == 0
+    assert len(pandas.read_parquet(results)) == 13
+    status, _, error = run(*command, "--method", "equal", "--shard-rows", 4)
+    assert status == 2
+    assert "another job: method was ['equal', 'rollout'] and is ['equal']" in error
+
+
+def test_a_page_of_chosen_rows(results, run, tmp_path):
+    frame = pandas.read_parquet(results)
+    best = frame[frame.method == "equal"].nlargest(2, "score")
+    page = tmp_path / "page.html"
+    status, said, _ = run(
+        "report", results, "--where", f"score >= {best.score.min()}", "--order", "score desc",
+        "--out", page,
+    )  # fmt: skip
+    assert (status, said) == (0, f"wrote 2 rows to {page}\n")
+    text = page.read_text(encoding="utf-8")
+    first, second = (f"{score:.5g}" for score in best.score)
+    assert text.index(first) < text.index(second)
+    assert run("report", results, "--limit", 1, "--out", tmp_path / "x.png")[0] == 0
+    status, _, error = run("report", results, "--where", "scroe > 1", "--out", page)
+    assert status == 2
+    assert "cannot be read as SQL over the columns id, row, image, text, target, score" in error
+    status, _, error = run("report", results, "--where", "score > 1e9", "--out", page)
+    assert (status, "no row of" in error) == (2, True)
+    status, _, error = run("report", tmp_path, "--out", page)
+    assert (status, "is no folder that `jaxrel batch` wrote" in error) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "there is no such file or folder"),
+        (("{images}",), "say with --text, --question or --caption"),
+        (("{images}", "--text", "red", "--method", "lpr"), "unknown method 'lpr'"),
+        (("{images}", "--text", "red", "--columns", "picture=x"), "there is no column 'picture'"),
+        (("{images}", "--text", "red", "--batch-size", "0"), "a whole number from 1, got '0'"),
+        (("{images}", "--text", "red", "--save-images", "every:x"), "a whole number from 1"),
+        (("{images}", "--text", "red", "--resources", "TPU"), "expected NAME=NUMBER"),
+        (("{images}", "--text", "red", "--out", "{images}"), "holds other files"),
+    ],
+)
+def test_bad_input_is_one_line(run, images, saved, tmp_path, arguments, message, capsys):
+    given = [x.format(images=images) for x in arguments]
+    extra = [] if "--out" in given else ["--out", tmp_path / "out"]
+    model = [] if message.startswith("say") else ["--model", saved]
+    try:
+        status, said, error = run("batch", *given, *extra, *model)
+    except SystemExit as end:  # argparse's own
+        status, (said, error) = end.code, capsys.readouterr()
+    assert (status, said) == (2, "")
+    assert message in error
+    assert len(error.splitlines()[-1]) > 20
+    assert not (tmp_path / "out").exists()
+
+
+def test_strict_stops_at_the_first_bad_image(run, images, saved, tmp_path):
+    status, _, error = run(
+        "batch", images, "--text", "red", "--model", saved, "--strict", "--out", tmp_path / "out"
+    )
+    assert status == 2
+    assert "3.png is not an image that can be read" in error
