@@ -1,6 +1,7 @@
 """How the sizes of all models are checked, written to a config.json and read from it."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,19 @@ from jaxrel.models.checkpoint import CONFIG
 def is_size(value: Any) -> bool:
     """Whether a value is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def check_numbers(part: str, config: Any, names: Iterable[str]) -> None:
+    """Raise ValueError if one of these fields is no finite number; arguments as `check_sizes`."""
+    for name in names:
+        if not is_number(value := getattr(config, name)):
+            raise ValueError(f"{part}: {name} must be a number, got {value!r:.80}")
 
 
 def check_sizes(part: str, config: Any, names: Iterable[str]) -> None:
@@ -23,7 +37,7 @@ def check_sizes(part: str, config: Any, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)
         if not is_size(value):
-            raise ValueError(f"{part}: {name} must be a positive integer, got {value!r}")
+            raise ValueError(f"{part}: {name} must be a positive integer, got {value!r:.80}")
 
 
 def check_heads(part: str, name: str, width: int, heads: int) -> None:
@@ -34,8 +48,8 @@ def check_heads(part: str, name: str, width: int, heads: int) -> None:
 
 def check_choice(part: str, name: str, value: Any, known: Iterable[str]) -> None:
     """Raise ValueError if the value of a field is not among those that are known."""
-    if value not in known:
-        raise ValueError(f"{part}: {name} must be one of {', '.join(known)}, got {value!r}")
+    if value not in tuple(known):  # which a list or an object may be compared with
+        raise ValueError(f"{part}: {name} must be one of {', '.join(known)}, got {value!r:.80}")
 
 
 def check_keys(what: str, found: Iterable[str], known: Iterable[str]) -> None:

@@ -31,7 +31,13 @@ FLOORS = {
     "jaxrel.report": ("jaxrel.files", "jaxrel.renamed"),
     "jaxrel.explanations": (*EXPLAIN, "jaxrel.report"),
     "jaxrel.metrics": (*EXPLAIN, "jaxrel.report", "jaxrel.renamed"),
-    "jaxrel.models": ("jaxrel.tag", "jaxrel.capture_with_grad", "jaxrel.renamed"),
+    # Images are read alike, whoever opened them.
+    "jaxrel.models": (
+        "jaxrel.tag",
+        "jaxrel.capture_with_grad",
+        "jaxrel.images",
+        "jaxrel.renamed",
+    ),
 }
 
 

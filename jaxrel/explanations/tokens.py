@@ -12,7 +12,7 @@ from jaxrel.attention.bimodal_relevance import value_and_bimodal_relevance
 from jaxrel.attention.importance import measure
 from jaxrel.attention.methods import check_methods
 from jaxrel.attention.unimodal_relevance import value_and_relevance
-from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, family
+from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, computed, family
 from jaxrel.propagation.composites import Composite, as_composite
 from jaxrel.propagation.conservation import value_and_measured_lrp
 from jaxrel.tracing.sharding import compiler_sharded, shard_rows
@@ -56,6 +56,7 @@ def relevance(
       The score of each row, and by method the fields of an `Explanation` that depend on it.
     """
     del prepared
+    rows = computed(rows)
     score, found, reports = jax.device_get(
         _explained(
             model, *shard_rows((rows, model.target_tokens(rows))), **_options(model, request)

@@ -47,6 +47,8 @@ class CLIPMapperConfig:
 
     def __post_init__(self) -> None:
         check_choice("mapper", "task", self.task, TASKS)
+        if not isinstance(self.several, bool):
+            raise ValueError(f"mapper: several must be true or false, got {self.several!r:.80}")
         check_transformer(self, "mapper")
         if (self.task == "vqa") != bool(self.answers):
             raise ValueError(
