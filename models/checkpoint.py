@@ -247,19 +247,22 @@ def read_file(path: Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray
     if allow_pickle:
         return _read_pickle([path])
     raise ValueError(
-        f"{path} is a pickled checkpoint, and unpickling can run any code. "
-        f"{_how_to_convert([path], path.with_suffix('.safetensors'))}; and pass the new file; or, "
-        "from Python, if you trust it and torch is installed, pass allow_pickle=True"
+        f"{path} is a pickled checkpoint, and unpickling can run any code. Convert it once where "
+        f"torch is installed: safetensors.torch.save_file(torch.load({path.name!r}, "
+        f"weights_only=True), '{path.stem}.safetensors'), and pass the new file; or, if you trust "
+        "it and torch is installed, pass allow_pickle=True"
     )
 
 
 def _how_to_convert(paths: Sequence[Path], target: Path) -> str:
     """A command that reads plain weights and nothing else."""
+    # In double quotes, since the whole is in single ones.
+    names = json.dumps([*map(str, paths)], ensure_ascii=False)
     code = (
         "import torch; from safetensors.torch import save_file; found = {}; "
-        f"[found.update(torch.load(p, 'cpu', weights_only=True)) for p in {[*map(str, paths)]}]; "
+        f'[found.update(torch.load(p, "cpu", weights_only=True)) for p in {names}]; '
         "save_file({n: t.clone() for n, t in found.items()}, "
-        f"{str(target)!r})"
+        f"{json.dumps(str(target), ensure_ascii=False)})"
     )
     return (
         f"Convert it once where torch is installed: python -c {shlex.quote(code)} (or read it with "

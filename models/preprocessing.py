@@ -122,6 +122,10 @@ class ImageProcessing:
             x = (x - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return x
 
+    def made(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the (height, width) of what is made of an image of this (width, height)."""
+        return self.crop if self.crops else self._resized_size(size)[::-1]
+
     def seen(self, image: Image.Image) -> Image.Image:
         """Return the part of an image that is not cropped away, at the image's own resolution."""
         if not (self.resizes and self.crops and isinstance(self.size, int)):
@@ -201,19 +205,19 @@ def _read_channels(name: str, value: Any) -> tuple[float, ...]:
     values = [value] * 3 if is_number(value) else value
     if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(is_number, values)):
         raise ValueError(f"{name} must be three numbers, got {value!r:.80}")
-    return tuple(values)
+    return tuple(map(float, values))
 
 
 def _read_number(name: str, value: Any) -> float:
     if not is_number(value):
         raise ValueError(f"{name} must be a number, got {value!r:.80}")
-    return value
+    return float(value)
 
 
 def _read_filter(name: str, value: Any) -> int:
-    if type(value) is not int:
+    if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number of a filter of Pillow, got {value!r:.80}")
-    return value
+    return int(value)
 
 
 def _read_flag(name: str, value: Any) -> bool:
@@ -285,7 +289,8 @@ def image_processing(
     Returns:
       What a `Processor` applies to images.
     """
-    return ImageProcessing(image_size, (image_size, image_size), tuple(mean), tuple(std))
+    crop = (image_size, image_size)
+    return ImageProcessing(image_size, crop, tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def imagenet_processing(image_size: int = 224) -> ImageProcessing:

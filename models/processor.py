@@ -92,19 +92,15 @@ class Processor:
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if image is None or not images:
             raise ValueError("no image: pass image= a PIL image, a uint8 array, or a list")
-        found = [self._pixels(one) for one in images]
-        shapes = {one.shape[:2] for one in found}
-        wanted = shapes if side is None else {(side, side)}
-        if shapes != wanted or len(shapes) > 1:
-            raise _wrong_shape(shapes, side)
-        return np.stack(found)
-
-    def _pixels(self, image: Any) -> Float[np.ndarray, "height width 3"]:
+        given = [_rgb(one) for one in images]
         if isinstance(self.images, ImageProcessing):
-            return self.images(_rgb(image))
+            # Sizes that do not fit are told before memory is taken for them.
+            _check_shapes({self.images.made(one.size) for one in given}, side)
+            return np.stack([self.images(one) for one in given])
         with quiet_transformers():
-            (out,) = self.images([_rgb(image)], return_tensors="np")["pixel_values"]
-        return np.asarray(out, np.float32).transpose(1, 2, 0)
+            found = [self.images([one], return_tensors="np")["pixel_values"][0] for one in given]
+        _check_shapes({one.shape[1:] for one in found}, side)
+        return np.stack(found).astype(np.float32).transpose(0, 2, 3, 1)
 
     def seen(self, image: Any) -> Image.Image:
         """Return the part of an image that `image` keeps, at the image's own resolution.
@@ -321,19 +317,19 @@ def _texts(text: Any) -> list[str]:
     return [unicodedata.normalize("NFC", sentence) for sentence in texts]
 
 
-def _wrong_shape(shapes: set[tuple[int, ...]], side: int | None) -> ValueError:
+def _check_shapes(shapes: set[tuple[int, ...]], side: int | None) -> None:
+    """Raise ValueError unless images are of one shape, (height, width): of a square of `side`."""
+    if shapes == {(side, side)} or (side is None and len(shapes) == 1):
+        return
     made = " and ".join(f"{width} x {height}" for height, width in sorted(shapes))
-    wanted = (
-        "one size, which a model needs"
-        if side is None
-        else f"{side} x {side}, which the model reads (image_size in config.json)"
-    )
-    cure = (
-        "" if side is None else f": set size and crop_size there to {side}, do_center_crop to true"
-    )
-    return ValueError(
+    wanted = "of one size, which a model needs"
+    cure = ""
+    if side is not None:
+        wanted = f"of {side} x {side}, which the model reads (image_size in config.json)"
+        cure = f": set size and crop_size there to {side}, and do_center_crop to true"
+    raise ValueError(
         f"the image preprocessing ({IMAGES} in the model's folder) makes images of {made} pixels, "
-        f"and not of {wanted}{cure}"
+        f"and not {wanted}{cure}"
     )
 
 

@@ -62,6 +62,27 @@ def check_keys(what: str, found: Iterable[str], known: Iterable[str]) -> None:
         )
 
 
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
+
+
+def check_types(what: str, kind: Any, section: Mapping[str, Any]) -> None:
+    """Raise ValueError if a value of a section has another type than the default of its field.
+
+    Args:
+      what: the section of the config.json, for the message.
+      kind: a class of a config; fields whose default is no number, name or truth are not checked.
+      section: values by field.
+    """
+    for field in dataclasses.fields(kind):
+        wanted, value = type(field.default), section.get(field.name)
+        if field.name not in section or wanted not in _TYPES:
+            continue
+        if type(value) is not wanted and not (wanted is float and is_number(value)):
+            raise ValueError(
+                f"{CONFIG}: {what}.{field.name} must be {_TYPES[wanted]}, got {value!r:.80}"
+            )
+
+
 def field_names(config: Any, *, without: Iterable[str] = ()) -> list[str]:
     """Return the names of a config's fields, of a class or an instance."""
     return [field.name for field in dataclasses.fields(config) if field.name not in without]
