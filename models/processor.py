@@ -145,6 +145,11 @@ class Processor:
                 "processor=Processor(tokenizer, ...) to the model"
             )
         texts = _texts(text)
+        if self._pad is None:
+            raise ValueError(
+                "this model's tokenizer has neither a padding nor an end token; name them in its "
+                "tokenizer_config.json, as pad_token and eos_token"
+            )
         ids, spans = self._encoded(texts)
         for sentence, row in zip(texts, ids, strict=True):
             self._check(sentence, row, context)
@@ -214,7 +219,7 @@ class Processor:
         return self.tokens(np.asarray(inputs["text"]), known=known)
 
     @property
-    def _pad(self) -> int:
+    def _pad(self) -> int | None:
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return pad if pad is not None else end
 

@@ -47,8 +47,8 @@ def read_tokenizer(folder: Path) -> Any:
             return None
         try:
             tokenizer = Tokenizer.from_pretrained(str(folder), local_files_only=True)
-            if not (folder / "tokenizer_config.json").is_file():
-                _name_specials(tokenizer)
+            _name_specials(tokenizer, alone=not (folder / "tokenizer_config.json").is_file())
+            tokenizer("a", return_offsets_mapping=True, verbose=False)  # as `Processor` does
         except Exception as error:  # the tokenizers library raises bare Exception
             raise ValueError(
                 f"the tokenizer in {folder} cannot be read ({error}); fetch {TOKENIZER_FILES} again"
@@ -56,18 +56,18 @@ def read_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _name_specials(tokenizer: Any) -> None:
-    """Name the special tokens of a tokenizer.json that comes without tokenizer_config.json."""
+def _name_specials(tokenizer: Any, *, alone: bool) -> None:
+    """Name the special tokens that tokenizer_config.json does not name, or is not there to name."""
     backend = tokenizer.backend_tokenizer
     around = backend.encode("").tokens
     names: dict[str, str | None] = {}
     if len(around) >= 2:
         names |= {"bos_token": around[0], "eos_token": around[-1]}
-    padding = backend.padding or {}
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    names["pad_token"] = padding.get("pad_token") or next(
-        (token for token in (PAD, "[PAD]") if token in added), None
-    )
+    if alone:
+        padding = backend.padding or {}
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        usual = next((token for token in (PAD, "[PAD]") if token in added), None)
+        names["pad_token"] = padding.get("pad_token") or usual
     names["unk_token"] = getattr(backend.model, "unk_token", None)
     for name, token in names.items():
         if token is not None and getattr(tokenizer, name) is None:

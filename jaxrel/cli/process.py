@@ -66,7 +66,7 @@ def _run(given: Sequence[str]) -> None:
     options = _parser().parse_args(given)
     options.command = shlex.join(["jaxrel", *given])
     if options.cache:
-        _keep_programs()
+        keep_programs()
     options.run(options)
 
 
@@ -138,7 +138,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _keep_programs() -> None:
+def keep_programs() -> None:
     """Let JAX keep compiled programs in the user's cache folder, unless the user says otherwise.
 
     JAX reads these variables when it is imported.

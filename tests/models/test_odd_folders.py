@@ -176,3 +176,16 @@ def test_the_old_end_of_text_and_an_added_token(folder):
     message = "eos_token_id 2, .* '<my-cat>' was added .* set eos_token_id of text_config to 3"
     with pytest.raises(ValueError, match=message):
         model.prepare(image=Image.new("RGB", (16, 16)), text="a <my-cat>")
+
+
+def test_settings_of_a_tokenizer_that_do_not_name_its_tokens(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text('{"a": 1}')
+    tokenizer = CLIP.from_pretrained(folder).processor.tokenizer
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<start>", "<end>")
+    path.write_text('{"model_max_length": "8"}')
+    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be read .* again"):
+        CLIP.from_pretrained(folder)
+    tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="neither a padding nor an end token"):
+        Processor(tokenizer).text("a", 8)
