@@ -157,10 +157,13 @@ class ImageProcessing:
         high = [min(side, at + crop) for side, at, crop in zip(whole, start, wanted, strict=True)]
         part = (high[0] - low[0], high[1] - low[1])
         if image.size == whole:
-            image = image.crop((*low, *high))
+            image = image.crop((low[0], low[1], high[0], high[1]))
         else:
-            scale = [size / side for size, side in zip(image.size, whole, strict=True)]
-            box = tuple(at * scale[i % 2] for i, at in enumerate((*low, *high)))
+            (left, right), (top, bottom) = (
+                (begin * size / side, end * size / side)  # exact at the image's ends
+                for begin, end, size, side in zip(low, high, image.size, whole, strict=True)
+            )
+            box = (left, top, right, bottom)
             image = image.resize(part, self.resample, box=box)
         if part == wanted:
             return image
@@ -257,7 +260,7 @@ def read_images(folder: Path, image_size: int | None = None) -> ImageProcessing 
         path = folder / name
         if not path.is_file():
             continue
-        fields = read_json(path)
+        fields: Any = read_json(path)
         if section is not None:
             fields = fields.get(section)
             if fields is None:

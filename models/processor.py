@@ -156,13 +156,11 @@ class Processor:
         rows = zip(texts, ids, spans, strict=True)
         self._check_words(texts, [self._known_words(*row) for row in rows], unknown)
         padded = np.full((len(ids), context), self._pad, np.int32)
-        for row, values in zip(padded, ids, strict=True):
-            row[: len(values)] = values
+        for i, values in enumerate(ids):
+            padded[i, : len(values)] = values
         return padded
 
-    def spelling(
-        self, text: Any, context: int, *, known: bool = False
-    ) -> dict[str, Int[np.ndarray, "batch tokens letters"]]:
+    def spelling(self, text: Any, context: int, *, known: bool = False) -> dict[str, Any]:
         """Return how texts are displayed, where their ids alone do not tell.
 
         Unknown words keep their spelling, and what is written as one word is one.
@@ -173,7 +171,8 @@ class Processor:
           known: as in `tokens`; unknown words are displayed, and marked.
 
         Returns:
-          {"spelling": Unicode code points}, to be kept beside the ids; or nothing.
+          {"spelling": Unicode code points, int32 [batch, tokens, letters]}, to be kept beside the
+          ids; or nothing.
         """
         texts = _texts(text)
         ids, spans = self._encoded(texts)
@@ -202,8 +201,8 @@ class Processor:
         """
         if self.tokenizer is None:
             raise ValueError(f"this model has no tokenizer: its folder holds no {TOKENIZER_FILES}")
-        rows = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        rows = [display.strings(self.tokenizer, row, self._specials) for row in rows]
+        lists: Any = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        rows = [display.strings(self.tokenizer, row, self._specials) for row in lists]
         hidden = self.tokenizer.unk_token if known else None
         return [["" if token == hidden else token for token in row] for row in rows]
 
