@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import options as shared
-from jaxrel.cli.explain import DEFAULT_MODELS
+from jaxrel.cli.explain import DEFAULT_MODELS, Asked, check_asked
 
 EXAMPLES = """examples:
   jaxrel batch photos/ --text "a dog" --out results
@@ -49,7 +49,9 @@ def _add_asked(batch: argparse.ArgumentParser) -> None:
         "--caption", action="store_true", help="write captions, and explain each word"
     )
     batch.add_argument(
-        "--model", help="a bundled model, a folder or a hub name (default: by what is asked)"
+        "--model",
+        type=shared.name,
+        help="a bundled model, a folder or a hub name (default: by what is asked)",
     )
     batch.add_argument("--method", help="one or several, with commas, or 'all'")
     batch.add_argument("--layers", type=shared.numbers, help="layers that count, such as 0,1")
@@ -70,7 +72,7 @@ def _add_files(batch: argparse.ArgumentParser) -> None:
     rows.add_argument("--strict", action="store_true", help="stop at an input that cannot be read")
     results = batch.add_argument_group("results")
     results.add_argument(
-        "--out", default=Path("out"), type=Path, help="output folder (default: out)"
+        "--out", default="out", type=shared.folder, help="output folder (default: out)"
     )
     results.add_argument(
         "--precision",
@@ -159,12 +161,15 @@ def run(options: argparse.Namespace) -> None:
 
     required("pyarrow")
     shared.check_out(options.out)
+    shared.sentence(options.text or options.question or "")
     if options.engine == "ray":
         required("ray", extra="ray")
     source = _source(options)
     asked = _asked(options, source)
     options.model = options.model or DEFAULT_MODELS[asked]
     made = _explainer(options)
+    if options.text or options.question or options.caption:
+        check_asked(made.model, asked, options.model)
     first = made.prepare(next(made.split(source.read(0, 1))))
     _check_first(options, first)
     found = fit(made, first, options.batch_size)
@@ -203,7 +208,7 @@ def _source(options: argparse.Namespace) -> Any:
     return open_source(options.input, columns=options.columns, images=options.images, text=text)
 
 
-def _asked(options: argparse.Namespace, source: Any) -> str:
+def _asked(options: argparse.Namespace, source: Any) -> Asked:
     """What is asked: as the options say, or as the first row and the model do."""
     if options.question:
         return "question"

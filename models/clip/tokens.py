@@ -39,7 +39,15 @@ def token_ids(processor: Processor, text: Any, config: TextConfig) -> Int[Array,
     """
     ids, found = processor.text(text, config.context), processor.tokenizer.eos_token_id
     last = np.asarray(end_of_text(ids, config.eos_token_id))
-    if (ids[np.arange(len(ids)), last] != found).any():
+    at_end = ids[np.arange(len(ids)), last]
+    if config.eos_token_id == 2 and (at_end > found).any() and (ids == found).any(-1).all():
+        token = processor.tokenizer.convert_ids_to_tokens(int(at_end.max()))
+        raise ValueError(
+            "config.json has the eos_token_id 2, which says that a text ends at its highest id, "
+            f"and the token {token!r} was added to the tokenizer above its end, {found}: set "
+            f"eos_token_id of text_config to {found} (in Python, TextConfig(eos_token_id={found}))"
+        )
+    if (at_end != found).any():
         raise ValueError(
             f"the tokenizer ends a text with the id {found}, and the model looks for the id "
             f"{config.eos_token_id}: this is the tokenizer of another model"
