@@ -79,17 +79,41 @@ def _decoded(file: Any, path: Path, max_pixels: int) -> Image.Image:
             limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
             raise _too_large(path, f"{pixels:,} pixels", limit) from None
         except _BROKEN as error:
-            raise _damaged(path, error) from error
+            raise _damaged(str(path), error) from error
         with image:
             width, height = image.size
             if width * height > max_pixels:
                 size = f"{width:,} x {height:,} = {width * height:,} pixels"
                 raise _too_large(path, size, max_pixels)
-            try:
-                image.load()
-            except _BROKEN as error:
-                raise _damaged(path, error) from error
-            return _rgb(_upright(image), path)
+            return rgb(image, name=str(path))
+
+
+def rgb(image: Image.Image, *, name: str = "the image") -> Image.Image:
+    """Return an image as `read_image` reads a file: RGB, upright, on white.
+
+    Args:
+      image: what `PIL.Image.open` returns, or any other image; it stays as it is.
+      name: what to call it in a message.
+
+    Returns:
+      A new image of mode RGB. It has no metadata: what turned it upright must not do so twice.
+
+    Raises:
+      ValueError: its colours are not sure, or its file is cut short or damaged.
+    """
+    try:
+        image.load()
+    except _BROKEN as error:
+        raise _damaged(name, error) from error
+    try:
+        found = _colours(_upright(image))
+    except ValueError as error:
+        raise ValueError(
+            f"{name} has pixels of Pillow's mode {image.mode!r}, which have no sure colour "
+            f"({error}); save it as an 8-bit RGB or grey image"
+        ) from error
+    found.info = {}
+    return found
 
 
 def read_images(
@@ -138,8 +162,8 @@ def _too_large(path: Path, size: str, max_pixels: int) -> ValueError:
     )
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged or cut short ({error}); get a whole copy of the image")
+def _damaged(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name} is damaged or cut short ({error}); get a whole copy of the image")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -152,22 +176,17 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if step is None else image.transpose(step)
 
 
-def _rgb(image: Image.Image, path: Path) -> Image.Image:
+def _colours(image: Image.Image) -> Image.Image:
+    """The colours of an image that is upright; ValueError says why they are not sure."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if values.min() >= 0 and values.max() < 2**16:
             # Pillow's own conversion cuts off at 255. 65535 / 257 = 255.
             image = Image.fromarray(np.round(values / 257).astype(np.uint8))
-    try:
-        # For these two Pillow cuts off silently: nothing says which value is white.
-        if image.mode in ("I", "F"):
-            raise ValueError("no value is defined as white")
-        if image.has_transparency_data:
-            above = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(
-            f"{path} has pixels of Pillow's mode {image.mode!r}, which have no sure colour "
-            f"({error}); save it as an 8-bit RGB or grey image"
-        ) from error
+    # For these two Pillow cuts off silently: nothing says which value is white.
+    if image.mode in ("I", "F"):
+        raise ValueError("no value is defined as white")
+    if image.has_transparency_data:
+        above = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+    return image.convert("RGB")

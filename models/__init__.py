@@ -10,7 +10,8 @@ from jaxrel.models.clipmapper import (
     CLIPMapperVQA,
 )
 from jaxrel.models.layout import Layout, Stream
-from jaxrel.models.processor import Processor, image_processing
+from jaxrel.models.preprocessing import image_processing
+from jaxrel.models.processor import Processor
 from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.models.vision import (
     VGG,

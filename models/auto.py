@@ -29,9 +29,9 @@ def from_pretrained(name_or_folder: str | os.PathLike, **options: Any) -> Any:
     """
     folder = find_folder(name_or_folder)
     found = read_any_config(folder).get("model_type")
-    if found not in _CLASSES:
+    if found not in tuple(_CLASSES):
         raise ValueError(
-            f"{folder / CONFIG} describes a model of type {found!r}; known are "
+            f"{folder / CONFIG} describes a model of type {found!r:.80}; known are "
             f"{', '.join(_CLASSES)}"
         )
     return _CLASSES[found].from_pretrained(folder, **options)

@@ -8,6 +8,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrel.models.display import sentence
 from jaxrel.models.inputs import Inputs, as_list, words_before
 
 
@@ -177,11 +178,11 @@ def _positions(target: Any) -> Int[np.ndarray, " words"]:
 def describe_words(shown: Sequence[Sequence[str]], position: Any) -> list[str]:
     """Return each row's word in brackets, after the preceding words."""
     places = np.asarray(position).tolist()
-    before = [" ".join(filter(None, row[:i])) for row, i in zip(shown, places, strict=True)]
-    words = [row[i] for row, i in zip(shown, places, strict=True)]
+    before = [sentence(row[:i]) for row, i in zip(shown, places, strict=True)]
+    words = [sentence([row[i]]) for row, i in zip(shown, places, strict=True)]
     return [f"{start} [{word}]".strip() for start, word in zip(before, words, strict=True)]
 
 
 def sentences(shown: Sequence[Sequence[str]]) -> list[str]:
     """Return captions in words, without the tokens that stand for none."""
-    return [" ".join(filter(None, row)).replace(" ##", "") for row in shown]
+    return [sentence(row) for row in shown]

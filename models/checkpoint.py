@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,15 @@ from safetensors.numpy import save_file
 PRETRAINED = Path(__file__).parent / "pretrained"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")
+# Dtypes of safetensors that NumPy has, with `ml_dtypes`; the others have 8 bits or fewer.
+_READABLE = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    *(f"{s}{n}" for s in "IU" for n in (8, 16, 32, 64)),
+    "BOOL",
+)
 DOWNLOADS = ["*.json", "*.txt", "*.safetensors"]
 
 
@@ -98,7 +108,11 @@ def find_folder(name_or_folder: str | os.PathLike) -> Path:
     if folder.is_file():
         raise NotADirectoryError(
             f"{folder} is a file; pass the folder that holds {CONFIG} and {WEIGHTS}"
-            + (f". {_how_to_convert(folder)}" if any(map(folder.match, PICKLES)) else "")
+            + (
+                f". {_how_to_convert([folder], folder.parent / WEIGHTS)}"
+                if any(map(folder.match, PICKLES))
+                else ""
+            )
         )
     known = f"bundled models: {', '.join(bundled()) or 'none'}"
     on_the_hub = len(folder.parts) == 2 and name[0] not in "./~\\" and "\\" not in name
@@ -140,7 +154,7 @@ def read_config(folder: Path, model_type: str) -> dict[str, Any]:
     found = config.get("model_type")
     if found != model_type:
         raise ValueError(
-            f"{folder / CONFIG} describes a model of type {found!r}, and this class loads "
+            f"{folder / CONFIG} describes a model of type {found!r:.80}, and this class loads "
             f"{model_type!r}; pass a folder of that architecture"
         )
     return config
@@ -150,17 +164,23 @@ def read_any_config(folder: Path) -> dict[str, Any]:
     """Read a model folder's config.json, whatever the architecture; see `read_config`."""
     path = folder / CONFIG
     if not path.is_file():
+        _refuse_open_clip(folder)
         raise FileNotFoundError(
             f"{folder} has no {CONFIG}; a model folder holds {CONFIG} and {WEIGHTS} as "
             "save_pretrained writes them"
         )
-    return _read_json(path)
+    return read_json(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+      ValueError: it holds something else, or no valid JSON.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -188,7 +208,10 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.nd
         return _read_safetensors(folder / WEIGHTS)
     if (folder / INDEX).is_file():
         return _read_shards(folder)
+    _refuse_open_clip(folder)
     pickles = sorted(path for pattern in PICKLES for path in folder.glob(pattern))
+    # Beside the weights there may be the state of their training.
+    pickles = [path for path in pickles if path.name.startswith("pytorch_model")] or pickles
     if not pickles:
         raise FileNotFoundError(
             f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; fetch the file into the "
@@ -197,8 +220,8 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.nd
     if not allow_pickle:
         raise ValueError(
             f"{pickles[0]} is a pickled checkpoint, and unpickling can run any code. "
-            f"{_how_to_convert(pickles[0])}; or, if you trust it and torch is installed, pass "
-            "allow_pickle=True"
+            f"{_how_to_convert(pickles, folder / WEIGHTS)}; or, from Python, if you trust it and "
+            "torch is installed, pass allow_pickle=True"
         )
     return _read_pickle(pickles)
 
@@ -231,18 +254,41 @@ def read_file(path: Path, *, allow_pickle: bool = False) -> dict[str, np.ndarray
     )
 
 
-def _how_to_convert(path: Path) -> str:
-    return (
-        "Convert it once where torch is installed: "
-        f"from transformers import CLIPModel; CLIPModel.from_pretrained({str(path.parent)!r})"
-        ".save_pretrained('converted'), and pass the new folder"
+def _how_to_convert(paths: Sequence[Path], target: Path) -> str:
+    """A command that reads plain weights and nothing else."""
+    # In double quotes, since the whole is in single ones.
+    names = json.dumps([*map(str, paths)], ensure_ascii=False)
+    code = (
+        "import torch; from safetensors.torch import save_file; found = {}; "
+        f'[found.update(torch.load(p, "cpu", weights_only=True)) for p in {names}]; '
+        "save_file({n: t.clone() for n, t in found.items()}, "
+        f"{json.dumps(str(target), ensure_ascii=False)})"
     )
+    return (
+        f"Convert it once where torch is installed: python -c {shlex.quote(code)} (or read it with "
+        "transformers, and write it with save_pretrained)"
+    )
+
+
+def _refuse_open_clip(folder: Path) -> None:
+    """Say of a folder in OpenCLIP's own layout that it is one."""
+    found = sorted(path.name for path in folder.glob("open_clip*"))
+    if found:
+        raise ValueError(
+            f"{folder} is in the layout of OpenCLIP ({', '.join(found)}), which is not supported; "
+            f"give a folder in the Hugging Face layout, with {CONFIG} of model_type 'clip' and "
+            f"{WEIGHTS}, as transformers' CLIPModel.save_pretrained writes it"
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            for name in names:
+                if (dtype := file.get_slice(name).get_dtype()) not in _READABLE:
+                    raise ValueError(_quantised(name, dtype))
+            return {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise OSError(
             f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file "
@@ -252,8 +298,12 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _read_shards(folder: Path) -> dict[str, np.ndarray]:
     index = folder / INDEX
-    where = _read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where:
+    where = read_json(index).get("weight_map")
+    if (
+        not isinstance(where, dict)
+        or not where
+        or not all(isinstance(f, str) for f in where.values())
+    ):
         raise ValueError(f"{index} has no 'weight_map' from tensor names to files")
     files = sorted(set(where.values()))
     outside = [file for file in files if Path(file).name != file]
@@ -283,7 +333,8 @@ def _read_pickle(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise ImportError(
             f"reading the pickled {paths[0]} needs torch, which is not installed: "
-            f"pip install 'jaxrel[torch]', or avoid it. {_how_to_convert(paths[0])}"
+            f"pip install 'jaxrel[torch]', or avoid it. "
+            f"{_how_to_convert(paths, paths[0].parent / WEIGHTS)}"
         ) from error
     tensors: dict[str, np.ndarray] = {}
     for path in paths:
@@ -350,16 +401,20 @@ def read_parameters(
 
 def _check_values(name: str, tensor: np.ndarray) -> None:
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        raise ValueError(
-            f"the tensor {name} has dtype {tensor.dtype}; quantised weights cannot be loaded, "
-            "use a float32, float16 or bfloat16 checkpoint"
-        )
+        raise ValueError(_quantised(name, tensor.dtype))
     bad = np.size(tensor) - np.count_nonzero(np.isfinite(np.asarray(tensor, np.float32)))
     if bad:
         raise ValueError(
             f"the tensor {name} has {bad} values of {tensor.size} that are NaN or infinite; "
             "the checkpoint is damaged, or its training diverged"
         )
+
+
+def _quantised(name: str, dtype: Any) -> str:
+    return (
+        f"the tensor {name} has dtype {dtype}; quantised weights cannot be loaded, "
+        "use a float32, float16 or bfloat16 checkpoint"
+    )
 
 
 def variables(model: nnx.Module) -> dict[tuple[str, ...], nnx.Variable]:

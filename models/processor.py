@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import os
 import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,27 +14,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-TOKENIZER_FILES = "tokenizer.json (or vocab.json and merges.txt)"
-IMAGE_FILES = "preprocessor_config.json"
+from jaxrel.images import rgb
+from jaxrel.models import display
+from jaxrel.models.preprocessing import IMAGES, ImageProcessing, read_images
+from jaxrel.models.tokenizer import TOKENIZER_FILES, quiet_transformers, read_tokenizer
+from jaxrel.renamed import renamed
 
-# Of the images that the published encoders were trained on, for each channel in 0..1.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Import or call transformers without its advice to install PyTorch, which is not needed."""
-    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+__all__ = ["Processor"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +32,8 @@ class Processor:
 
     Args:
       tokenizer: a `transformers` tokenizer, or None when the model came without one.
-      images: a `transformers` image processor that works on PIL images, or None.
+      images: an `ImageProcessing`, a `transformers` image processor that works on PIL images,
+        or None.
     """
 
     tokenizer: Any = None
@@ -83,7 +68,7 @@ class Processor:
         Raises:
           ValueError: a file is there and cannot be read.
         """
-        return cls(_read_tokenizer(folder), _read_images(folder, image_size))
+        return cls(read_tokenizer(folder), read_images(folder, image_size))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's and the image processor's files into `folder`."""
@@ -106,19 +91,23 @@ class Processor:
                 "another model"
             )
 
-    def image(self, image: Any) -> Float[np.ndarray, "batch height width 3"]:
+    def image(
+        self, image: Any, *, side: int | None = None
+    ) -> Float[np.ndarray, "batch height width 3"]:
         """Resize, crop and normalise images.
 
         Args:
-          image: a PIL image, a uint8 [height, width, 3] array, or a list of them.
+          image: a PIL image, a uint8 [height, width, 3] array, or a list of them. They are read
+            as `jaxrel.images.read_image` reads files: upright, on white.
+          side: pixels of a side of the square that the model reads.
 
         Returns:
           float32 images, NHWC, normalised as the model expects.
 
         Raises:
           TypeError: not an image.
-          ValueError: no image, an array of another shape, an image of another depth than
-            8 bits, or a model without preprocessing.
+          ValueError: no image, an array of another shape, an image whose colours are not sure, a
+            model without preprocessing, or preprocessing that makes no square of that side.
         """
         self._require_images()
         images = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -126,11 +115,21 @@ class Processor:
             raise ValueError("no image: pass image= a PIL image, a uint8 array, or a list")
         # What fills up a batch, or goes with several texts, is the same image again.
         once = {id(one): one for one in images}
-        with quiet_transformers():
-            out = self.images([_rgb(one) for one in once.values()], return_tensors="np")
+        values = self._pixels([_rgb(one) for one in once.values()], side)
         place = {key: i for i, key in enumerate(once)}
-        values = np.asarray(out["pixel_values"], np.float32).transpose(0, 2, 3, 1)
         return values if len(once) == len(images) else values[[place[id(x)] for x in images]]
+
+    def _pixels(
+        self, images: list[Image.Image], side: int | None
+    ) -> Float[np.ndarray, "batch height width 3"]:
+        if isinstance(self.images, ImageProcessing):
+            # Sizes that do not fit are told before memory is taken for them.
+            _check_shapes({self.images.made(one.size) for one in images}, side)
+            return np.stack([self.images(one) for one in images])
+        with quiet_transformers():
+            found = [self.images([one], return_tensors="np")["pixel_values"][0] for one in images]
+        _check_shapes({one.shape[1:] for one in found}, side)
+        return np.stack(found).astype(np.float32).transpose(0, 2, 3, 1)
 
     def seen(self, image: Any) -> Image.Image:
         """Return the part of an image that `image` keeps, at the image's own resolution.
@@ -142,22 +141,10 @@ class Processor:
           TypeError, ValueError: as for `image`.
         """
         self._require_images()
-        image = _rgb(image)
-        width, height = image.size
-        side = getattr(self.images.size, "shortest_edge", None)
-        if not (self.images.do_resize and self.images.do_center_crop and side):
-            return image
-        # The shortest side becomes `side` pixels, of which the crop keeps the middle.
-        scale = min(width, height) / side
-        kept = [
-            min(side_length, round(crop * scale))
-            for side_length, crop in (
-                (width, self.images.crop_size.width),
-                (height, self.images.crop_size.height),
-            )
-        ]
-        left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
-        return image.crop((left, top, left + kept[0], top + kept[1]))
+        steps = self.images
+        if not isinstance(steps, ImageProcessing):
+            steps = ImageProcessing.from_dict(steps.to_dict())
+        return steps.seen(_rgb(image))
 
     def text(
         self, text: Any, context: int, *, unknown: str = "warn"
@@ -187,22 +174,52 @@ class Processor:
                 "processor=Processor(tokenizer, ...) to the model"
             )
         texts = _texts(text)
-        with quiet_transformers():
-            out = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
-        ids = out["input_ids"]
+        if self._pad is None:
+            raise ValueError(
+                "this model's tokenizer has neither a padding nor an end token; name them in its "
+                "tokenizer_config.json, as pad_token and eos_token"
+            )
+        ids, spans = self._encoded(texts)
         for sentence, row in zip(texts, ids, strict=True):
             self._check(sentence, row, context)
-        rows = zip(texts, ids, out["offset_mapping"], strict=True)
+        rows = zip(texts, ids, spans, strict=True)
         self._check_words(texts, [self._known_words(*row) for row in rows], unknown)
         padded = np.full((len(ids), context), self._pad, np.int32)
-        for row, values in zip(padded, ids, strict=True):
-            row[: len(values)] = values
+        for i, values in enumerate(ids):
+            padded[i, : len(values)] = values
         return padded
 
+    def spelling(self, text: Any, context: int, *, known: bool = False) -> dict[str, Any]:
+        """Return how texts are displayed, where their ids alone do not tell.
+
+        Unknown words keep their spelling, and what is written as one word is one.
+
+        Args:
+          text: what `text` was given.
+          context: the number of tokens the model reads.
+          known: as in `tokens`; unknown words are displayed, and marked.
+
+        Returns:
+          {"spelling": Unicode code points, int32 [batch, tokens, letters]}, to be kept beside the
+          ids; or nothing.
+        """
+        texts = _texts(text)
+        ids, spans = self._encoded(texts)
+        added = {*self.tokenizer.get_added_vocab().values()} - {self._unknown}
+        shown = self.tokens(ids, known=known)
+        spelled = []
+        for sentence, row, places, words in zip(texts, ids, spans, shown, strict=True):
+            unknown = [i for i, index in enumerate(row) if index == self._unknown]
+            if known:
+                unknown = [i for i in unknown if display.is_word(sentence[slice(*places[i])])]
+            alone = [i for i, index in enumerate(row) if index in added]
+            spelled.append(display.spelled(words, sentence, places, unknown, alone))
+        return {} if spelled == shown else {display.SPELLING: display.encode(spelled, context)}
+
     def tokens(
-        self, ids: Int[np.ndarray, "batch tokens"], *, known: bool = False
+        self, ids: Int[np.ndarray, "batch tokens"] | Sequence[Sequence[int]], *, known: bool = False
     ) -> list[list[str]]:
-        """Return one string to display per token; "##" starts a token that continues a word.
+        """Return one string to display per token; see `jaxrel.models.display`.
 
         Args:
           ids: token ids.
@@ -213,12 +230,24 @@ class Processor:
         """
         if self.tokenizer is None:
             raise ValueError(f"this model has no tokenizer: its folder holds no {TOKENIZER_FILES}")
-        rows = [self._row_tokens(row) for row in ids.tolist()]
+        lists: Any = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        rows = [display.strings(self.tokenizer, row, self._specials) for row in lists]
         hidden = self.tokenizer.unk_token if known else None
         return [["" if token == hidden else token for token in row] for row in rows]
 
+    def shown(self, inputs: Mapping[str, Any], *, known: bool = False) -> list[list[str]]:
+        """Return what `tokens` does, as the texts are spelled where the inputs say so.
+
+        Args:
+          inputs: "text", and what `spelling` returned.
+          known: as in `tokens`.
+        """
+        if display.SPELLING in inputs:
+            return display.decode(np.asarray(inputs[display.SPELLING]))
+        return self.tokens(np.asarray(inputs["text"]), known=known)
+
     @property
-    def _pad(self) -> int:
+    def _pad(self) -> int | None:
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return pad if pad is not None else end
 
@@ -226,6 +255,18 @@ class Processor:
     def _specials(self) -> set[int]:
         t = self.tokenizer
         return {t.bos_token_id, t.eos_token_id, t.pad_token_id} - {None}
+
+    @property
+    def _unknown(self) -> int | None:
+        """The id of unknown words; CLIP's tokenizer knows every byte, and names its end token."""
+        unknown = self.tokenizer.unk_token_id
+        return None if unknown in self._specials else unknown
+
+    def _encoded(self, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        """Ids, and where the text of each token starts and stops."""
+        with quiet_transformers():
+            out = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
+        return out["input_ids"], out["offset_mapping"]
 
     def _check(self, sentence: str, ids: list[int], context: int) -> None:
         content = [i for i in ids if i not in self._specials]
@@ -247,19 +288,18 @@ class Processor:
     def _known_words(
         self, text: str, ids: list[int], spans: list[tuple[int, int]]
     ) -> dict[str, bool]:
-        """Whether the tokenizer knows each word of a text; a word holds a letter or a digit."""
+        """Whether the tokenizer knows each word of a text."""
         words = [text[start:stop] for start, stop in spans]
         return {
-            word: index != self.tokenizer.unk_token_id
+            word: index != self._unknown
             for word, index in zip(words, ids, strict=True)
-            if any(map(str.isalnum, word))
+            if display.is_word(word)
         }
 
     def _check_words(
         self, texts: Sequence[str], known: Sequence[Mapping[str, bool]], unknown: str
     ) -> None:
-        # CLIP's byte-level tokenizer knows every byte, and names its end token as unknown.
-        if self.tokenizer.unk_token_id in {None, *self._specials}:
+        if self._unknown is None:
             return
         missing: dict[str, None] = {}
         for text, words in zip(texts, known, strict=True):
@@ -289,139 +329,13 @@ class Processor:
         words = [token for token, _ in vocabulary if token.isalpha() and len(token) > 2]
         return ", ".join(words[:8])
 
-    def _row_tokens(self, ids: list[int]) -> list[str]:
-        suffix = getattr(self.tokenizer.backend_tokenizer.model, "end_of_word_suffix", None)
-        row: list[str] = []
-        word: list[str] = []
-        for index, token in zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True):
-            special = index in self._specials
-            if not special:
-                word.append(token.removesuffix(suffix) if suffix else token)
-            if special or not suffix or token.endswith(suffix):
-                row += self._show(word)
-                word = []
-            if special:
-                row.append("")
-        return row + self._show(word)
-
     def _require_images(self) -> None:
         if self.images is None:
             raise ValueError(
-                f"this model has no image preprocessing: its folder holds no {IMAGE_FILES}; "
+                f"this model has no image preprocessing: its folder holds no {IMAGES}; "
                 "copy that file from the model's origin into the folder, or pass "
                 "processor=Processor(tokenizer, image_processing(size)) to the model"
             )
-
-    def _show(self, word: list[str]) -> list[str]:
-        """One string per piece of a word; a character made of several pieces is in the first."""
-        decoder = self.tokenizer.backend_tokenizer.decoder
-        decode = decoder.decode if decoder is not None else "".join
-        starts = []
-        for i in range(len(word)):
-            before = decode(word[:i])
-            # U+FFFD at the end: a character that the piece before has begun.
-            whole = before.rstrip("\ufffd")
-            starts.append(len(whole) + (whole != before))
-        ends = [*starts[1:], None]
-        shown = [decode(word)[a:b] for a, b in zip(starts, ends, strict=True)] if word else []
-        return [text if i == 0 else f"##{text}" for i, text in enumerate(shown)]
-
-
-def image_processing(
-    image_size: int,
-    *,
-    mean: Sequence[float] = (0.5, 0.5, 0.5),
-    std: Sequence[float] = (0.5, 0.5, 0.5),
-) -> Any:
-    """Image preprocessing for a new model: shortest side to `image_size`, crop, normalise.
-
-    Args:
-      image_size: pixels of a side of the square the model sees.
-      mean: taken from each channel, of values in 0..1.
-      std: divides each channel.
-
-    Returns:
-      A `transformers` image processor for PIL images.
-    """
-    return _image_processor(
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        image_mean=list(mean),
-        image_std=list(std),
-    )
-
-
-def imagenet_processing(image_size: int = 224) -> Any:
-    """Image preprocessing of encoders trained on ImageNet, as captioners use it.
-
-    The whole image is resized to a square, without keeping the aspect, and normalised (Sun et
-    al. 2022); `image_processing` crops instead.
-
-    Args:
-      image_size: pixels of a side of the square the model sees.
-
-    Returns:
-      A `transformers` image processor for PIL images, for `Processor`.
-    """
-    return _image_processor(
-        size={"height": image_size, "width": image_size},
-        resample=Image.Resampling.BILINEAR,
-        do_center_crop=False,
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
-    )
-
-
-def _image_processor(**fields: Any) -> Any:
-    with quiet_transformers():
-        try:
-            from transformers.models.clip import image_processing_pil_clip as pil
-
-            return pil.CLIPImageProcessorPil(**fields)
-        except ImportError:
-            # Older releases of transformers have one class, which works on PIL.
-            from transformers.models.clip import image_processing_clip as clip
-
-            return clip.CLIPImageProcessor(**fields)
-
-
-def _read_images(folder: Path, image_size: int | None) -> Any:
-    fields: Any = None
-    # transformers 5 writes one file for the whole processor, older ones a file for images.
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        path = folder / name
-        if path.is_file():
-            try:
-                fields = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from None
-            if name == "processor_config.json":
-                fields = fields.get("image_processor")
-            break
-    if fields is None:
-        return None
-    kinds = ("image_processor_type", "feature_extractor_type", "processor_class")
-    fields = {key: value for key, value in fields.items() if key not in kinds}
-    if image_size is not None:
-        fields["size"] = {"shortest_edge": image_size}
-        fields["crop_size"] = {"height": image_size, "width": image_size}
-    return _image_processor(**fields)
-
-
-def _read_tokenizer(folder: Path) -> Any:
-    with quiet_transformers():
-        if (folder / "tokenizer.json").is_file():
-            from transformers import PreTrainedTokenizerFast as Tokenizer
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            from transformers import CLIPTokenizer as Tokenizer
-        else:
-            return None
-        try:
-            return Tokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise ValueError(
-                f"the tokenizer in {folder} cannot be read ({error}); fetch {TOKENIZER_FILES} again"
-            ) from error
 
 
 def _texts(text: Any) -> list[str]:
@@ -434,6 +348,22 @@ def _texts(text: Any) -> list[str]:
         if not sentence.strip():
             raise ValueError(f"the text is empty: {sentence!r}; write what to look for")
     return [unicodedata.normalize("NFC", sentence) for sentence in texts]
+
+
+def _check_shapes(shapes: set[tuple[int, ...]], side: int | None) -> None:
+    """Raise ValueError unless images are of one shape, (height, width): of a square of `side`."""
+    if shapes == {(side, side)} or (side is None and len(shapes) == 1):
+        return
+    made = " and ".join(f"{width} x {height}" for height, width in sorted(shapes))
+    wanted = "of one size, which a model needs"
+    cure = ""
+    if side is not None:
+        wanted = f"of {side} x {side}, which the model reads (image_size in config.json)"
+        cure = f": set size and crop_size there to {side}, and do_center_crop to true"
+    raise ValueError(
+        f"the image preprocessing ({IMAGES} in the model's folder) makes images of {made} pixels, "
+        f"and not {wanted}{cure}"
+    )
 
 
 def _rgb(image: Any) -> Image.Image:
@@ -452,14 +382,15 @@ def _rgb(image: Any) -> Image.Image:
     if not isinstance(image, Image.Image):
         raise TypeError(
             f"an image must be a PIL image or a uint8 array, got {type(image).__name__}; "
-            "open a file with PIL.Image.open"
+            "open a file with jaxrel.images.read_image or PIL.Image.open"
         )
-    if image.mode[0] in "IF":
-        raise ValueError(
-            f"the image has mode {image.mode} (more than 8 bits a channel), whose range is "
-            "not known here; convert it to 8 bits first"
-        )
-    # A palette with transparency converts without a warning only by way of RGBA.
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    return rgb(image)
+
+
+__getattr__ = renamed(
+    __name__,
+    {
+        name: f"jaxrel.models.preprocessing.{name}"
+        for name in ("IMAGENET_MEAN", "IMAGENET_STD", "image_processing", "imagenet_processing")
+    },
+)

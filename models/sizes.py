@@ -1,6 +1,7 @@
 """How the sizes of all models are checked, written to a config.json and read from it."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,19 @@ from jaxrel.models.checkpoint import CONFIG
 def is_size(value: Any) -> bool:
     """Whether a value is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def check_numbers(part: str, config: Any, names: Iterable[str]) -> None:
+    """Raise ValueError if one of these fields is no finite number; arguments as `check_sizes`."""
+    for name in names:
+        if not is_number(value := getattr(config, name)):
+            raise ValueError(f"{part}: {name} must be a number, got {value!r:.80}")
 
 
 def check_sizes(part: str, config: Any, names: Iterable[str]) -> None:
@@ -23,7 +37,7 @@ def check_sizes(part: str, config: Any, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)
         if not is_size(value):
-            raise ValueError(f"{part}: {name} must be a positive integer, got {value!r}")
+            raise ValueError(f"{part}: {name} must be a positive integer, got {value!r:.80}")
 
 
 def check_heads(part: str, name: str, width: int, heads: int) -> None:
@@ -34,8 +48,8 @@ def check_heads(part: str, name: str, width: int, heads: int) -> None:
 
 def check_choice(part: str, name: str, value: Any, known: Iterable[str]) -> None:
     """Raise ValueError if the value of a field is not among those that are known."""
-    if value not in known:
-        raise ValueError(f"{part}: {name} must be one of {', '.join(known)}, got {value!r}")
+    if value not in tuple(known):  # which a list or an object may be compared with
+        raise ValueError(f"{part}: {name} must be one of {', '.join(known)}, got {value!r:.80}")
 
 
 def check_keys(what: str, found: Iterable[str], known: Iterable[str]) -> None:
@@ -46,6 +60,27 @@ def check_keys(what: str, found: Iterable[str], known: Iterable[str]) -> None:
             f"{CONFIG}: {what} must hold {', '.join(sorted(known))}; missing or unknown: "
             f"{', '.join(sorted(found ^ known))}"
         )
+
+
+_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
+
+
+def check_types(what: str, kind: Any, section: Mapping[str, Any]) -> None:
+    """Raise ValueError if a value of a section has another type than the default of its field.
+
+    Args:
+      what: the section of the config.json, for the message.
+      kind: a class of a config; fields whose default is no number, name or truth are not checked.
+      section: values by field.
+    """
+    for field in dataclasses.fields(kind):
+        wanted, value = type(field.default), section.get(field.name)
+        if field.name not in section or wanted not in _TYPES:
+            continue
+        if type(value) is not wanted and not (wanted is float and is_number(value)):
+            raise ValueError(
+                f"{CONFIG}: {what}.{field.name} must be {_TYPES[wanted]}, got {value!r:.80}"
+            )
 
 
 def field_names(config: Any, *, without: Iterable[str] = ()) -> list[str]:

@@ -1,11 +1,77 @@
-"""A word-level tokenizer for models with a small vocabulary."""
+"""Tokenizers: that of a model's folder, and a word-level one for a small vocabulary."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from jaxrel.models.processor import quiet_transformers
-
+TOKENIZER_FILES = "tokenizer.json (or vocab.json and merges.txt)"
 PAD, UNKNOWN, START, END = SPECIALS = ("<pad>", "<unk>", "<start>", "<end>")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Import or call transformers without its advice to install PyTorch, which is not needed."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Read the tokenizer of a model folder; None where there is none.
+
+    Args:
+      folder: a folder in the Hugging Face layout.
+
+    Returns:
+      A `transformers` tokenizer. What its files do not say of start, end and padding, the
+      tokenizer itself tells.
+
+    Raises:
+      ValueError: a file is there and cannot be read.
+    """
+    with quiet_transformers():
+        if (folder / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast as Tokenizer
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            from transformers import CLIPTokenizer as Tokenizer
+        else:
+            return None
+        try:
+            tokenizer = Tokenizer.from_pretrained(str(folder), local_files_only=True)
+            _name_specials(tokenizer, alone=not (folder / "tokenizer_config.json").is_file())
+            tokenizer("a", return_offsets_mapping=True, verbose=False)  # as `Processor` does
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise ValueError(
+                f"the tokenizer in {folder} cannot be read ({error}); fetch {TOKENIZER_FILES} again"
+            ) from error
+    return tokenizer
+
+
+def _name_specials(tokenizer: Any, *, alone: bool) -> None:
+    """Name the special tokens that tokenizer_config.json does not name, or is not there to name."""
+    backend = tokenizer.backend_tokenizer
+    around = backend.encode("").tokens
+    names: dict[str, str | None] = {}
+    if len(around) >= 2:
+        names |= {"bos_token": around[0], "eos_token": around[-1]}
+    if alone:
+        padding = backend.padding or {}
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        usual = next((token for token in (PAD, "[PAD]") if token in added), None)
+        names["pad_token"] = padding.get("pad_token") or usual
+    names["unk_token"] = getattr(backend.model, "unk_token", None)
+    for name, token in names.items():
+        if token is not None and getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, token)
 
 
 def word_tokenizer(vocabulary: Sequence[str], context: int) -> Any:

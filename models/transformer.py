@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrel import tag
-from jaxrel.models.sizes import check_heads, check_sizes
+from jaxrel.models.sizes import check_heads, check_numbers, check_sizes
 
 # [..., query, key], True where a query sees a key; what is left out in front broadcasts.
 Mask = Bool[Array, "..."]
@@ -37,9 +37,11 @@ def check_transformer(config: Any, part: str, *more: str) -> None:
     """
     check_sizes(part, config, ("width", "layers", "heads", "mlp_width", *more))
     check_heads(part, "width", config.width, config.heads)
-    if config.activation not in ACTIVATIONS:
+    check_numbers(part, config, ["layer_norm_eps"])
+    if config.activation not in tuple(ACTIVATIONS):
         raise ValueError(
-            f"{part}: unknown activation {config.activation!r}, known are {', '.join(ACTIVATIONS)}"
+            f"{part}: unknown activation {config.activation!r:.80}, known are "
+            f"{', '.join(ACTIVATIONS)}"
         )
 
 

@@ -32,7 +32,13 @@ FLOORS = {
     "jaxrel.explanations": (*EXPLAIN, "jaxrel.report"),
     "jaxrel.metrics": (*EXPLAIN, "jaxrel.report", "jaxrel.renamed"),
     "jaxrel.batch": (*EXPLAIN, "jaxrel.explanations", "jaxrel.report"),
-    "jaxrel.models": ("jaxrel.tag", "jaxrel.capture_with_grad", "jaxrel.renamed"),
+    # Images are read alike, whoever opened them.
+    "jaxrel.models": (
+        "jaxrel.tag",
+        "jaxrel.capture_with_grad",
+        "jaxrel.images",
+        "jaxrel.renamed",
+    ),
 }
 
 

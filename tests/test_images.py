@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxrel.images import read_image, read_images
+from jaxrel.images import read_image, read_images, rgb
 
 
 def save(path, image, **options):
@@ -212,3 +212,33 @@ def test_several(tmp_path):
         read_images([])
     with pytest.raises(TypeError, match="needs a list of paths, got one"):
         read_images(str(paths[0]))
+
+
+def opened(path):
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def test_an_opened_image_is_read_as_its_file(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear = Image.fromarray(noise(4, 6, 4))
+    grey = Image.fromarray(np.arange(24, dtype=np.uint16).reshape(4, 6) * 2000)
+    for image, name in ((Image.fromarray(noise(4, 6)), "a.png"), (clear, "b.png"), (grey, "c.png")):
+        path = save(tmp_path / name, image, exif=exif)
+        found = rgb(opened(path))
+        assert (found.mode, found.size) == ("RGB", (4, 6))
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(read_image(path)))
+        # What is upright is not turned again, and what was given stays as it was.
+        np.testing.assert_array_equal(np.asarray(rgb(found)), np.asarray(found))
+        assert opened(path).getexif()[0x0112] == 6
+
+
+def test_an_opened_image_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match="the image has pixels of Pillow's mode 'F', which have"):
+        rgb(Image.new("F", (2, 2)))
+    path = save(tmp_path / "a.png", Image.fromarray(noise(64, 64)))
+    path.write_bytes(path.read_bytes()[:2000])
+    with Image.open(path) as image, pytest.raises(ValueError, match="the image is damaged or cut"):
+        rgb(image)

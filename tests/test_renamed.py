@@ -27,6 +27,7 @@ OLD = {
     "jaxrel.verdict.Verdict": "jaxrel.flags.Flag",
     "jaxrel.word_relevance.SIGNED_WORDS": "jaxrel.explanations.words.SIGNED_WORDS",
     "jaxrel.word_relevance.WORD_METHODS": "jaxrel.explanations.words.WORD_METHODS",
+    "jaxrel.models.processor.image_processing": "jaxrel.models.preprocessing.image_processing",
     "jaxrel.models.weights.PRETRAINED": "jaxrel.models.checkpoint.PRETRAINED",
     "jaxrel.metrics.hits": "jaxrel.metrics.localisation.pointing_game",
     "jaxrel.metrics.share_inside": "jaxrel.metrics.localisation.relevance_mass_accuracy",

@@ -49,7 +49,9 @@ def _add_asked(batch: argparse.ArgumentParser) -> None:
         "--caption", action="store_true", help="write captions, and explain each word"
     )
     batch.add_argument(
-        "--model", help="a bundled model, a folder or a hub name (default: by what is asked)"
+        "--model",
+        type=shared.name,
+        help="a bundled model, a folder or a hub name (default: by what is asked)",
     )
     batch.add_argument("--method", help="one or several, with commas, or 'all'")
     batch.add_argument("--layers", type=shared.numbers, help="layers that count, such as 0,1")
@@ -70,7 +72,7 @@ def _add_files(batch: argparse.ArgumentParser) -> None:
     rows.add_argument("--strict", action="store_true", help="stop at an input that cannot be read")
     results = batch.add_argument_group("results")
     results.add_argument(
-        "--out", default=Path("out"), type=Path, help="output folder (default: out)"
+        "--out", default=Path("out"), type=shared.folder, help="output folder (default: out)"
     )
     results.add_argument(
         "--precision",
@@ -157,6 +159,8 @@ def run(options: argparse.Namespace) -> None:
     from jaxrel.batch.memory import fit
     from jaxrel.explanations.tables import required
 
+    for text in filter(None, (options.text, options.question)):
+        shared.sentence(text)
     required("pyarrow")
     shared.check_out(options.out)
     if options.engine == "ray":
@@ -241,7 +245,7 @@ def _explainer(options: argparse.Namespace) -> Any:
         heads=options.heads,
         importance=options.importance,
         detector=Detector.load(find_folder(options.model), model) if by_word else None,
-        name=str(options.model),
+        name=shared.printable(options.model),
         strict=options.strict,
     )
 

@@ -24,17 +24,19 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print what there is."""
-    import jax
-
-    from jaxrel.models.checkpoint import bundled
-
     print(f"jaxrel {importlib.metadata.version('jaxrel')}")
     print(f"python {platform.python_version()} on {platform.platform()}")
     for package in (*CORE, *EXTRAS):
         print(f"{package} {_version(package)}")
+    import jax
+
+    from jaxrel.models.checkpoint import bundled
+
+    print(f"bundled models: {', '.join(bundled()) or 'none'}")
+    print(f"compiled programs: {jax.config.jax_compilation_cache_dir or 'not kept'}")
+    # The last, since JAX raises an error where there is no such device.
     devices = ", ".join(f"{device.device_kind} ({device.platform})" for device in jax.devices())
     print(f"devices: {devices}")
-    print(f"bundled models: {', '.join(bundled()) or 'none'}")
 
 
 def _version(package: str) -> str:

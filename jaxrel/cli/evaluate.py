@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import options as shared
-from jaxrel.explanations.methods import WORD_METHODS
+
+EXAMPLES = """examples:
+  jaxrel evaluate clip-shapes
+  jaxrel evaluate perturbation --model vqa-shapes --method equal,weighted:norm --out curves
+  jaxrel evaluate captioner --model gridtd-shapes --scenes 128
+"""
 
 
 def add(commands: Any) -> None:
     """Add the command, with a command of its own per recipe and per test of methods."""
-    evaluate = commands.add_parser("evaluate", help="judge a model or methods on held-out data")
-    judged = evaluate.add_subparsers(required=True, metavar="what")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="judge a model or methods on held-out data",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    judged = evaluate.add_subparsers(title="what is judged", required=True, metavar="what")
     _add_recipes(judged)
     _add_perturbation(judged)
     _add_weighting(judged)
@@ -39,12 +49,15 @@ def _add_recipes(judged: Any) -> None:
         real = is_real(name)
         recipe.add_argument(
             "--model",
+            type=shared.name,
             default=None if real else name,
             required=real,
             help="a bundled model, a folder or a hub name",
         )
         if real:
-            recipe.add_argument("--data", required=True, help="folder of the data set")
+            recipe.add_argument(
+                "--data", type=shared.name, required=True, help="folder of the data set"
+            )
         recipe.add_argument("--split", help="split of the data set, other than the usual one")
         _add_count(recipe, "--scenes", 2048, "number of scenes or images")
         if not real:
@@ -83,7 +96,9 @@ def _add_mapper_test(
 ) -> argparse.ArgumentParser:
     """Add a test of the methods that explain a CLIPmapper."""
     test = judged.add_parser(name, help=f"judge methods: {meaning}")
-    test.add_argument("--model", default="vqa-shapes", help="a CLIPmapper: name or folder")
+    test.add_argument(
+        "--model", type=shared.name, default="vqa-shapes", help="a CLIPmapper: name or folder"
+    )
     test.add_argument("--split", default=split, help=f"split of Shapes (default: {split})")
     _add_count(test, "--examples", examples, "number of examples")
     _add_count(test, "--seed", 0, "seed of everything that is drawn")
@@ -118,8 +133,12 @@ def _add_captioner(judged: Any) -> None:
         "captioner",
         help="judge explanations of captions: remove, locate, and tell what is not there",
     )
-    captioner.add_argument("--model", required=True, help="a Captioner: name or folder")
-    captioner.add_argument("--data", help="folder of COCO or Flickr30k (default: Shapes)")
+    captioner.add_argument(
+        "--model", type=shared.name, required=True, help="a Captioner: name or folder"
+    )
+    captioner.add_argument(
+        "--data", type=shared.name, help="folder of COCO or Flickr30k (default: Shapes)"
+    )
     captioner.add_argument("--split", help="split of the data set, other than the usual one")
     _add_count(captioner, "--scenes", 512, "number of scenes or images")
     captioner.add_argument(
@@ -145,7 +164,7 @@ def _add_finetuning(judged: Any) -> None:
     finetuning.add_argument(
         "--models",
         required=True,
-        type=Path,
+        type=shared.folder,
         help="folder with the models of `jaxrel train finetune-shapes`, a folder each",
     )
     finetuning.add_argument(
@@ -284,6 +303,7 @@ def _sanity(options: argparse.Namespace) -> None:
 
 def _captioner(options: argparse.Namespace) -> None:
     shared.check_plots()
+    from jaxrel.explanations.methods import WORD_METHODS
     from jaxrel.models.captioner import Captioner
     from jaxrel.models.checkpoint import find_folder
     from jaxrel.train.evaluate import caption_explanation_tables, caption_explanations

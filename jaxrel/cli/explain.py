@@ -3,19 +3,63 @@
 import argparse
 import dataclasses
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxrel.cli import options as shared
-from jaxrel.explanations.methods import BIMODAL, UNIMODAL, WORD_BY_WORD, family
 
 Asked = Literal["text", "question", "caption"]
 
 # What is asked of an image, the bundled model that does it when none is named, and the families
 # of the models that can.
 DEFAULT_MODELS = {"text": "clip-shapes", "question": "vqa-shapes", "caption": "caption-shapes"}
-FAMILIES = {"text": (UNIMODAL,), "question": (BIMODAL,), "caption": (BIMODAL, WORD_BY_WORD)}
+FAMILIES = {
+    "text": ("UNIMODAL",),
+    "question": ("BIMODAL",),
+    "caption": ("BIMODAL", "WORD_BY_WORD"),
+}
+# The methods of each family, as the help lists them: help needs no JAX.
+METHODS = {
+    "UNIMODAL": (
+        *("equal", "weighted", "raw", "rollout", "grad_cam", "no_aggregation"),
+        *("equal_lrp", "partial_lrp", "lrp", "cp_lrp", "input_x_gradient"),
+    ),
+    "BIMODAL": (
+        *("equal", "weighted", "raw", "rollout", "grad_cam", "transformer_attribution"),
+        *("equal_lrp", "partial_lrp", "lrp", "cp_lrp", "input_x_gradient"),
+    ),
+    "WORD_BY_WORD": (
+        *("lrp", "gradient", "input_x_gradient", "guided_backprop"),
+        *("grad_cam", "guided_grad_cam", "attention"),
+    ),
+}
+DESCRIPTION = """\
+Write OUT/explanation.png and OUT/explanation.html: which parts of an image and
+which words of a sentence made the model's score of the two, its answer to a
+question, or each word of its caption.
+"""
+METHODS_HELP = "methods:\n" + "\n".join(
+    textwrap.fill(
+        ", ".join(METHODS[family]),
+        width=79,
+        initial_indent=f"  {models:<17} ",
+        subsequent_indent=" " * 20,
+    )
+    for models, family in (
+        ("with --text", "UNIMODAL"),
+        ("with a CLIPmapper", "BIMODAL"),
+        ("with a Captioner", "WORD_BY_WORD"),
+    )
+)
+EXAMPLES = """examples:
+  jaxrel explain scene.png --text "a red circle"
+  jaxrel explain *.png --text "a red circle" --method weighted,lrp --out maps
+  jaxrel explain scene.png --question "what colour is the heart?"
+  jaxrel explain scene.png --caption --model aoa-shapes --method all
+  jaxrel explain scene.png --text "a dog" --model path/to/a/clip --json
+"""
 
 
 def add(commands: Any) -> None:
@@ -23,44 +67,22 @@ def add(commands: Any) -> None:
     explain = commands.add_parser(
         "explain",
         help="show which parts of an image and which words made the score",
-        description="Write OUT/explanation.png and OUT/explanation.html: which parts of an image "
-        "and which words of a sentence made the model's score of the two, its answer to a "
-        "question, or each word of its caption.",
+        description=DESCRIPTION,
+        epilog=f"{METHODS_HELP}\n\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    explain.add_argument("image", nargs="+", help="PNG, JPEG or another image file")
+    explain.add_argument("image", nargs="+", type=shared.name, help="PNG, JPEG or another image")
     _add_asked(explain)
-    explain.add_argument(
-        "--model",
-        help="a bundled model, a folder or a hub name (default: "
-        + ", ".join(f"{name} for --{what}" for what, name in DEFAULT_MODELS.items())
-        + ")",
-    )
-    explain.add_argument(
-        "--method",
-        help="one or several, with commas, or 'all': "
-        f"{', '.join(UNIMODAL.methods)} (with --text); "
-        f"{', '.join(BIMODAL.methods)} (with a CLIPmapper); "
-        f"{', '.join(WORD_BY_WORD.methods)} (with a Captioner) "
-        f"(default: {UNIMODAL.usual}; with a Captioner {WORD_BY_WORD.usual})",
-    )
-    explain.add_argument(
-        "--layers", type=shared.numbers, help="layers that count, such as 0,1 or --layers=-2,-1"
-    )
-    explain.add_argument(
-        "--heads", type=shared.numbers, help="attention heads that count, such as 0,3"
-    )
-    explain.add_argument(
-        "--importance",
-        default="grad_value",
-        help="how the weighted method measures importance (default: grad_value)",
-    )
-    shared.add_out(explain)
-    explain.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_how(explain)
+    output = explain.add_argument_group("output")
+    shared.add_out(output)
+    output.add_argument("--json", action="store_true", help="print the result as JSON")
     explain.set_defaults(run=run)
 
 
 def _add_asked(explain: argparse.ArgumentParser) -> None:
-    asked = explain.add_mutually_exclusive_group(required=True)
+    group = explain.add_argument_group("what is asked (one of the first three)")
+    asked = group.add_mutually_exclusive_group(required=True)
     asked.add_argument(
         "--text",
         action="append",
@@ -77,14 +99,40 @@ def _add_asked(explain: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--caption", action="store_true", help="write a caption, and explain each of its words"
     )
-    explain.add_argument("--answer", help="with --question: explain this answer, not the model's")
+    group.add_argument("--answer", help="with --question: explain this answer, not the model's")
+
+
+def _add_how(explain: argparse.ArgumentParser) -> None:
+    how = explain.add_argument_group("model and method")
+    how.add_argument(
+        "--model",
+        type=shared.name,
+        help="a bundled model, a folder or a hub name (default: "
+        + ", ".join(f"{name} for --{what}" for what, name in DEFAULT_MODELS.items())
+        + ")",
+    )
+    how.add_argument(
+        "--method",
+        help="one or several of the methods below, with commas, or 'all' (default: weighted; with "
+        "a Captioner lrp)",
+    )
+    how.add_argument(
+        "--layers", type=shared.numbers, help="layers that count, such as 0,1 or --layers=-2,-1"
+    )
+    how.add_argument("--heads", type=shared.numbers, help="attention heads that count, such as 0,3")
+    how.add_argument(
+        "--importance",
+        default="grad_value",
+        help="how the weighted method measures importance (default: grad_value)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Explain, and write the figure and the page."""
     from jaxrel import explain, report
     from jaxrel.attention.methods import check_methods
-    from jaxrel.metrics import Detector
+    from jaxrel.explanations.methods import WORD_BY_WORD, family
+    from jaxrel.metrics.detector import Detector
     from jaxrel.models.checkpoint import find_folder
 
     asked: Asked = "question" if options.question else "caption" if options.caption else "text"
@@ -104,7 +152,7 @@ def run(options: argparse.Namespace) -> None:
         layers=options.layers,
         heads=options.heads,
         importance=options.importance,
-        name=str(options.model),
+        name=shared.printable(options.model),
         detector=Detector.load(find_folder(options.model), model) if by_word else None,
     )
     files = [options.out / f"explanation{suffix}" for suffix in (".png", ".html")]
@@ -122,14 +170,16 @@ def _check(options: argparse.Namespace, asked: Asked) -> tuple[list, list[str] |
     from jaxrel.attention.methods import check_methods
     from jaxrel.images import read_images
 
-    named = None if options.method in (None, "all") else shared.names(options.method)
+    texts = options.text or options.question
+    for text in (*(texts or ()), *([options.answer] if options.answer else ())):
+        shared.sentence(text)
+    known = tuple(dict.fromkeys(name for kind in FAMILIES[asked] for name in METHODS[kind]))
+    named = None if options.method in (None, "all") else shared.names(options.method, known)
     if named is not None:
-        known = dict.fromkeys(name for kind in FAMILIES[asked] for name in kind.methods)
-        check_methods(named, tuple(known), "method")
+        check_methods(named, known, "method")
     if options.answer is not None and asked != "question":
         raise ValueError("--answer goes with --question")
     images = read_images(options.image)
-    texts = options.text or options.question
     if texts and len(texts) > 1 and len(images) > 1 and len(texts) != len(images):
         raise ValueError(
             f"{len(images)} images and {len(texts)} {asked}s: give one --{asked} for all "

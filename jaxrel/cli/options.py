@@ -7,9 +7,41 @@ from pathlib import Path
 from typing import Any
 
 
-def add_out(command: argparse.ArgumentParser) -> None:
-    """Add the option `--out`."""
-    command.add_argument("--out", default="out", type=Path, help="output folder (default: out)")
+def add_out(command: Any) -> None:
+    """Add the option `--out` to a command, or to a group of its options."""
+    command.add_argument(
+        "--out", default="out", type=folder, help="output folder (default: out)", metavar="FOLDER"
+    )
+
+
+def folder(text: str) -> Path:
+    """A folder; an empty name, such as of a variable that is not set, is none."""
+    return Path(name(text))
+
+
+def name(text: str) -> str:
+    """A name that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty; is a variable not set?")
+    return text
+
+
+def sentence(text: str) -> str:
+    """A text that is UTF-8; ValueError for another, as of a terminal in Latin-1."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        given = text.encode(errors="backslashreplace").decode()
+        raise ValueError(
+            f"the text {given!r} is not UTF-8 (character {error.start + 1}); set the terminal, "
+            "or the file that it is from, to UTF-8"
+        ) from None
+    return text
+
+
+def printable(text: str) -> str:
+    """A text in which bytes of a file's name that are not UTF-8 are escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def check_out(out: Path) -> None:
@@ -32,10 +64,22 @@ def load(name: str) -> Any:
 
 
 def names(text: str, every: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names between commas; 'all' are `every`. A measure's comma is written ':'."""
+    """Names between commas; 'all' are `every`.
+
+    A name that holds a comma itself, such as 'weighted, norm', is found among `every`; its comma
+    may also be written ':'.
+    """
     if text == "all" and every:
         return tuple(every)
-    return tuple(name.strip().replace(":", ", ") for name in text.split(",") if name.strip())
+    parts = [part.strip().replace(":", ", ") for part in text.split(",") if part.strip()]
+    found = []
+    while parts:
+        # The longest that is known.
+        sizes = range(len(parts), 1, -1)
+        size = next((size for size in sizes if ", ".join(parts[:size]) in every), 1)
+        found.append(", ".join(parts[:size]))
+        del parts[:size]
+    return tuple(found)
 
 
 def numbers(text: str) -> tuple[int, ...]:

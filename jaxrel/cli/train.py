@@ -4,21 +4,42 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import options as shared
 
+EXAMPLES = """examples:
+  jaxrel train clip-shapes --out model
+  jaxrel train gridtd-shapes --out model --steps 2000
+  jaxrel train vqa-v2 --data path/to/vqa --out model
+"""
+
 
 def add(commands: Any) -> None:
     """Add the command, with a command of its own per recipe and an option per setting."""
-    from jaxrel.train.recipes.registry import RECIPES
+    from jaxrel.train.recipes.registry import MEANINGS, RECIPES
 
-    train = commands.add_parser("train", help="train a model with a recipe")
-    recipes = train.add_subparsers(required=True, metavar="recipe", parser_class=_LateParser)
+    train = commands.add_parser(
+        "train",
+        help="train a model with a recipe",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    recipes = train.add_subparsers(
+        title="recipes",
+        description="each lists its settings: jaxrel train RECIPE --help",
+        required=True,
+        metavar="recipe",
+        parser_class=_LateParser,
+    )
     for name in RECIPES:
-        recipe = recipes.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        recipe.add_argument("--out", required=True, type=Path, help="the model's folder")
+        recipe = recipes.add_parser(
+            name,
+            help=MEANINGS[name],
+            description=MEANINGS[name],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        recipe.add_argument("--out", required=True, type=shared.folder, help="the model's folder")
         recipe.set_defaults(run=run, recipe=name)
         recipe.add_late = functools.partial(_add_settings, recipe, name)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrel.explanations.examples import Rows, rows_of
-from jaxrel.explanations.methods import Request
+from jaxrel.explanations.methods import Request, computed
 from jaxrel.explanations.words import in_pixels, word_program, word_relevance
 from jaxrel.tracing.sharding import shard_rows
 
@@ -109,7 +109,7 @@ def _by_word(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Scores and relevance by caption and word, of captions that are cut after the last word."""
     length = -(-(int(places.max()) + 1) // _LENGTHS) * _LENGTHS
-    inputs = {**prepared, "text": prepared["text"][:, :length]}
+    inputs = {**computed(prepared), "text": prepared["text"][:, :length]}
     if request.heads is not None:
         inputs["heads"] = _chosen_heads(model, request.heads, len(places))
     explained = word_relevance(

@@ -65,7 +65,8 @@ class Explainable(Protocol):
     def pairs(self, inputs: Mapping[str, Any], target: Any = None) -> Mapping[str, Any]:
         """Inputs with one row per example to explain.
 
-        Where rows are not images one to one, "example" says which image each belongs to.
+        Where rows are not images one to one, "example" says which image each belongs to. An
+        entry "spelling" is for `tokens` alone: nothing is computed from it.
         """
 
     def score(self, inputs: Mapping[str, Any]) -> Any:
@@ -89,8 +90,8 @@ class Explainable(Protocol):
 
 def explain(
     model: Any,
+    image: Any = None,
     *,
-    image: Any,
     text: Any = None,
     target: Any = None,
     method: str | Sequence[str] | None = None,
@@ -145,9 +146,11 @@ def explain(
       An `Explanation` of the batch, or a list of them, one per method if several were given.
 
     Raises:
+      TypeError: the model is no `Explainable`; the message says how it is explained instead.
       TypeError, ValueError: bad images, text, target, method, layers or measure; the message
         says what was expected. Relevance that is not finite (a model with NaN weights).
     """
+    _check_explainable(model)
     kind = family(model)
     method = kind.usual if method is None else method
     methods = check_methods(method, kind.methods, "method")
@@ -227,6 +230,25 @@ def _numbered(fields: Mapping[str, Any], start: int) -> dict[str, Any]:
     if "example" in report:
         report["example"] = [start + i for i in report["example"]]
     return {**fields, "report": report}
+
+
+def _check_explainable(model: Any) -> None:
+    needed = [name for name in vars(Explainable) if name[0] != "_" and name != "examples"]
+    missing = [name for name in needed if not hasattr(model, name)]
+    if missing:
+        raise TypeError(
+            f"jaxrel.explain reads a model's own images and words, and {_called(model)} has no "
+            f"{', '.join(missing)} (see jaxrel.explanations.explain.Explainable). To explain a "
+            "model of your own: jaxrel.attention.relevance(score)(x) gives the relevance of a "
+            "transformer's tokens, jaxrel.lrp(model)(x) that of any function's input, and "
+            "jaxrel.Explanation(target=, score=, method=, signed=, image=, pixels=) shows and "
+            "saves such maps"
+        )
+
+
+def _called(model: Any) -> str:
+    name = None if isinstance(model, type) else getattr(model, "__name__", None)
+    return f"the function {name}" if isinstance(name, str) else f"the {type(model).__name__} given"
 
 
 __getattr__ = renamed(__name__, {"TWO_STREAM": "jaxrel.explanations.explain.BIMODAL_METHODS"})

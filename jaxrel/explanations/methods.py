@@ -1,7 +1,7 @@
 """The methods of `explain`, by the family of the model, and what is asked of a model at once."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxrel import attention
@@ -63,6 +63,14 @@ def family(model: Any) -> Family:
     if getattr(layout, "by_word", False):
         return WORD_BY_WORD
     return BIMODAL if getattr(layout, "schedule", ()) else UNIMODAL
+
+
+def computed(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's inputs without "spelling", which is only displayed.
+
+    It is as long as the longest word, and a program would be compiled for each length.
+    """
+    return {name: value for name, value in inputs.items() if name != "spelling"}
 
 
 @runtime_checkable

@@ -5,6 +5,7 @@ import importlib
 import json
 import operator
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from jaxrel.files import write_atomically
 from jaxrel.flags import Flag
 from jaxrel.renamed import renamed_attribute, renamed_keywords
 from jaxrel.report.panels import Column
+
+_ESCAPED = re.compile(r"\\+##")
 
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -39,7 +42,9 @@ class Explanation:
       image: relevance of the image at the method's own resolution (patches or pixels).
       text: relevance of each token, 0 where there is padding.
       tokens: per example, one display string per token: `""` is a special or padding token
-        (never shown), `"##ing"` continues the word before it.
+        (never shown), `"##ing"` continues the word before it, and so does `"##"`, a part of a
+        character that is shown already. A word that itself begins with `##` has a backslash
+        before it.
       pixels: per example, the image as shown; sizes may differ.
       model: the model's name.
       settings: the method's settings, in words.
@@ -197,13 +202,15 @@ class Explanation:
         words: list[tuple[str, float]] = []
         after_word = False
         for token, relevance in zip(self.tokens[index], self.text[index].tolist(), strict=True):
-            # A lone "##" is a word the user typed: it has nothing to continue a word with.
-            piece = token[2:] if token.startswith("##") and token != "##" else None
+            piece = token[2:] if token.startswith("##") else None
             if piece is not None and after_word:
                 word, sum_so_far = words[-1]
                 words[-1] = (word + piece, sum_so_far + relevance)
+            elif piece is not None:
+                # Without what it continues, "##" is a part of a character.
+                words.append((piece or "\ufffd", relevance))
             elif token:
-                words.append((token if piece is None else piece, relevance))
+                words.append((token[1:] if _ESCAPED.match(token) else token, relevance))
             after_word = bool(token)
         return words
 
@@ -364,7 +371,10 @@ def _tokens(tokens: Sequence[Sequence[str]], text: np.ndarray | None) -> tuple:
 def _images(pixels: Sequence[Any] | np.ndarray, batch: int) -> tuple[np.ndarray, ...]:
     if len(pixels) != batch:
         raise ValueError(f"Explanation: {batch} examples, but {len(pixels)} images")
-    copies = tuple(np.array(shown) for shown in pixels)
+    # Rows of one image share one copy: a photograph with a caption has a row per word.
+    given = list(pixels)
+    one_each = {id(shown): np.array(shown) for shown in given}
+    copies = tuple(one_each[id(shown)] for shown in given)
     for i, copy in enumerate(copies):
         if copy.dtype != np.uint8 or copy.ndim != 3 or copy.shape[2] != 3 or copy.size == 0:
             raise ValueError(

@@ -15,7 +15,7 @@ from jaxrel.attention.maps import indices
 from jaxrel.attention.methods import check_methods
 from jaxrel.attention.unimodal_relevance import value_and_relevance
 from jaxrel.explanations.examples import Rows, rows_of
-from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, family
+from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, computed, family
 from jaxrel.propagation.composites import Composite, as_composite
 from jaxrel.propagation.conservation import value_and_measured_lrp
 from jaxrel.tracing.sharding import compiler_sharded, shard_rows
@@ -69,7 +69,7 @@ def relevance(
     """
     del prepared
     for batch in rows_of(rows, count, size):
-        inputs = batch.inputs
+        inputs = computed(batch.inputs)
         given = shard_rows((inputs, model.target_tokens(inputs), batch.asked))
         chosen = _chosen(model, inputs, request)
         score, found, reports = jax.device_get(
@@ -107,6 +107,7 @@ def program(model: Any, prepared: Any, rows: Any, request: Request) -> jax.stage
       rows: inputs with one row per example to explain, or their shapes.
     """
     del prepared
+    rows = computed(rows)
     count = jax.tree.leaves(rows)[0].shape[0]
     asked = jax.ShapeDtypeStruct((count,), bool)
     target_tokens = jax.eval_shape(model.target_tokens, rows)

@@ -10,6 +10,7 @@ from jaxrel.models.sizes import (
     check_heads,
     check_keys,
     check_sizes,
+    check_types,
     field_names,
     from_json,
     is_size,
@@ -134,6 +135,7 @@ class CaptionerConfig:
                 "null"
             )
         check_keys("captioner_config", sizes, field_names(cls, without=_NOT_SIZES))
+        check_types("captioner_config", cls, sizes)
         read = None if encoder is None else encoder_config(encoder)
         return cls(**from_json(sizes), encoder=read)
 

@@ -295,7 +295,7 @@ class Captioner(Model):
 
     def tokens(self, inputs: Inputs) -> list[list[str]]:
         """Return one string per text token to display it; "" for special and unknown tokens."""
-        return self.processor.tokens(np.asarray(inputs["text"]), known=True)
+        return self.processor.shown(inputs, known=True)
 
     def seen(self, image: Any) -> Any:
         """Return the part of an image that the model sees; `prepare` crops to the middle."""
@@ -319,12 +319,14 @@ class Captioner(Model):
         if self.encoder is None:
             seen = {"features": jnp.asarray(region_features(image, self.config))}
         else:
-            seen = {"image": jnp.asarray(self.processor.image(image))}
+            pixels = self.processor.image(image, side=self.config.image_size)
+            seen = {"image": jnp.asarray(pixels)}
         if text is None:
             (x,) = seen.values()
             return seen | {"text": _generate(self, x, beams=1)}
         ids = self.processor.text(text, self.config.context, unknown="raise")
-        return seen | {"text": jnp.asarray(ids)}
+        spelling = self.processor.spelling(text, self.config.context, known=True)
+        return seen | {"text": jnp.asarray(ids)} | spelling
 
     def examples(self, *, image: Any, text: Any, target: Any = None) -> dict[str, Any]:
         """Return images and captions as lists with an entry per image; see `prepare`, `pairs`."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxrel.models.checkpoint import CONFIG
+from jaxrel.models.sizes import check_numbers, check_sizes, is_number, is_size
 from jaxrel.models.transformer import check_transformer
 
 MODEL_TYPE = "clip"
@@ -100,6 +101,8 @@ _TEXT_KEYS = _TOWER_KEYS | {
     "context": "max_position_embeddings",
     "eos_token_id": "eos_token_id",
 }
+_COMMON_KEYS = {"projection": "projection_dim", "logit_scale": "logit_scale_init_value"}
+_NUMBERS = ("layer_norm_eps", "logit_scale_init_value")
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,8 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
-        if self.projection < 1:
-            raise ValueError(f"projection must be a positive integer, got {self.projection!r}")
+        check_sizes("clip", self, ["projection"])
+        check_numbers("clip", self, ["logit_scale"])
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "CLIPConfig":
@@ -141,17 +144,18 @@ class CLIPConfig:
         """
         vision, text = _section(config, "vision_config"), _section(config, "text_config")
         if vision.get("num_channels", 3) != 3:
-            raise ValueError(f"{CONFIG}: num_channels must be 3, got {vision['num_channels']}")
+            raise ValueError(
+                f"{CONFIG}: num_channels must be 3, got {vision['num_channels']!r:.80}"
+            )
         for key in ("image_size", "patch_size"):
             vision[key] = _one(vision.get(key, getattr(VisionConfig, key)), f"vision_config.{key}")
         text["eos_token_id"] = _one(
             text.get("eos_token_id", TextConfig.eos_token_id), "text_config.eos_token_id"
         )
         return cls(
-            vision=VisionConfig(**_pick(vision, _VISION_KEYS)),
-            text=TextConfig(**_pick(text, _TEXT_KEYS)),
-            projection=config.get("projection_dim", cls.projection),
-            logit_scale=float(config.get("logit_scale_init_value", cls.logit_scale)),
+            vision=VisionConfig(**_pick(vision, _VISION_KEYS, "vision_config.")),
+            text=TextConfig(**_pick(text, _TEXT_KEYS, "text_config.")),
+            **_pick(config, _COMMON_KEYS),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,20 +174,33 @@ class CLIPConfig:
 
 
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    # Configurations of 2021 have a second copy, `*_config_dict`, which wins in transformers.
-    sections = (config.get(name) or {}, config.get(f"{name}_dict") or {})
-    if not all(isinstance(section, dict) for section in sections):
-        raise ValueError(f"{CONFIG}: {name} must be an object, got {config[name]!r}")
-    return sections[0] | sections[1]
+    # Configurations of 2021 have a second copy, `*_config_dict`, which wins in transformers, also
+    # where it says nothing: then by its defaults, which are those of this module.
+    copy = f"{name}_dict" if config.get(f"{name}_dict") is not None else name
+    section = {} if config.get(copy) is None else config[copy]
+    if not isinstance(section, dict):
+        raise ValueError(f"{CONFIG}: {copy} must be an object, got {section!r:.80}")
+    return dict(section)
 
 
-def _pick(section: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    return {ours: section[key] for ours, key in keys.items() if key in section}
+def _pick(section: Mapping[str, Any], keys: Mapping[str, str], name: str = "") -> dict[str, Any]:
+    """Our fields of a section, whose values are of the types they should be."""
+    found = {ours: section[key] for ours, key in keys.items() if key in section}
+    for ours, value in found.items():
+        key = keys[ours]
+        if key in _NUMBERS:
+            fits, wanted = is_number(value), "a number"
+        elif key == "hidden_act":
+            fits, wanted = isinstance(value, str), "a name"
+        else:
+            fits, wanted = is_size(value) or key == "eos_token_id", "a positive integer"
+        if not fits:
+            raise ValueError(f"{CONFIG}: {name}{key} must be {wanted}, got {value!r:.80}")
+    return found
 
 
 def _one(value: Any, name: str) -> int:
-    values = set(value) if isinstance(value, (list, tuple)) else {value}
-    number = values.pop() if len(values) == 1 else None
-    if not isinstance(number, int):
-        raise ValueError(f"{CONFIG}: {name} must be one integer, got {value!r}")
-    return number
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not values or any(type(one) is not int or one != values[0] for one in values):
+        raise ValueError(f"{CONFIG}: {name} must be one integer, got {value!r:.80}")
+    return values[0]

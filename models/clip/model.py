@@ -18,6 +18,7 @@ from jaxrel.models.clip.config import MODEL_TYPE, CLIPConfig
 from jaxrel.models.clip.hugging_face import PARAMETERS, interpolate_positions
 from jaxrel.models.clip.tokens import content, end_of_text, token_ids
 from jaxrel.models.clip.towers import TextTower, VisionTower
+from jaxrel.models.display import SPELLING
 from jaxrel.models.inputs import (
     Inputs,
     as_list,
@@ -170,11 +171,12 @@ class CLIP(Model):
           ValueError: the numbers do not fit, or `target` is no index of a text.
         """
         image, text = self._check(inputs)
+        texts = {"text": text, **{name: inputs[name] for name in (SPELLING,) if name in inputs}}
         if target is not None:
             target = jnp.atleast_1d(jnp.asarray(target))
             _check_target(target, len(text))
-            text = text[target]
-        return as_pairs({"image": image, "text": text}, "texts", _ADVICE)
+            texts = {name: jnp.asarray(x)[target] for name, x in texts.items()}
+        return as_pairs({"image": image, **texts}, "texts", _ADVICE)
 
     def examples(self, *, image: Any, text: Any, target: Any = None) -> dict[str, Any]:
         """Return images and texts as lists with an entry per pair, before they are prepared.
@@ -256,7 +258,8 @@ class CLIP(Model):
           text: a sentence or a list of sentences.
 
         Returns:
-          Inputs: "image" float32 NHWC, "text" int32, padded to the context length.
+          Inputs: "image" float32 NHWC, "text" int32, padded to the context length. Where ids do
+          not tell how a text is spelled, also "spelling", which only `tokens` reads.
 
         Raises:
           TypeError: not an image or not text.
@@ -268,9 +271,13 @@ class CLIP(Model):
           UserWarning: the model does not know some of the words.
         """
         ids = token_ids(self.processor, text, self.config.text)
-        inputs = {"image": jnp.asarray(self.processor.image(image)), "text": ids}
-        self._check(inputs)
-        return inputs
+        side = self.config.vision.image_size
+        spelling = self.processor.spelling(text, self.config.text.context)
+        return {
+            "image": jnp.asarray(self.processor.image(image, side=side)),
+            "text": ids,
+            **spelling,
+        }
 
     def tokens(self, inputs: Inputs) -> list[list[str]]:
         """Return one string per text token to display it.
@@ -280,9 +287,10 @@ class CLIP(Model):
 
         Returns:
           Per text, as many strings as tokens: "##" in front continues the word before;
-          "" stands for special and padding tokens.
+          "" stands for special and padding tokens. A word that the model does not know is
+          marked "(unknown)".
         """
-        return self.processor.tokens(np.asarray(inputs["text"]))
+        return self.processor.shown(inputs)
 
     def describe(self, inputs: Inputs) -> list[str]:
         """Return what each pair's score says of its image: the text, as the model reads it."""

@@ -1,7 +1,9 @@
 """The tokens of CLIP's two streams, for all models that have its towers."""
 
+import functools
 from typing import Any
 
+import jax
 import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -39,7 +41,15 @@ def token_ids(processor: Processor, text: Any, config: TextConfig) -> Int[Array,
     """
     ids, found = processor.text(text, config.context), processor.tokenizer.eos_token_id
     last = np.asarray(end_of_text(ids, config.eos_token_id))
-    if (ids[np.arange(len(ids)), last] != found).any():
+    at_end = ids[np.arange(len(ids)), last]
+    if config.eos_token_id == 2 and (at_end > found).any() and (ids == found).any(-1).all():
+        token = processor.tokenizer.convert_ids_to_tokens(int(at_end.max()))
+        raise ValueError(
+            "config.json has the eos_token_id 2, which says that a text ends at its highest id, "
+            f"and the token {token!r} was added to the tokenizer above its end, {found}: set "
+            f"eos_token_id of text_config to {found} (in Python, TextConfig(eos_token_id={found}))"
+        )
+    if (at_end != found).any():
         raise ValueError(
             f"the tokenizer ends a text with the id {found}, and the model looks for the id "
             f"{config.eos_token_id}: this is the tokenizer of another model"
@@ -55,9 +65,14 @@ def content(config: CLIPConfig, image: Any, text: Any) -> dict[str, Bool[Array, 
       image: [batch, ...], for the size of the batch.
       text: token ids.
     """
-    patches = jnp.arange(config.vision.tokens) >= 1
-    end = end_of_text(text, config.text.eos_token_id)
+    sizes = (len(image), config.vision.tokens)
+    return _content(jnp.asarray(text), vision=sizes, eos_token_id=config.text.eos_token_id)
+
+
+# One program, since each operation of its own would be compiled.
+@functools.partial(jax.jit, static_argnames=("vision", "eos_token_id"))
+def _content(text: Array, *, vision: tuple[int, int], eos_token_id: int) -> dict[str, Array]:
     return {
-        "vision": jnp.broadcast_to(patches, (len(image), len(patches))),
-        "text": words_before(text, end),
+        "vision": jnp.broadcast_to(jnp.arange(vision[1]) >= 1, vision),
+        "text": words_before(text, end_of_text(text, eos_token_id)),
     }

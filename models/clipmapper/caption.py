@@ -177,11 +177,13 @@ class CLIPMapperCaption(CLIPMapper):
         Raises:
           TypeError, ValueError: see `CLIP.prepare`.
         """
-        pixels = jnp.asarray(self.processor.image(image))
+        sizes = self.config.clip
+        pixels = jnp.asarray(self.processor.image(image, side=sizes.vision.image_size))
         if text is None:
             return {"image": pixels, "text": _generate(self, pixels)}
-        ids = token_ids(self.processor, text, self.config.clip.text)
-        return {"image": pixels, "text": ids}
+        ids = token_ids(self.processor, text, sizes.text)
+        spelling = self.processor.spelling(text, sizes.text.context, known=True)
+        return {"image": pixels, "text": ids, **spelling}
 
     def examples(self, *, image: Any, text: Any, target: Any = None) -> dict[str, Any]:
         """Return images and captions as lists with an entry per image; see `prepare`, `pairs`."""
@@ -201,7 +203,8 @@ class CLIPMapperCaption(CLIPMapper):
         """
         captions.check_one_caption_each(len(inputs["image"]), len(inputs["text"]))
         words = np.asarray(self.content(inputs)["text"]).sum(-1)
-        shown = self.tokens(inputs)
+        # Words that the model does not know are displayed, and not explained.
+        shown = self.processor.tokens(np.asarray(inputs["text"]), known=True)
         if isinstance(target, str) and target == "caption":
             captions.word_rows(shown, words)  # says which caption has no words
             whole = jnp.asarray([[bool(token) for token in row] for row in shown])
@@ -213,7 +216,7 @@ class CLIPMapperCaption(CLIPMapper):
         """Return each row's word after the preceding words, or its whole caption."""
         rows = self.tokens(inputs)
         if "words" in inputs:
-            return [" ".join(filter(None, row)) for row in rows]
+            return captions.sentences(rows)
         return captions.describe_words(rows, inputs["position"])
 
     def target_tokens(self, inputs: Inputs) -> dict[str, Array]:

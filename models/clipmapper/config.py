@@ -6,7 +6,14 @@ from typing import Any
 
 from jaxrel.models.checkpoint import CONFIG
 from jaxrel.models.clip.config import CLIPConfig
-from jaxrel.models.sizes import check_choice, check_keys, field_names, from_json, to_json
+from jaxrel.models.sizes import (
+    check_choice,
+    check_keys,
+    check_types,
+    field_names,
+    from_json,
+    to_json,
+)
 from jaxrel.models.transformer import check_transformer
 
 MODEL_TYPE = "clipmapper"
@@ -68,6 +75,7 @@ class CLIPMapperConfig:
         if not isinstance(mapper, dict) or not isinstance(stage1, dict):
             raise ValueError(f"{CONFIG}: expected objects clip_config and mapper_config")
         check_keys("mapper_config", mapper, field_names(cls, without=("clip",)))
+        check_types("mapper_config", cls, mapper)
         answers = mapper["answers"]
         if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
             raise ValueError(

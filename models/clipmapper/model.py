@@ -4,7 +4,6 @@ import os
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -279,8 +278,12 @@ class CLIPMapper(Model):
         return content(self.config.clip, inputs["image"], inputs["text"])
 
     def tokens(self, inputs: Inputs) -> list[list[str]]:
-        """Return one string per text token to display it; "" for special and unknown tokens."""
-        return self.processor.tokens(np.asarray(inputs["text"]), known=True)
+        """Return one string per text token to display it; "" for special tokens.
+
+        A word that the model does not know is marked "(unknown)" where its spelling is known, and
+        else is "".
+        """
+        return self.processor.shown(inputs, known=True)
 
     def _check(self, inputs: Inputs) -> None:
         check_held(inputs, "image", "text")

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrel.models.clip.tokens import end_of_text, token_ids
 from jaxrel.models.clipmapper.model import KINDS, CLIPMapper
+from jaxrel.models.display import without_spelling
 from jaxrel.models.inputs import Inputs, as_pairs, by_example
 from jaxrel.models.transformer import read_at
 
@@ -81,8 +82,11 @@ class CLIPMapperVQA(CLIPMapper):
         Raises:
           TypeError, ValueError: see `CLIP.prepare`.
         """
-        ids = token_ids(self.processor, text, self.config.clip.text)
-        return {"image": jnp.asarray(self.processor.image(image)), "text": ids}
+        sizes = self.config.clip
+        ids = token_ids(self.processor, text, sizes.text)
+        pixels = jnp.asarray(self.processor.image(image, side=sizes.vision.image_size))
+        spelling = self.processor.spelling(text, sizes.text.context, known=True)
+        return {"image": pixels, "text": ids, **spelling}
 
     def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
         """Bring inputs to one image, question and answer per row.
@@ -98,7 +102,7 @@ class CLIPMapperVQA(CLIPMapper):
         paired = as_pairs(inputs, "questions", _ADVICE)
         rows = len(paired["text"])
         if target is None:
-            answer = _predict(self, paired).argmax(-1)
+            answer = _predict(self, without_spelling(paired)).argmax(-1)
         else:
             answer = jnp.asarray(self._answers(target, rows))
         return paired | {"answer": answer.astype(jnp.int32)}
@@ -139,7 +143,7 @@ class CLIPMapperVQA(CLIPMapper):
     def describe(self, inputs: Inputs) -> list[str]:
         """Return each row's answer, with its probability."""
         answer = np.asarray(inputs["answer"])
-        asked = {name: value for name, value in inputs.items() if name != "answer"}
+        asked = without_spelling({n: x for n, x in inputs.items() if n != "answer"})
         probability = np.asarray(_predict(self, asked))[np.arange(len(answer)), answer]
         named = [self.config.answers[i] for i in answer]
         return [f"{name} ({p:.0%})" for name, p in zip(named, probability, strict=True)]

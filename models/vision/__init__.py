@@ -4,7 +4,7 @@ They end where a captioner reads them, with a grid of features and no classifier
 ReLU of its last convolution, before the last pooling, and ResNet at its last stage.
 """
 
-from jaxrel.models.processor import IMAGENET_MEAN, IMAGENET_STD, imagenet_processing
+from jaxrel.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, imagenet_processing
 from jaxrel.models.vision.config import (
     PRESETS,
     EncoderConfig,

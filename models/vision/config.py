@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxrel.models.checkpoint import CONFIG
-from jaxrel.models.sizes import check_keys, check_sizes, field_names, from_json, is_size, to_json
+from jaxrel.models.sizes import (
+    check_keys,
+    check_sizes,
+    check_types,
+    field_names,
+    from_json,
+    is_size,
+    to_json,
+)
 
 
 class _Sizes:
@@ -28,6 +36,7 @@ class _Sizes:
                 f"{CONFIG}: these are the sizes of an encoder of type {config['model_type']!r}, "
                 f"and {cls.__name__} reads {cls.model_type!r}; use encoder_config, which reads both"
             )
+        check_types("encoder_config", cls, config)
         return cls(**{key: x for key, x in from_json(config).items() if key != "model_type"})
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import jaxrel
@@ -77,3 +78,38 @@ def test_layers_are_for_attention(model, scene):
 def test_unknown_method(model, scene):
     with pytest.raises(ValueError, match=r"unknown method 'lpr'; there are equal, .*cp_lrp"):
         jaxrel.explain(model, image=scene, text="a red circle", method="lpr")
+
+
+def test_a_model_of_ones_own_is_shown_the_way():
+    def score(x):
+        return x.sum()
+
+    ways = (
+        r"jaxrel\.attention\.relevance\(score\)\(x\) .* jaxrel\.lrp\(model\)\(x\) .* "
+        r"jaxrel\.Explanation\(target=, score="
+    )
+    for given, name in (
+        (score, "the function score has no layout, prepare, pairs, score"),
+        (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "the Linear given has no layout"),
+        (np.zeros(3), "the ndarray given has no layout"),
+    ):
+        for arguments in ((given,), (given, np.zeros((1, 4)))):
+            with pytest.raises(TypeError, match=f"{name}.*{ways}"):
+                jaxrel.explain(*arguments)
+
+
+def test_an_image_is_needed(model, scene):
+    with pytest.raises(ValueError, match="no image: pass image="):
+        jaxrel.explain(model, text="a red circle")
+    named = jaxrel.explain(model, image=scene, text="a red circle")
+    np.testing.assert_array_equal(
+        jaxrel.explain(model, scene, text="a red circle").image, named.image
+    )
+
+
+def test_unknown_words_keep_their_spelling(model, scene):
+    texts = ["a red astronaut", "a blue penguin"]
+    with pytest.warns(UserWarning, match="does not know 'astronaut', 'penguin'"):
+        one = jaxrel.explain(model, image=scene, text=texts, target=[1, 0])
+    assert one.target == ("a blue penguin (unknown)", "a red astronaut (unknown)")
+    assert [word for word, _ in one.words(0)] == ["a", "blue", "penguin (unknown)"]

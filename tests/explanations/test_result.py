@@ -125,7 +125,12 @@ def test_words_merge_subwords_and_drop_specials():
     [
         (["##ing", "a"], ["ing", "a"]),
         (["a", "", "##b"], ["a", "b"]),
-        (["##", "##"], ["##", "##"]),
+        # A piece of a character; without the piece that shows it, there is nothing to show.
+        (["a", "##", "##b"], ["ab"]),
+        (["##", "##"], ["\ufffd"]),
+        # Written by the user: it begins a word.
+        (["a", "\\##", "b"], ["a", "##", "b"]),
+        (["\\\\##a"], ["\\##a"]),
         (["a", "##b", "##c"], ["abc"]),
         (["", ""], []),
     ],

@@ -280,7 +280,7 @@ def test_prepare(small):
     assert inputs["image"].shape == (1, 16, 16, 3)
     np.testing.assert_allclose(inputs["image"][0, 0, 0], [1, -1, -1], atol=1e-6)
     assert inputs["text"].tolist() == [[2, 4, 5, 7, 1, 3, 0, 0]]
-    assert small.tokens(inputs) == [["", "a", "red", "circle", "<unk>", "", "", ""]]
+    assert small.tokens(inputs) == [["", "a", "red", "circle", ".", "", "", ""]]
     array = small.prepare(image=np.asarray(image), text="a RED circle.")
     np.testing.assert_array_equal(array["image"], inputs["image"])
 
@@ -325,7 +325,7 @@ def test_prepare_rejects_text(small, text, error, message):
         ("a.png", TypeError, "a PIL image or a uint8 array, got str; open a file with"),
         (np.zeros((4, 4, 3)), TypeError, "must be uint8 with values 0..255, got float64"),
         (np.zeros((4, 4), np.uint8), ValueError, r"\[height, width, 3\], got \[4, 4\]"),
-        (Image.new("I;16", (4, 4)), ValueError, "mode I;16 .* convert it to 8 bits"),
+        (Image.new("F", (4, 4)), ValueError, "mode 'F', which have no sure colour .* 8-bit RGB"),
     ],
 )
 def test_prepare_rejects_images(small, image, error, message):

@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from jaxrel.models import Processor
+from jaxrel.images import read_image
+from jaxrel.models import Processor, image_processing
 from jaxrel.models.vision import IMAGENET_MEAN, IMAGENET_STD, imagenet_processing
 
 
@@ -18,3 +19,18 @@ def test_imagenet_processing(tmp_path):
     processor.save(tmp_path)
     again = Processor.from_folder(tmp_path)
     np.testing.assert_array_equal(again.image(image), processor.image(image))
+
+
+def test_a_photograph_is_upright_however_it_is_opened(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    processor = Processor(None, image_processing(16))
+    with Image.open(tmp_path / "a.png") as image:
+        for one in (processor.seen(image), image):
+            found = processor.image(one)
+            assert found.shape == (1, 16, 16, 3)
+        read = read_image(tmp_path / "a.png")
+        np.testing.assert_array_equal(processor.image(image), processor.image(read))
+        np.testing.assert_array_equal(processor.seen(image), processor.seen(read))

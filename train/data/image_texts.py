@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrel.models.processor import Processor, quiet_transformers
+from jaxrel.models.processor import Processor
+from jaxrel.models.tokenizer import quiet_transformers
 from jaxrel.train.data.files import ImageSource
 from jaxrel.train.loop.batches import Example
 

@@ -22,7 +22,8 @@ from jaxtyping import Array
 from jaxrel.metrics import Interval
 from jaxrel.models.captioner import Captioner
 from jaxrel.models.checkpoint import check_new_folder
-from jaxrel.models.processor import Processor, image_processing
+from jaxrel.models.preprocessing import image_processing
+from jaxrel.models.processor import Processor
 from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.train.data.shapes import vocabulary
 from jaxrel.train.data.shapes.examples import SIDE, CaptionExamples, normalise

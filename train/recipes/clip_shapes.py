@@ -21,7 +21,8 @@ from jaxrel.explanations.explain import METHODS
 from jaxrel.metrics import bootstrap
 from jaxrel.models.checkpoint import check_new_folder
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
-from jaxrel.models.processor import Processor, image_processing
+from jaxrel.models.preprocessing import image_processing
+from jaxrel.models.processor import Processor
 from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.train.data.shapes import Scene, Shapes, vocabulary
 from jaxrel.train.data.shapes.examples import CAPTIONS, FULL, SIDE, draw_scenes, normalise

@@ -24,6 +24,23 @@ RECIPES = {
     "finetune-coco": "finetune",
     "finetune-flickr30k": "finetune",
 }
+# What each makes, for the help of the command line.
+MEANINGS = {
+    "clip-shapes": "a small CLIP on Shapes, from nothing",
+    "vqa-shapes": "a CLIPmapper that answers questions about Shapes",
+    "caption-shapes": "a CLIPmapper that captions Shapes",
+    "vqa-v2": "a CLIPmapper that answers the questions of VQA v2, over a CLIP",
+    "caption-coco": "a CLIPmapper that captions COCO, over a CLIP",
+    "gridtd-shapes": "a captioner (GridTD) on Shapes, from nothing",
+    "aoa-shapes": "a captioner (AoA) on Shapes, from nothing",
+    "gridtd-coco": "a captioner (GridTD) on COCO",
+    "aoa-coco": "a captioner (AoA) on COCO",
+    "gridtd-flickr30k": "a captioner (GridTD) on Flickr30k",
+    "aoa-flickr30k": "a captioner (AoA) on Flickr30k",
+    "finetune-shapes": "a captioner of Shapes, fine-tuned",
+    "finetune-coco": "a captioner of COCO, fine-tuned",
+    "finetune-flickr30k": "a captioner of Flickr30k, fine-tuned",
+}
 
 
 class Recipe(NamedTuple):
