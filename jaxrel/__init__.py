@@ -66,8 +66,8 @@ _MODULES = {
     "rules": "jaxrel.propagation.rules",
     **{
         name: f"jaxrel.{name}"
-        for name in "attention batch explanations gradients images metrics models propagation report "
-        "tracing train".split()
+        for name in "attention batch explanations gradients images metrics models propagation "
+        "report tracing train".split()
     },
 }
 

@@ -111,7 +111,7 @@ class Processor:
         """
         self._require_images()
         images = list(image) if isinstance(image, (list, tuple)) else [image]
-        if image is None or not images:
+        if not images or any(one is None for one in images):
             raise ValueError("no image: pass image= a PIL image, a uint8 array, or a list")
         # What fills up a batch, or goes with several texts, is the same image again.
         once = {id(one): one for one in images}
