@@ -50,7 +50,7 @@ __all__ = [
 # Where each name is; a module stands for itself. It is imported when it is asked for: `jaxrel
 # --help` needs no JAX.
 _HOMES = {
-    "jaxrel.batch.explainer": "Explainer",
+    "jaxrel.batch": "Explainer",
     "jaxrel.explanations.explain": "explain",
     "jaxrel.explanations.result": "Explanation",
     "jaxrel.propagation.composites": "Composite everything first layer op path",

@@ -111,23 +111,23 @@ class Processor:
         """
         self._require_images()
         images = list(image) if isinstance(image, (list, tuple)) else [image]
-        if image is None or not images:
+        if not images or any(one is None for one in images):
             raise ValueError("no image: pass image= a PIL image, a uint8 array, or a list")
         # What fills up a batch, or goes with several texts, is the same image again.
         once = {id(one): one for one in images}
-        number = {key: i for i, key in enumerate(once)}
-        place = [number[id(one)] for one in images]
-        return self._made([_rgb(one) for one in once.values()], side)[place]
+        values = self._pixels([_rgb(one) for one in once.values()], side)
+        place = {key: i for i, key in enumerate(once)}
+        return values if len(once) == len(images) else values[[place[id(x)] for x in images]]
 
-    def _made(
-        self, given: Sequence[Image.Image], side: int | None
+    def _pixels(
+        self, images: list[Image.Image], side: int | None
     ) -> Float[np.ndarray, "batch height width 3"]:
         if isinstance(self.images, ImageProcessing):
             # Sizes that do not fit are told before memory is taken for them.
-            _check_shapes({self.images.made(one.size) for one in given}, side)
-            return np.stack([self.images(one) for one in given])
+            _check_shapes({self.images.made(one.size) for one in images}, side)
+            return np.stack([self.images(one) for one in images])
         with quiet_transformers():
-            found = [self.images([one], return_tensors="np")["pixel_values"][0] for one in given]
+            found = [self.images([one], return_tensors="np")["pixel_values"][0] for one in images]
         _check_shapes({one.shape[1:] for one in found}, side)
         return np.stack(found).astype(np.float32).transpose(0, 2, 3, 1)
 

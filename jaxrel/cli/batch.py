@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import options as shared
-from jaxrel.cli.explain import DEFAULT_MODELS, Asked, check_asked
+from jaxrel.cli.explain import DEFAULT_MODELS
 
 EXAMPLES = """examples:
   jaxrel batch photos/ --text "a dog" --out results
@@ -72,7 +72,7 @@ def _add_files(batch: argparse.ArgumentParser) -> None:
     rows.add_argument("--strict", action="store_true", help="stop at an input that cannot be read")
     results = batch.add_argument_group("results")
     results.add_argument(
-        "--out", default="out", type=shared.folder, help="output folder (default: out)"
+        "--out", default=Path("out"), type=shared.folder, help="output folder (default: out)"
     )
     results.add_argument(
         "--precision",
@@ -159,17 +159,16 @@ def run(options: argparse.Namespace) -> None:
     from jaxrel.batch.memory import fit
     from jaxrel.explanations.tables import required
 
+    for text in filter(None, (options.text, options.question)):
+        shared.sentence(text)
     required("pyarrow")
     shared.check_out(options.out)
-    shared.sentence(options.text or options.question or "")
     if options.engine == "ray":
         required("ray", extra="ray")
     source = _source(options)
     asked = _asked(options, source)
     options.model = options.model or DEFAULT_MODELS[asked]
     made = _explainer(options)
-    if options.text or options.question or options.caption:
-        check_asked(made.model, asked, options.model)
     first = made.prepare(next(made.split(source.read(0, 1))))
     _check_first(options, first)
     found = fit(made, first, options.batch_size)
@@ -208,7 +207,7 @@ def _source(options: argparse.Namespace) -> Any:
     return open_source(options.input, columns=options.columns, images=options.images, text=text)
 
 
-def _asked(options: argparse.Namespace, source: Any) -> Asked:
+def _asked(options: argparse.Namespace, source: Any) -> str:
     """What is asked: as the options say, or as the first row and the model do."""
     if options.question:
         return "question"
@@ -246,7 +245,7 @@ def _explainer(options: argparse.Namespace) -> Any:
         heads=options.heads,
         importance=options.importance,
         detector=Detector.load(find_folder(options.model), model) if by_word else None,
-        name=str(options.model),
+        name=shared.printable(options.model),
         strict=options.strict,
     )
 

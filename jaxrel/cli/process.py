@@ -3,6 +3,7 @@
 import _thread
 import argparse
 import contextlib
+import gc
 import os
 import shlex
 import signal
@@ -39,6 +40,10 @@ def run(given: Sequence[str], *, whole: bool) -> int:
     Raises:
       KeyboardInterrupt: Ctrl-C, whatever the code that it hit has made of it.
     """
+    if whole:
+        # Imports and traces make many objects that stay: looking through them takes a tenth of
+        # the time until the first map.
+        gc.set_threshold(100_000, 50, 100)
     output, errors = Output(sys.stdout), Output(sys.stderr)
     with (
         _interrupts(whole) as interrupted,

@@ -233,7 +233,8 @@ def _numbered(fields: Mapping[str, Any], start: int) -> dict[str, Any]:
 
 
 def _check_explainable(model: Any) -> None:
-    missing = [name for name in vars(Explainable) if name[0] != "_" and not hasattr(model, name)]
+    needed = [name for name in vars(Explainable) if name[0] != "_" and name != "examples"]
+    missing = [name for name in needed if not hasattr(model, name)]
     if missing:
         raise TypeError(
             f"jaxrel.explain reads a model's own images and words, and {_called(model)} has no "

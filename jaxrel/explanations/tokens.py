@@ -107,6 +107,7 @@ def program(model: Any, prepared: Any, rows: Any, request: Request) -> jax.stage
       rows: inputs with one row per example to explain, or their shapes.
     """
     del prepared
+    rows = computed(rows)
     count = jax.tree.leaves(rows)[0].shape[0]
     asked = jax.ShapeDtypeStruct((count,), bool)
     target_tokens = jax.eval_shape(model.target_tokens, rows)

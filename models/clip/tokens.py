@@ -1,7 +1,9 @@
 """The tokens of CLIP's two streams, for all models that have its towers."""
 
+import functools
 from typing import Any
 
+import jax
 import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -63,9 +65,14 @@ def content(config: CLIPConfig, image: Any, text: Any) -> dict[str, Bool[Array, 
       image: [batch, ...], for the size of the batch.
       text: token ids.
     """
-    patches = jnp.arange(config.vision.tokens) >= 1
-    end = end_of_text(text, config.text.eos_token_id)
+    sizes = (len(image), config.vision.tokens)
+    return _content(jnp.asarray(text), vision=sizes, eos_token_id=config.text.eos_token_id)
+
+
+# One program, since each operation of its own would be compiled.
+@functools.partial(jax.jit, static_argnames=("vision", "eos_token_id"))
+def _content(text: Array, *, vision: tuple[int, int], eos_token_id: int) -> dict[str, Array]:
     return {
-        "vision": jnp.broadcast_to(patches, (len(image), len(patches))),
-        "text": words_before(text, end),
+        "vision": jnp.broadcast_to(jnp.arange(vision[1]) >= 1, vision),
+        "text": words_before(text, end_of_text(text, eos_token_id)),
     }
