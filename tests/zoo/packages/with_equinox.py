@@ -1,0 +1,187 @@
+"""Models of eqx-zoo, equimo and jaxonmodels: Equinox modules, of one example each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax import numpy as jnp
+
+from tests.zoo.packages.exhibit import (
+    BATCH,
+    CLASSES,
+    Attention,
+    Exhibit,
+    Model,
+    Slopes,
+    normal,
+    random_like,
+    tokens,
+)
+
+KEY = jax.random.PRNGKey(0)
+WIDTH, TOKENS, WORDS = 8, 5, 11
+
+
+def of_one(module: Any, x: Any, call: Callable, table: str | None = None) -> Model:
+    """A module, and how it is called for one example."""
+    params, rest = eqx.partition(module, eqx.is_inexact_array)
+
+    def fun(params, x):
+        return jax.vmap(lambda x: call(eqx.combine(params, rest), x))(x)
+
+    return Model(fun, random_like(params), x, table)
+
+
+def image_model(build: Callable, side: int = 16, **options: Any) -> Model:
+    """A classifier of equimo for images [channels, height, width]."""
+    module = build(**{"in_channels": 3, "num_classes": CLASSES, "key": KEY} | options)
+    call = lambda module, x: module(x, key=KEY, inference=True)
+    return of_one(module, normal(BATCH, 3, side, side), call)
+
+
+def decoder(**changes: Any) -> Model:
+    """A language model of eqx-zoo, with the logits of three words at the last position."""
+    from eqx_zoo.models.causal_lm.config import Config
+    from eqx_zoo.models.causal_lm.model import CausalLM
+
+    settings = {
+        "architecture": "LlamaForCausalLM",
+        "vocab_size": WORDS,
+        "hidden_size": WIDTH,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "qk_norm": False,
+        "rope_scaling": None,
+    }
+    module = CausalLM(Config(**settings | changes), key=KEY)
+    call = lambda module, ids: module(ids)[0][-1, :CLASSES]
+    return of_one(module, tokens(WORDS, TOKENS), call, "model/embed_tokens/weight")
+
+
+def qwen3() -> Model:
+    return decoder(architecture="Qwen3ForCausalLM", qk_norm=True, tie_word_embeddings=False)
+
+
+def mixture() -> Model:
+    return decoder(
+        architecture="Qwen3MoeForCausalLM",
+        qk_norm=True,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=6,
+        norm_topk_prob=True,
+        moe_layers=(1,),
+    )
+
+
+def bert() -> Model:
+    from eqx_zoo.models.encoder.config import EncoderConfig
+    from eqx_zoo.models.encoder.model import Encoder
+
+    config = EncoderConfig(
+        architecture="BertModel",
+        vocab_size=WORDS,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=16,
+        type_vocab_size=2,
+        layer_norm_eps=1e-12,
+    )
+    module = Encoder(config, key=KEY)
+    call = lambda module, ids: module(ids)[0, :CLASSES]
+    return of_one(module, tokens(WORDS, TOKENS), call, "embeddings/word_embeddings/weight")
+
+
+def vit(**options: Any) -> Model:
+    from equimo.vision.models.vit import VisionTransformer
+
+    settings = {"img_size": 16, "patch_size": 8, "dim": WIDTH, "num_heads": 2, "depths": [2]}
+    return image_model(VisionTransformer, **settings | {"reg_tokens": 0} | options)
+
+
+def dinov3() -> Model:
+    return vit(
+        reg_tokens=2,
+        use_global_pos_embed=False,
+        use_local_pos_embed=True,
+        init_values=1.0,
+        ffn_layer="swiglu",
+        global_pool="token",
+    )
+
+
+def spectrogram() -> Model:
+    from equimo.audio.models.ast import AudioSpectrogramTransformer
+
+    module = AudioSpectrogramTransformer(
+        input_fdim=16,
+        input_tdim=24,
+        dim=WIDTH,
+        patch_size=8,
+        fstride=8,
+        tstride=8,
+        num_heads=2,
+        depths=[2],
+        num_classes=CLASSES,
+        key=KEY,
+    )
+    call = lambda module, x: module(x, key=KEY, inference=True)
+    return of_one(module, normal(BATCH, 24, 16), call)
+
+
+def convnext() -> Model:
+    from equimo.vision.models.convnext import ConvNeXt
+
+    return image_model(ConvNeXt, 32, depths=[1, 1, 1, 1], dims=[4, 6, 8, 8], use_grn=True)
+
+
+def shvit() -> Model:
+    from equimo.vision.models.shvit import SHViT
+
+    sizes = {"dim": [8, 12, 16], "pdim": [4, 4, 8], "qk_dim": [4, 4, 4], "depths": [1, 1, 1]}
+    return image_model(SHViT, 64, block_type=["i", "s", "s"], **sizes)
+
+
+def mlla() -> Model:
+    from equimo.vision.models.mlla import MLLA
+
+    sizes = {"depths": [1, 1], "num_heads": [2, 2], "dim": WIDTH}
+    return image_model(MLLA, img_size=16, **sizes)
+
+
+def lowformer() -> Model:
+    from equimo.vision.models.lowformer import LowFormer
+
+    return image_model(
+        LowFormer,
+        widths=[4, 8, 8],
+        depths=[0, 1, 1],
+        att_strides=[1, 1],
+        block_types=["conv", "attention"],
+        attention_type="softmax",
+    )
+
+
+EXHIBITS = [
+    Exhibit("Llama", "eqx-zoo", decoder, attention=Attention(2), dtype="float32"),
+    Exhibit("Qwen 3", "eqx-zoo", qwen3, attention=Attention(2), dtype="float32"),
+    Exhibit("Qwen 3, mixture of experts", "eqx-zoo", mixture, attention=Attention(2), dtype="float32"),
+    Exhibit("BERT", "eqx-zoo", bert, attention=Attention(2), dtype="float32"),
+    Exhibit("ViT", "equimo", vit, attention=Attention(2)),
+    Exhibit("DINOv3", "equimo", dinov3, attention=Attention(2)),
+    Exhibit("Audio spectrogram transformer", "equimo", spectrogram, attention=Attention(2)),
+    Exhibit("ConvNeXt v2", "equimo", convnext),
+    Exhibit("SHViT", "equimo", shvit, attention=Attention(2)),
+    Exhibit("MLLA", "equimo", mlla),
+    Exhibit("LowFormer", "equimo", lowformer, attention=Attention(1)),
+]
