@@ -7,7 +7,9 @@ by a constant slope: relevance is then input x gradient.
 """
 
 import contextlib
+import functools
 import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -17,9 +19,7 @@ import numpy as np
 from jax import numpy as jnp
 
 import jaxrel
-from tests.zoo.packages.exhibit import Attention, Slopes
-
-TAG = "a map"
+from tests.zoo.packages.exhibit import Attention, Model, Slopes
 
 
 @contextlib.contextmanager
@@ -37,8 +37,9 @@ def replaced(changes: dict[str, Callable[[Callable], Callable]]) -> Iterator[Non
 
 
 def tagging(softmax: Callable) -> Callable:
-    """A softmax whose output is tagged."""
-    return lambda *args, **kwargs: jaxrel.tag(softmax(*args, **kwargs), TAG)
+    """A softmax whose outputs are tagged, with the number of the call."""
+    count = itertools.count()
+    return lambda *args, **kwargs: jaxrel.tag(softmax(*args, **kwargs), f"map {next(count)}")
 
 
 def constant(fun: Callable) -> Callable:
@@ -57,18 +58,40 @@ def sloped(fun: Callable) -> Callable:
     return multiplied
 
 
-def cp_lrp(slopes: Slopes, fun: Callable, params: Any, x: Any) -> Any:
+def cp_lrp(slopes: Slopes, model: Model) -> Any:
     """CP-LRP without stabilisers: input x gradient of the model with constant slopes."""
     changes = dict.fromkeys(slopes.constant, constant) | dict.fromkeys(slopes.activations, sloped)
     with replaced(changes):
-        return x * jax.jit(jax.grad(lambda x: jnp.sum(fun(params, x))))(x)
+        return jax.jit(functools.partial(input_x_gradient, model))(model.params, model.x)
+
+
+def input_x_gradient(model: Model, params: Any, x: Any) -> Any:
+    """Input x gradient; of integer tokens, that of the rows that they look up."""
+    if model.table is None:
+        return x * jax.grad(lambda x: jnp.sum(model.fun(params, x)))(x)
+    # Each row is looked up at one place of an example: its gradient is that place's.
+    total = lambda params, x: jnp.sum(model.fun(params, x[None]))
+    found = jax.vmap(jax.grad(total), in_axes=(None, 0))(params, x)
+    rows = (_leaf(params, model.table) * _leaf(found, model.table)).sum(-1)
+    return jnp.take_along_axis(rows, x, axis=1)
+
+
+def _leaf(tree: Any, path: str) -> Any:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+    assert path in named, sorted(named)
+    return named[path]
 
 
 def maps(attention: Attention, score: Callable, *args) -> tuple[np.ndarray, np.ndarray]:
-    """All maps of a model and their gradients, [layers, batch, heads, query, key]."""
+    """The maps of a model's stack and their gradients, [layers, batch, heads, query, key]."""
+    names = [f"map {call}" for call in attention.calls or range(attention.layers)]
     with replaced({attention.softmax: tagging}):
-        _, values, grads = jax.jit(jaxrel.capture_with_grad(score, TAG))(*args)
-    found, gradients = (_ordered(attention, np.asarray(x[TAG])) for x in (values, grads))
+        _, values, grads = jax.jit(jaxrel.capture_with_grad(score, names))(*args)
+    found, gradients = (
+        np.concatenate([_ordered(attention, np.asarray(x[name])) for name in names])
+        for x in (values, grads)
+    )
     assert len(found) == attention.layers, (len(found), attention.layers)
     np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)  # they are attention's maps
     return found, gradients

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from jaxrel import composites
+
 BATCH = 2
 CLASSES = 3
 
@@ -33,7 +35,7 @@ class Attention:
     """What is known of a model's attention, by reading its source.
 
     Attributes:
-      layers: how many layers attend.
+      layers: how many layers the self-attention stack has.
       softmax: the function that computes the model's maps, as `module.name`.
       axes: the axes of the softmax's output; b, q and k are examples, queries and keys, all
         others are heads."""
@@ -41,6 +43,9 @@ class Attention:
     layers: int
     softmax: str = "jax.nn.softmax"
     axes: str = "bhqk"
+    calls: tuple[int, ...] = ()
+    others: int = 0
+    dtype: str = "float64"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,18 @@ class Slopes:
         "jax.numpy.tanh",
     )
 
+    def gated_by(self, *names: str) -> "Slopes":
+        """For models in which these activations are gates."""
+        others = tuple(name for name in self.activations if name not in names)
+        return Slopes((*self.constant, *names), others)
+
+    def of(self, module: str) -> "Slopes":
+        """For models that find all functions of `jax.nn` in another module too."""
+        also = lambda names: [f"{module}.{n.split('.')[-1]}" for n in names if "jax.nn" in n]
+        return Slopes(
+            (*self.constant, *also(self.constant)), (*self.activations, *also(self.activations))
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Exhibit:
@@ -76,6 +93,7 @@ class Exhibit:
       package: the distribution that it comes from.
       build: makes it, with random parameters.
       rules: the preset of `jaxrel.composites` that suits it.
+      entries: what is put before the preset's own.
       attention: where its attention is; None for a model without.
       slopes: what CP-LRP holds constant in it; None where that cannot be told by functions.
       dtype: what it computes in.
@@ -86,10 +104,16 @@ class Exhibit:
     package: str
     build: Callable[[], Model]
     rules: str = "attn_lrp"
+    entries: tuple = ()
     attention: Attention | None = None
     slopes: Slopes | None = Slopes()
     dtype: str = "float64"
     loud: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def composite(self) -> composites.Composite:
+        """The rules under which the model is explained."""
+        return composites.Composite([*self.entries]) + getattr(composites, self.rules)()
 
     @property
     def version(self) -> str:

@@ -19,7 +19,11 @@ from tests.zoo.packages.exhibit import (
     tokens,
 )
 
+GEGLU = Slopes().gated_by("jax.nn.gelu")
+SWIGLU = Slopes().gated_by("jax.nn.silu")
 KEY = jax.random.PRNGKey(0)
+# Looked up when it is called, so that it can be replaced.
+GELU = lambda x: jax.nn.gelu(x)
 WIDTH, TOKENS, WORDS = 8, 5, 11
 
 
@@ -70,18 +74,6 @@ def qwen3() -> Model:
     return decoder(architecture="Qwen3ForCausalLM", qk_norm=True, tie_word_embeddings=False)
 
 
-def mixture() -> Model:
-    return decoder(
-        architecture="Qwen3MoeForCausalLM",
-        qk_norm=True,
-        num_experts=3,
-        num_experts_per_tok=2,
-        moe_intermediate_size=6,
-        norm_topk_prob=True,
-        moe_layers=(1,),
-    )
-
-
 def bert() -> Model:
     from eqx_zoo.models.encoder.config import EncoderConfig
     from eqx_zoo.models.encoder.model import Encoder
@@ -105,7 +97,14 @@ def bert() -> Model:
 def vit(**options: Any) -> Model:
     from equimo.vision.models.vit import VisionTransformer
 
-    settings = {"img_size": 16, "patch_size": 8, "dim": WIDTH, "num_heads": 2, "depths": [2]}
+    settings = {
+        "img_size": 16,
+        "patch_size": 8,
+        "act_layer": GELU,
+        "dim": WIDTH,
+        "num_heads": 2,
+        "depths": [2],
+    }
     return image_model(VisionTransformer, **settings | {"reg_tokens": 0} | options)
 
 
@@ -132,6 +131,7 @@ def spectrogram() -> Model:
         tstride=8,
         num_heads=2,
         depths=[2],
+        act_layer=GELU,
         num_classes=CLASSES,
         key=KEY,
     )
@@ -142,21 +142,23 @@ def spectrogram() -> Model:
 def convnext() -> Model:
     from equimo.vision.models.convnext import ConvNeXt
 
-    return image_model(ConvNeXt, 32, depths=[1, 1, 1, 1], dims=[4, 6, 8, 8], use_grn=True)
+    return image_model(
+        ConvNeXt, 32, act_layer=GELU, depths=[1, 1, 1, 1], dims=[4, 6, 8, 8], use_grn=True
+    )
 
 
 def shvit() -> Model:
     from equimo.vision.models.shvit import SHViT
 
     sizes = {"dim": [8, 12, 16], "pdim": [4, 4, 8], "qk_dim": [4, 4, 4], "depths": [1, 1, 1]}
-    return image_model(SHViT, 64, block_type=["i", "s", "s"], **sizes)
+    return image_model(SHViT, 64, block_type=["s", "s", "s"], **sizes)
 
 
 def mlla() -> Model:
-    from equimo.vision.models.mlla import MLLA
+    from equimo.vision.models.mlla import Mlla
 
     sizes = {"depths": [1, 1], "num_heads": [2, 2], "dim": WIDTH}
-    return image_model(MLLA, img_size=16, **sizes)
+    return image_model(Mlla, img_size=16, **sizes)
 
 
 def lowformer() -> Model:
@@ -164,24 +166,30 @@ def lowformer() -> Model:
 
     return image_model(
         LowFormer,
-        widths=[4, 8, 8],
-        depths=[0, 1, 1],
+        widths=[4, 8],
+        depths=[1, 1],
         att_strides=[1, 1],
         block_types=["conv", "attention"],
         attention_type="softmax",
     )
 
 
+F32 = "float32"
 EXHIBITS = [
-    Exhibit("Llama", "eqx-zoo", decoder, attention=Attention(2), dtype="float32"),
-    Exhibit("Qwen 3", "eqx-zoo", qwen3, attention=Attention(2), dtype="float32"),
-    Exhibit("Qwen 3, mixture of experts", "eqx-zoo", mixture, attention=Attention(2), dtype="float32"),
-    Exhibit("BERT", "eqx-zoo", bert, attention=Attention(2), dtype="float32"),
-    Exhibit("ViT", "equimo", vit, attention=Attention(2)),
-    Exhibit("DINOv3", "equimo", dinov3, attention=Attention(2)),
-    Exhibit("Audio spectrogram transformer", "equimo", spectrogram, attention=Attention(2)),
-    Exhibit("ConvNeXt v2", "equimo", convnext),
-    Exhibit("SHViT", "equimo", shvit, attention=Attention(2)),
+    Exhibit(
+        "Llama", "eqx-zoo", decoder, attention=Attention(2, dtype=F32), slopes=SWIGLU, dtype=F32
+    ),
+    Exhibit(
+        "Qwen 3", "eqx-zoo", qwen3, attention=Attention(2, dtype=F32), slopes=SWIGLU, dtype=F32
+    ),
+    Exhibit("BERT", "eqx-zoo", bert, attention=Attention(2, dtype=F32), dtype=F32),
+    Exhibit("ViT", "equimo", vit, attention=Attention(2, dtype=F32)),
+    Exhibit("DINOv3", "equimo", dinov3, attention=Attention(2, dtype=F32), slopes=GEGLU),
+    Exhibit(
+        "Audio spectrogram transformer", "equimo", spectrogram, attention=Attention(2, dtype=F32)
+    ),
+    Exhibit("ConvNeXt v2", "equimo", convnext, dtype=F32),
+    Exhibit("SHViT", "equimo", shvit, attention=Attention(3, dtype=F32)),
     Exhibit("MLLA", "equimo", mlla),
     Exhibit("LowFormer", "equimo", lowformer, attention=Attention(1)),
 ]
