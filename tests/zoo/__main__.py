@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxrel.files import write_atomically
 from tests.benchmarks.table import hardware
-from tests.zoo.packages import EXHIBITS
+from tests.zoo.packages import load
 from tests.zoo.packages.table import markdown, row
 
 README = Path(__file__).with_name("README.md")
@@ -15,15 +15,16 @@ BEGIN, END = "<!-- zoo: begin -->\n", "<!-- zoo: end -->\n"
 
 def main(argv: list[str]) -> None:
     """Measure the named models, or all; the table of all goes into the README beside this file."""
+    exhibits = load()
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXHIBITS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(exhibits)}")
     args = parser.parse_args(argv)
     for name in args.names:
-        if name not in EXHIBITS:
-            parser.error(f"unknown model {name!r}; there are {', '.join(EXHIBITS)}")
+        if name not in exhibits:
+            parser.error(f"unknown model {name!r}; there are {', '.join(exhibits)}")
     rows = []
-    for name in args.names or EXHIBITS:
-        rows.append(row(EXHIBITS[name]))
+    for name in args.names or exhibits:
+        rows.append(row(exhibits[name]))
         print(rows[-1], flush=True)
     table = f"{markdown(rows)}\n{hardware()}.\n"
     if args.names:

@@ -87,10 +87,11 @@ def equal(case: Case) -> float:
 
 def cp_lrp(case: Case) -> float:
     """CP-LRP, of operations that were recognised, is that of functions known by name."""
-    entries = composites.Composite([*case.exhibit.entries])
-    composite = entries + composites.cp_lrp(EPSILON)
-    found = jax.jit(case.explain(composite))(case.params, case.x)
-    return error(found, by_hand.cp_lrp(case.exhibit.slopes, case.model))
+    slopes = case.exhibit.slopes
+    gates = composites.Composite([(jaxrel.op("product"), rules.SignalTakesAll(slopes.gate))])
+    explain = case.explain(gates + composites.cp_lrp(EPSILON))
+    found = jax.jit(explain)(case.params, case.x)
+    return error(found, by_hand.cp_lrp(slopes, case.model))
 
 
 def conservation(case: Case) -> float:
@@ -113,6 +114,12 @@ CHECKS: dict[str, Callable[[Case], float]] = {
     "equal": equal,
     "conservation": conservation,
 }
+
+
+def applies(exhibit: Exhibit, check: str) -> bool:
+    """Whether a model has what a check is about."""
+    needed = {"equal": exhibit.attention, "CP-LRP": exhibit.slopes}
+    return needed.get(check, True) is not None
 
 
 def tolerance(exhibit: Exhibit, check: str) -> float:

@@ -1,8 +1,9 @@
 """What an entry of the zoo is: a model of another package, as small as that allows."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -55,6 +56,7 @@ class Slopes:
     Attributes:
       constant: attention maps, gates, and what norms divide by.
       activations: what is f(x) / x times x.
+      gate: what takes nothing of a product, see `rules.SignalTakesAll`.
     """
 
     constant: tuple[str, ...] = (
@@ -67,14 +69,17 @@ class Slopes:
         "jax.nn.relu",
         "jax.nn.gelu",
         "jax.nn.silu",
+        "jax.nn.swish",
         "jax.nn.leaky_relu",
+        "jax.nn.hard_silu",
         "jax.numpy.tanh",
     )
+    gate: str = "activation"
 
-    def gated_by(self, *names: str) -> "Slopes":
-        """For models in which these activations are gates."""
+    def plus(self, *names: str) -> "Slopes":
+        """With more that is held constant: what are gates in some models."""
         others = tuple(name for name in self.activations if name not in names)
-        return Slopes((*self.constant, *names), others)
+        return dataclasses.replace(self, constant=(*self.constant, *names), activations=others)
 
     def of(self, module: str) -> "Slopes":
         """For models that find all functions of `jax.nn` in another module too."""
@@ -97,7 +102,7 @@ class Exhibit:
       attention: where its attention is; None for a model without.
       slopes: what CP-LRP holds constant in it; None where that cannot be told by functions.
       dtype: what it computes in.
-      loud: by check, what the error says where the model is refused.
+      around: the context that the model must be built and called in.
     """
 
     name: str
@@ -108,7 +113,13 @@ class Exhibit:
     attention: Attention | None = None
     slopes: Slopes | None = Slopes()
     dtype: str = "float64"
-    loud: dict[str, str] = dataclasses.field(default_factory=dict)
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    @contextlib.contextmanager
+    def world(self) -> Iterator[None]:
+        """Where the model is built and looked at."""
+        with jax.enable_x64(self.dtype == "float64"), self.around():
+            yield
 
     @property
     def composite(self) -> composites.Composite:

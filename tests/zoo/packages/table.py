@@ -9,7 +9,7 @@ import jax
 
 import jaxrel
 from jaxrel import attention
-from tests.zoo.packages.checks import CHECKS, Case, tolerance
+from tests.zoo.packages.checks import CHECKS, Case, applies, tolerance
 from tests.zoo.packages.exhibit import Exhibit
 
 REPEATS = 3
@@ -17,22 +17,20 @@ REPEATS = 3
 
 def row(exhibit: Exhibit) -> dict[str, str]:
     """What was measured of one model, by column."""
-    with jax.enable_x64(exhibit.dtype == "float64"):
+    with exhibit.world():
         case = Case(exhibit)
         cells = {"model": exhibit.name, "package": f"{exhibit.package} {exhibit.version}"}
-        cells |= {"dtype": exhibit.dtype, "LRP": exhibit.rules}
-        cells["operations"] = _tried(lambda: str(_operations(case)))
-        cells["layers found"] = _tried(lambda: _found(case))
-        cells["methods"] = _tried(lambda: _methods(case))
-        cells |= {name: _tried(lambda name=name: _checked(case, name)) for name in CHECKS}
+        cells |= {"dtype": exhibit.dtype, "LRP": _rules(exhibit)}
+        cells["operations"] = str(_operations(case))
+        cells["layers found"], cells["methods"] = _found(case), _methods(case)
+        cells |= {name: _checked(case, name) for name in CHECKS}
         return cells | dict(zip(("trace", "compile"), _times(case), strict=True))
 
 
-def _tried(measure: Callable[[], str]) -> str:
-    try:
-        return measure()
-    except (NotImplementedError, ValueError, TypeError):
-        return "refused"
+def _rules(exhibit: Exhibit) -> str:
+    return " ".join(
+        [exhibit.rules, *(f"with {rule} for {where}" for where, rule in exhibit.entries)]
+    )
 
 
 def _operations(case: Case) -> int:
@@ -42,16 +40,19 @@ def _operations(case: Case) -> int:
 
 def _found(case: Case) -> str:
     known = case.exhibit.attention
-    found = attention.sites(case.score, argnums=1)(case.params, case.x)
-    layers = sum(stack.layers for stack in found)
-    return f"{layers} of {known.layers + known.others}" if known else "-"
+    return f"{layers_found(case)} of {known.layers + known.others}" if known else "-"
 
 
 def _methods(case: Case) -> str:
-    """How many of the methods relevance is defined by."""
     if case.exhibit.attention is None:
         return "-"
     return f"{len(list(methods(case)))} of {len(attention.METHODS)}"
+
+
+def layers_found(case: Case) -> int:
+    """How many layers of attention are in stacks."""
+    found = attention.sites(case.score, argnums=1)(case.params, case.x)
+    return sum(stack.layers for stack in found)
 
 
 def methods(case: Case) -> Iterator[str]:
@@ -66,7 +67,7 @@ def methods(case: Case) -> Iterator[str]:
 
 
 def _checked(case: Case, name: str) -> str:
-    if name == "equal" and case.exhibit.attention is None:
+    if not applies(case.exhibit, name):
         return "-"
     found = CHECKS[name](case)
     return f"{found:.0e}" if found <= tolerance(case.exhibit, name) else f"**{found:.0e}**"

@@ -5,7 +5,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jax import numpy as jnp
 
 from tests.zoo.packages.exhibit import (
     BATCH,
@@ -19,8 +18,8 @@ from tests.zoo.packages.exhibit import (
     tokens,
 )
 
-GEGLU = Slopes().gated_by("jax.nn.gelu")
-SWIGLU = Slopes().gated_by("jax.nn.silu")
+GEGLU = Slopes().plus("jax.nn.gelu")
+SWIGLU = Slopes().plus("jax.nn.silu")
 KEY = jax.random.PRNGKey(0)
 # Looked up when it is called, so that it can be replaced.
 GELU = lambda x: jax.nn.gelu(x)

@@ -1,4 +1,4 @@
-"""Models of flaxmodels, nanodl, jax-image-models (jimm), mamba2-jax, attnax and lpips-nnx."""
+"""Models of flaxmodels, jax-image-models (jimm), mamba2-jax and nanodl."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
+from jaxrel import op, rules
 from tests.zoo.packages.exhibit import (
     BATCH,
     CLASSES,
@@ -31,14 +32,10 @@ def linen(module: Any, x: Any, out: Callable, table: str | None = None, *more: A
 
 
 def of_nnx(module: Any, x: Any, out: Callable, table: str | None = None) -> Model:
-    """An NNX module, split so that its parameters can be an argument; `out` calls it."""
+    """An NNX module as a function of its state; `out` calls it."""
     module.eval()
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
-
-    def fun(params, x):
-        return out(nnx.merge(graph, params, rest), x)
-
-    return Model(fun, random_like(params), x, table)
+    graph, state = nnx.split(module)
+    return Model(lambda state, x: out(nnx.merge(graph, state), x), random_like(state), x, table)
 
 
 def resnet18() -> Model:
@@ -50,51 +47,6 @@ def resnet18() -> Model:
     x = normal(BATCH, 32, 32, 3)
     params = random_like(jax.jit(lambda: module.init(KEY, x))())
     return Model(lambda params, x: module.apply(params, x, train=False), params, x)
-
-
-def transformer_of(build: Callable, **more: Any) -> Model:
-    """A decoder of nanodl, with the logits of three words at the last position."""
-    settings = {
-        "num_layers": 2,
-        "num_heads": 2,
-        "hidden_dim": WIDTH,
-        "feedforward_dim": 12,
-        "dropout": 0.0,
-        "vocab_size": WORDS,
-        "embed_dim": WIDTH,
-        "max_length": TOKENS,
-        "start_token": 0,
-        "end_token": 1,
-    }
-    return build(settings | more)
-
-
-def gemma() -> Model:
-    import nanodl
-
-    options = {"num_groups": 2, "num_heads": 1, "feedforward_dim": WIDTH}
-    module = transformer_of(lambda defaults: nanodl.Gemma(**defaults), **options)
-    out = lambda found: found[0][:, -1, :CLASSES]
-    return linen(module, tokens(WORDS, TOKENS), out, "params/decoder/embedding/embedding")
-
-
-def gpt4() -> Model:
-    import nanodl
-
-    module = transformer_of(lambda options: nanodl.GPT4(**options), num_experts=3, top_k=2)
-    out = lambda found: found[:, -1, :CLASSES]
-    return linen(module, tokens(WORDS, TOKENS), out, "params/decoder/embedding/embedding")
-
-
-def whisper() -> Model:
-    import nanodl
-
-    module = transformer_of(lambda options: nanodl.Whisper(**options))
-    words, x = tokens(WORDS, TOKENS)[:1], normal(BATCH, 6, WIDTH)
-    spoken = lambda x: jnp.broadcast_to(words, (len(x), TOKENS))
-    params = random_like(jax.jit(module.init)(KEY, x, spoken(x)))
-    out = lambda params, x: module.apply(params, x, spoken(x))[:, -1, :CLASSES]
-    return Model(out, params, x)
 
 
 def diffusion() -> Model:
@@ -113,6 +65,13 @@ def mixer() -> Model:
 
     module = nanodl.Mixer((4, 4), 2, WIDTH, 2, 12, 0.0, CLASSES)
     return linen(module, normal(BATCH, 8, 8, 3), lambda found: found[0])
+
+
+def mesh() -> Any:
+    """jimm annotates its parameters with the axes of a mesh; here, of one device."""
+    auto = jax.sharding.AxisType.Auto
+    one = jax.make_mesh((1, 1), ("data", "fsdp"), (auto, auto), devices=jax.devices()[:1])
+    return jax.set_mesh(one)
 
 
 def vit() -> Model:
@@ -157,16 +116,21 @@ def mamba2() -> Model:
     return of_nnx(module, tokens(WORDS, TOKENS), out, "backbone/embedder/embedding/value")
 
 
+ENCODER = Attention(2, calls=(0,), dtype="float32")
 LINEN = Slopes().of("flax.linen")
-WHISPER = Attention(layers=2, calls=(0, 1), others=4)
 EXHIBITS = [
     Exhibit("ResNet-18", "flaxmodels", resnet18, "epsilon_plus_flat", slopes=LINEN),
-    Exhibit("Gemma", "nanodl", gemma, attention=Attention(2), slopes=LINEN),
-    Exhibit("GPT-4", "nanodl", gpt4, attention=Attention(2), slopes=LINEN),
-    Exhibit("Whisper", "nanodl", whisper, attention=WHISPER, slopes=LINEN),
     Exhibit("Diffusion U-Net", "nanodl", diffusion, slopes=LINEN),
     Exhibit("MLP-Mixer", "nanodl", mixer, slopes=LINEN),
-    Exhibit("ViT", "jax-image-models", vit, attention=Attention(2)),
-    Exhibit("CLIP", "jax-image-models", clip, attention=Attention(2)),
-    Exhibit("Mamba 2", "mamba2-jax", mamba2),
+    Exhibit("ViT", "jax-image-models", vit, attention=ENCODER, around=mesh),
+    Exhibit("CLIP", "jax-image-models", clip, attention=ENCODER, around=mesh),
+    # The decay of a state is exp of the data, which no rule passes on: its derivative, said so.
+    Exhibit(
+        "Mamba 2",
+        "mamba2-jax",
+        mamba2,
+        entries=((op("exp"), rules.Gradient()),),
+        slopes=None,
+        dtype="float32",
+    ),
 ]

@@ -16,6 +16,7 @@ from tests.zoo.packages.exhibit import (
     Attention,
     Exhibit,
     Model,
+    Slopes,
     normal,
     random_like,
 )
@@ -141,13 +142,12 @@ def interaction() -> Model:
     return graphs(layers)
 
 
-HEAD_AXES = Attention(layers=2)
 EXHIBITS = [
     Exhibit("ResNet (bottleneck)", "dm-haiku", resnet, "epsilon_plus_flat"),
     Exhibit("MobileNet v1", "dm-haiku", mobilenet, "epsilon_plus_flat"),
-    Exhibit("Transformer", "dm-haiku", transformer, attention=HEAD_AXES),
-    Exhibit("LSTM and GRU", "dm-haiku", lstm, "captioning"),
-    Exhibit("GAT", "jraph", gat),
+    Exhibit("Transformer", "dm-haiku", transformer, attention=Attention(2)),
+    Exhibit("LSTM and GRU", "dm-haiku", lstm, "captioning", slopes=Slopes(gate="sigmoid")),
+    Exhibit("GAT", "jraph", gat, slopes=Slopes().plus("jraph._src.utils.segment_softmax")),
     Exhibit("GCN", "jraph", gcn, "epsilon_plus"),
     Exhibit("Interaction network", "jraph", interaction, "epsilon_plus"),
 ]

@@ -4,7 +4,6 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 
-import jax
 import keras
 from jax import numpy as jnp
 
@@ -24,14 +23,13 @@ WIDTH, TOKENS = 8, 5
 
 def stateless(model: keras.Model, x) -> Model:
     """A Keras model as a function of its variables, at inference."""
-    values = lambda variables: [jnp.asarray(variable.value) for variable in variables]
-    names = lambda variables: [variable.path for variable in variables]
     parts = model.trainable_variables, model.non_trainable_variables
-    params = tuple(dict(zip(names(part), values(part), strict=True)) for part in parts)
+    params = [{v.path: jnp.asarray(v.value) for v in variables} for variables in parts]
 
     def fun(params, x):
-        trained, fixed = (list(part.values()) for part in params)
-        return model.stateless_call(trained, fixed, x, training=False)[0]
+        # A dict that has gone through JAX is sorted.
+        ordered = [[p[v.path] for v in part] for p, part in zip(params, parts, strict=True)]
+        return model.stateless_call(*ordered, x, training=False)[0]
 
     return Model(fun, random_like(params), x)
 
@@ -67,7 +65,9 @@ def transformer() -> Model:
     return stateless(keras.Model(inputs, out), normal(BATCH, TOKENS, WIDTH))
 
 
+# Its hard sigmoid, and hard swish, are ReLU6 of x + 3, and times x.
+HARD = Slopes(gate="sigmoid").plus("jax.nn.relu6")
 EXHIBITS = [
-    Exhibit("MobileNet v3", "keras", mobilenet_v3, "epsilon_plus"),
-    Exhibit("Transformer", "keras", transformer, attention=Attention(2)),
+    Exhibit("MobileNet v3", "keras", mobilenet_v3, "epsilon_plus", slopes=HARD, dtype="float32"),
+    Exhibit("Transformer", "keras", transformer, attention=Attention(2, dtype="float32")),
 ]
