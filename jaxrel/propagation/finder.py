@@ -9,7 +9,7 @@ from jaxrel.propagation.samples import Samples
 from jaxrel.tracing.facts import Facts, active_ins, fact_of, is_elementwise
 from jaxrel.tracing.flow import Backward, operands
 from jaxrel.tracing.graph import Constant, Graph, Node, Value, tag_name
-from jaxrel.tracing.patterns import between, logsumexps, origin, softmaxes
+from jaxrel.tracing.patterns import between, logsumexps, softmaxes
 from jaxrel.tracing.primitives import (
     COMPLEX,
     DIV,

@@ -18,7 +18,6 @@ from tests.zoo.packages.exhibit import (
     tokens,
 )
 
-GEGLU = Slopes().plus("jax.nn.gelu")
 SWIGLU = Slopes().plus("jax.nn.silu")
 KEY = jax.random.PRNGKey(0)
 # Looked up when it is called, so that it can be replaced.
@@ -146,33 +145,6 @@ def convnext() -> Model:
     )
 
 
-def shvit() -> Model:
-    from equimo.vision.models.shvit import SHViT
-
-    sizes = {"dim": [8, 12, 16], "pdim": [4, 4, 8], "qk_dim": [4, 4, 4], "depths": [1, 1, 1]}
-    return image_model(SHViT, 64, block_type=["s", "s", "s"], **sizes)
-
-
-def mlla() -> Model:
-    from equimo.vision.models.mlla import Mlla
-
-    sizes = {"depths": [1, 1], "num_heads": [2, 2], "dim": WIDTH}
-    return image_model(Mlla, img_size=16, **sizes)
-
-
-def lowformer() -> Model:
-    from equimo.vision.models.lowformer import LowFormer
-
-    return image_model(
-        LowFormer,
-        widths=[4, 8],
-        depths=[1, 1],
-        att_strides=[1, 1],
-        block_types=["conv", "attention"],
-        attention_type="softmax",
-    )
-
-
 F32 = "float32"
 EXHIBITS = [
     Exhibit(
@@ -183,12 +155,9 @@ EXHIBITS = [
     ),
     Exhibit("BERT", "eqx-zoo", bert, attention=Attention(2, dtype=F32), dtype=F32),
     Exhibit("ViT", "equimo", vit, attention=Attention(2, dtype=F32)),
-    Exhibit("DINOv3", "equimo", dinov3, attention=Attention(2, dtype=F32), slopes=GEGLU),
+    Exhibit("DINOv3", "equimo", dinov3, attention=Attention(2, dtype=F32), slopes=SWIGLU),
     Exhibit(
         "Audio spectrogram transformer", "equimo", spectrogram, attention=Attention(2, dtype=F32)
     ),
     Exhibit("ConvNeXt v2", "equimo", convnext, dtype=F32),
-    Exhibit("SHViT", "equimo", shvit, attention=Attention(3, dtype=F32)),
-    Exhibit("MLLA", "equimo", mlla),
-    Exhibit("LowFormer", "equimo", lowformer, attention=Attention(1)),
 ]
