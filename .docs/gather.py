@@ -23,7 +23,8 @@ def main(out: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     readmes = [page for room in ROOMS for page in (ROOT / room).rglob("*.md")]
     images = (ROOT / "colab/images").glob("*.png")
-    for file in (ROOT / "README.md", ROOT / "tests/benchmarks/README.md", *readmes, *images):
+    tables = [ROOT / f"tests/{folder}/README.md" for folder in ("benchmarks", "zoo")]
+    for file in (ROOT / "README.md", *tables, *readmes, *images):
         copy(file, pages / file.relative_to(ROOT))
     shutil.copytree(ROOT / ".docs/api", pages / "api")
     for name in ("site.css", "worker.js"):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxrel.tracing import primitives
 from jaxrel.tracing.axes import Axes, roots
-from jaxrel.tracing.flow import dependents, operands
+from jaxrel.tracing.flow import operands
 from jaxrel.tracing.graph import Atom, Graph, Node, Value, tag_name
 from jaxrel.tracing.patterns import softmaxes
 from jaxrel.tracing.primitives import ADD, CUSTOM, DIV, DOT, EXPONENTIALS, LOG, POWERS
@@ -34,7 +34,7 @@ def find_starts(graph: Graph, data: Collection[Value], axes: Axes) -> Starts:
         if sure and any(plain for _, plain in reached):
             maps[node] = scores
             continue
-        if not reached or not (sure or _normalised(graph, node)):
+        if not reached or not (sure or _normalised(node.outs[0], begun, flows, data, axes)):
             continue
         tags = [tag for tag, _ in reached]
         if all(tag is not None for tag in tags):
@@ -171,12 +171,31 @@ def _mixes(node: Node, value: Value, begun: frozenset, axes: Axes) -> bool:
     return not out & begun
 
 
-def _normalised(graph: Graph, exp: Node) -> bool:
-    """Whether something is divided by a sum of the exponential, or it is one of a difference."""
-    reached = dependents(graph, exp.outs)
-    for node in graph.walk():
-        if node.name in DIV | LOG and node.ins[-1] in reached:
-            return True
-        if node.name in POWERS and node is not exp and node.ins[0] in reached:
-            return True
+def _normalised(
+    start: Value, begun: frozenset, flows: dict, data: Collection[Value], axes: Axes
+) -> bool:
+    """Whether something is divided by a sum of the exponential.
+
+    What comes after the product that sums over its axis is another layer's, but for a sum that is
+    cut out of the product itself: queries divided by their norm are no weights.
+    """
+    waiting, seen = [(start, False)], set()
+    while waiting:
+        value, multiplied = waiting.pop()
+        if (value, multiplied) in seen:
+            continue
+        seen.add((value, multiplied))
+        for node, out in flows.get(value, ()):
+            if node is None:
+                waiting.append((out, multiplied))
+                continue
+            if node.name in DIV | LOG and node.ins[-1] is value:
+                return True
+            if node.name in POWERS and node.outs[0] is not start and node.ins[0] is value:
+                return True
+            if node.name in DOT and all(atom in data for atom in node.ins):
+                summed = _weighs(node, value, begun, axes)
+                waiting.append((out, multiplied or summed))
+            elif not multiplied or node.name in primitives.MASKING:
+                waiting.append((out, multiplied))
     return False

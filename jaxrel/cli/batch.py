@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import options as shared
-from jaxrel.cli.explain import DEFAULT_MODELS
+from jaxrel.cli.explain import DEFAULT_MODELS, Asked, check_asked
 
 EXAMPLES = """examples:
   jaxrel batch photos/ --text "a dog" --out results
@@ -169,6 +169,8 @@ def run(options: argparse.Namespace) -> None:
     asked = _asked(options, source)
     options.model = options.model or DEFAULT_MODELS[asked]
     made = _explainer(options)
+    if options.text or options.question or options.caption:
+        check_asked(made.model, asked, options.model)
     first = made.prepare(next(made.split(source.read(0, 1))))
     _check_first(options, first)
     found = fit(made, first, options.batch_size)
@@ -207,7 +209,7 @@ def _source(options: argparse.Namespace) -> Any:
     return open_source(options.input, columns=options.columns, images=options.images, text=text)
 
 
-def _asked(options: argparse.Namespace, source: Any) -> str:
+def _asked(options: argparse.Namespace, source: Any) -> Asked:
     """What is asked: as the options say, or as the first row and the model do."""
     if options.question:
         return "question"

@@ -9,7 +9,7 @@ from jaxrel.propagation.samples import Samples
 from jaxrel.tracing.facts import Facts, active_ins, fact_of, is_elementwise
 from jaxrel.tracing.flow import Backward, operands
 from jaxrel.tracing.graph import Constant, Graph, Node, Value, tag_name
-from jaxrel.tracing.patterns import between, logsumexps, origin, softmaxes
+from jaxrel.tracing.patterns import between, logsumexps, softmaxes
 from jaxrel.tracing.primitives import (
     COMPLEX,
     DIV,
@@ -24,6 +24,7 @@ from jaxrel.tracing.primitives import (
     REDUCTIONS,
     ROOTS,
     SCALES,
+    SHAPES,
     SUMS,
 )
 
@@ -196,11 +197,27 @@ class _Finder(LinearMaps):
 
     def _gate(self, value: Value) -> str:
         """What kind of gate a factor is: a sigmoid in any spelling, another activation, or none."""
-        gate, value = self.facts[value].gate, origin(value, self.producers)
-        root = self.facts[value].root
-        if gate != "activation" or root is None or root is value:
+        gate = self.facts[value].gate
+        if gate != "activation":
             return gate
-        return "sigmoid" if Samples(self.producers, root, value).is_gate else gate
+        kinds = {self._spelled(source) for source in self._unmoved(value)}
+        return kinds.pop() if len(kinds) == 1 else gate
+
+    def _spelled(self, value: Value) -> str:
+        root = self.facts[value].root
+        if root is None or root is value:
+            return "activation"
+        if Samples(self.producers, root, value).is_gate:
+            return "sigmoid"
+        # One minus a gate is a gate, wherever that was cut out.
+        return "activation" if self.facts[value].nonlinear else self._gate(root) or "activation"
+
+    def _unmoved(self, value: Value) -> set[Value]:
+        """What a value is made of by moving, cutting and putting side by side."""
+        node = self.producers.get(value)
+        if node is None or node.name not in MOVES | SHAPES:
+            return {value}
+        return set().union(*map(self._unmoved, self.active(node)))
 
     def _complex(self, node: Node, active: list[Value]) -> Operation:
         """An operation on complex values: its kind is its own, that of no real operation."""

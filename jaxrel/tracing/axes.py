@@ -269,7 +269,7 @@ def _convolution(node: Node, axes: tuple[Axis, ...], out: Value) -> tuple[Axis, 
 
 
 def _reshape(axes: Sequence[Axis], out: Value) -> tuple[Axis, ...]:
-    """Split and merge factors; where the cuts do not fit, the axes are new."""
+    """Split and merge factors; from where the cuts do not fit, the axes are new."""
     waiting = [factor for axis in axes for factor in axis]
     found: list[Axis] = []
     for size in out.shape:
@@ -282,13 +282,20 @@ def _reshape(axes: Sequence[Axis], out: Value) -> tuple[Axis, ...]:
                 waiting.insert(0, factor._replace(size=inner))
                 factor = factor._replace(stride=factor.stride * inner, size=left)
             if left % factor.size:
-                return _new(out, out.shape, known=False)
+                return (*found, *_mixed(out)[len(found) :])
             left //= factor.size
             taken.append(factor)
         if left > 1:
-            return _new(out, out.shape, known=False)
+            return (*found, *_mixed(out)[len(found) :])
         found.append(_join_factors(taken))
     return tuple(found)
+
+
+def _mixed(out: Value) -> tuple[Axis, ...]:
+    """New axes that are parts of the same thing: each of all that was cut anew."""
+    both = Root(out, -1, known=False)
+    own = _new(out, out.shape, known=False)
+    return tuple(tuple(f._replace(roots=f.roots | {both}) for f in axis) for axis in own)
 
 
 def _join_factors(factors: Sequence[Factor]) -> Axis:

@@ -182,7 +182,7 @@ class _Analysis(Forward[Fact]):
             nonneg=nonneg,
             fresh=not linear and all(fact.fresh for fact in active),
             stat=squares or _stat(node, active, ins),
-            gate=_gate(node, active) if len(node.outs) == 1 else "",
+            gate=_gate(node, active),
         )
         root = self._root(node, ins)
         if root is not None:
@@ -296,6 +296,9 @@ def _gate(node: Node, active: list[Fact]) -> str:
     if node.name in SIGMOID:
         return "sigmoid"
     if len(active) > 1:
+        gates = {fact.gate for fact in active}
+        if node.name in SHAPES | SELECT and len(gates) == 1:
+            return gates.pop()
         # x * sigmoid(x) is an activation of x; a product of two signals is no gate.
         same = len({fact.root for fact in active}) == 1
         return "activation" if same and is_elementwise(node) else ""

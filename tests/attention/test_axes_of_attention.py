@@ -271,3 +271,37 @@ def test_what_changes_no_value_hides_no_attention(keep, where):
     # bfloat16 has eight bits; all else is float32 rounding.
     rounding = {"rtol": 0.05, "atol": 0.02} if keep is KEEPS["cast"] else CLOSE
     np.testing.assert_allclose(got, want, **rounding)
+
+
+@pytest.mark.parametrize("tokens", [5, 6])
+def test_heads_that_are_cut_across_tokens_are_refused(tokens):
+    """A reshape to [batch, heads, tokens, width] without a transpose: rows are not tokens."""
+    x = jax.random.normal(jax.random.key(0), (2, tokens, 8))
+    weights = jax.random.normal(jax.random.key(1), (3, 8, 8)) / 3
+
+    def model(x):
+        query, key, value = ((x @ w).reshape(2, 2, tokens, 4) for w in weights)
+        attn = jax.nn.softmax(query @ key.mT)
+        return (x + (attn @ value).reshape(x.shape))[:, 0].sum(-1)
+
+    with pytest.raises(NotImplementedError, match="attends within parts of the tokens"):
+        attention.relevance(model, method="equal")(x)
+
+
+def test_scores_that_are_shifted_by_a_reshape_are_of_their_tokens():
+    """Relative positions as in Transformer-XL (Dai et al. 2019): padded, cut anew and sliced."""
+    heads, width = 2, 4
+    x = jax.random.normal(jax.random.key(0), (2, 5, heads * width))
+    weights = jax.random.normal(jax.random.key(1), (3, 8, heads, width)) / 3
+    positions = jax.random.normal(jax.random.key(2), (5, heads, width))
+
+    def model(x):
+        query, key, value = (jnp.einsum("btd,dhw->bhtw", x, w) for w in weights)
+        far = jnp.einsum("bhtw,khw->bhtk", query, positions)
+        far = jnp.pad(far, ((0, 0), (0, 0), (0, 0), (1, 0))).reshape(2, heads, 6, 5)
+        attn = jax.nn.softmax(query @ key.mT + far[:, :, 1:])
+        return (x + jnp.moveaxis(attn @ value, 1, 2).reshape(x.shape))[:, 0].sum(-1)
+
+    (stack,) = attention.sites(model)(x)
+    assert (stack.is_self, stack.sites[0].shape) == (True, (2, heads, 5, 5))
+    assert attention.relevance(model)(x).shape == (2, 5)

@@ -99,3 +99,45 @@ def test_softmaxes_that_are_no_attention_are_no_obstacle():
 
     (stack,) = attention.sites(model)(X)
     assert (stack.layers, stack.is_self) == (1, True)
+
+
+def divided_after(x):
+    e = jnp.exp(jnp.einsum("bqd,bkd->bqk", x @ W[0], x @ W[1]))
+    values = jnp.concatenate([x @ W[2], x[..., :1] * 0 + 1], -1)
+    both = jnp.einsum("bqk,bkd->bqd", e, values)
+    return x + both[..., :-1] / both[..., -1:] @ W[3]
+
+
+def test_a_sum_that_is_cut_out_of_the_product_is_seen():
+    model = lambda x: divided_after(x + attend(x, softmax))[:, 0].sum(-1)
+    with pytest.raises(NotImplementedError, match=r"test_coverage.py:\d+ \(divided_after\)"):
+        attention.relevance(model)(X)
+
+
+NORMS = {
+    "power": lambda x: x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6),
+    "square root": lambda x: x / (jnp.mean(x**2.0, -1, keepdims=True) + 1e-6) ** 0.5,
+    "length": lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_norms_of_queries_and_keys_are_no_attention(norm):
+    """Query-key normalisation (Henry et al. 2020), as in Qwen 3 and Gemma 3."""
+
+    def model(x, seen=()):
+        for layer in range(2):
+            scores = jnp.einsum("bqd,bkd->bqk", norm(x @ W[0]), norm(x @ W[1]))
+            attn = jaxrel.tag(softmax(scores), f"map {layer}") if seen else softmax(scores)
+            x = x + jnp.einsum("bqk,bkd->bqd", attn, x @ W[2]) @ W[3]
+        return x[:, 0].sum(-1)
+
+    names = ("map 0", "map 1")
+    _, maps, grads = jaxrel.capture_with_grad(lambda x: model(x, names), names)(X)
+    want = np.stack([np.eye(TOKENS)] * BATCH)
+    for name in names:
+        want += np.maximum(np.float64(maps[name]) * grads[name], 0) @ want
+    (stack,) = attention.sites(model)(X)
+    assert stack.layers == 2
+    got = attention.relevance(model, method="equal")(X)
+    np.testing.assert_allclose(got, want[:, 0], rtol=1e-5)  # float32 rounding

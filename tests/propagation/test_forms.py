@@ -255,6 +255,31 @@ def test_a_sigmoid_in_any_spelling_is_a_gate(name):
     np.testing.assert_allclose(found, X * (constant @ WEIGHTS[1].T), **CLOSE)
 
 
+# Where what a gate and a signal are made of stands in one array: of six gates, and of two of three.
+CUTS = {
+    "slice": lambda gate, x: gate(x)[:, 3:],
+    "split": lambda gate, x: jnp.split(gate(x), 2, axis=-1)[1],
+    "unstack": lambda gate, x: jnp.unstack(gate(x).reshape(-1, 2, 3), axis=1)[1],
+    "concatenate": lambda gate, x: jnp.concatenate([gate(x[:, 3:4]), gate(x[:, 4:])], axis=-1),
+    "stack": lambda gate, x: jnp.stack([gate(x[:, i]) for i in (3, 4, 5)], axis=-1),
+    "where": lambda gate, x: jnp.where(jnp.arange(3) == 1, gate(x[:, 3:]), gate(2 * x[:, 3:])),
+    "one less": lambda gate, x: 1 - jnp.split(gate(x), 2, axis=-1)[1],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", ["sigmoid", *GATES])
+def test_a_gate_stays_one_where_it_is_cut_out(name, cut):
+    """As in a GRU whose two gates are one sigmoid."""
+    gate = GATES.get(name, jax.nn.sigmoid)
+    fun = lambda x: CUTS[cut](gate, x @ WEIGHTS[0]) * (x @ WEIGHTS[1])[:, :3]
+    rules = [(jaxrel.op("product"), SignalTakesAll()), (jaxrel.everything(), Epsilon(0.0))]
+    x = X[0]
+    constant = CUTS[cut](gate, jnp.asarray(x @ WEIGHTS[0]))
+    expected = x * (constant @ WEIGHTS[1][:, :3].T)
+    np.testing.assert_allclose(jaxrel.lrp(fun, rules)(x), expected, **CLOSE)
+
+
 @pytest.mark.parametrize(
     "f",
     [
