@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from jaxrel.tracing import primitives
-from jaxrel.tracing.axes import Axes, Axis, roots
+from jaxrel.tracing.axes import Axes
 from jaxrel.tracing.flow import dependents
 from jaxrel.tracing.graph import Atom, Graph, Node, Value
 from jaxrel.tracing.primitives import ADD, DOT, KEEPS, MOVES, SCALES, SELECT, SUMS
@@ -24,7 +24,7 @@ class Residual(NamedTuple):
 def find_residual(
     product: Node,
     scores: Value,
-    tokens: Axis,
+    tokens: frozenset,
     graphs: tuple[Graph, ...],
     data: Collection[Value],
     axes: Axes,
@@ -38,7 +38,7 @@ def find_residual(
     Args:
       product: the product of the map with the values.
       scores: what the softmax was given.
-      tokens: the identity of the queries' axis.
+      tokens: what the queries' axis came from; nothing if that is not known.
       graphs: the graphs around the product, outermost first.
       data: the values that depend on the data.
       axes: the identities of axes.
@@ -53,7 +53,7 @@ def find_residual(
             starts = {out for end, out in ends if end in kept}
         made = dependents(graph, starts)
         before = _ancestors(graph, holder, scores)
-        found, starts = _follow(graph, starts, made, before, roots(tokens), data, axes)
+        found, starts = _follow(graph, starts, made, before, tokens, data, axes)
         if found is not None or (holder is not None and not starts):
             return found
         inner = graph
@@ -146,4 +146,4 @@ def _is_stream(
 def _roots(atom: Atom, axes: Axes) -> frozenset:
     if not isinstance(atom, Value):
         return frozenset()
-    return frozenset().union(*map(roots, axes.of(atom)))
+    return frozenset().union(*map(axes.lineage, axes.of(atom)))

@@ -1,7 +1,6 @@
 """Attention relevance of a function as it stands, over the self-attention of each stream."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -256,12 +255,14 @@ def _choose(
 def _check_tokens(name: str, stack: Stack) -> None:
     """Refuse maps whose rows and columns are not the tokens of one stream."""
     site = stack.sites[0]
-    if stack.in_windows:
-        _, _, query, _ = site.shape
+    if any(one.in_parts for one in stack.sites):
+        query = site.size(site.query)
         raise NotImplementedError(
             f"attention.relevance: {name!r} at {site.where} attends within parts of the tokens "
-            f"(windows, or chunks of queries) of {query} each, and relevance accumulates over "
-            "maps of all tokens. Compute the map of all tokens, masked outside of the windows"
+            f"(windows, or chunks of queries) of {query} each, and which tokens these are is not "
+            "known; relevance accumulates over maps of all tokens. Cut windows with reshape, "
+            "transpose, roll and pad, or compute the map of all tokens, masked outside of the "
+            "windows"
         )
     *_, query, key = site.shape
     streams = not site.own_keys and same(site.tokens, site.keys) is False
@@ -363,7 +364,18 @@ def _accumulate_at(name: str, site: Site) -> Callable:
         carrier, attn = accumulate(carriers[name], site.standard(value))
         return {**carriers, name: carrier}, site.restore(attn, value)
 
-    return interceptor
+    def in_windows(carriers, value):
+        windows = site.windows
+        assert windows is not None
+        rows = jax.tree.map(windows.gather, carriers[name])
+        maps = jnp.moveaxis(windows.apart(value), 2, 1)
+        moved, attn = accumulate(rows, maps.reshape(-1, *maps.shape[2:]))
+        carrier = jax.tree.map(windows.scatter, moved, carriers[name])
+        attn = jnp.moveaxis(attn.reshape(maps.shape), 1, 2)
+        return {**carriers, name: carrier}, windows.together(attn, value.shape)
+
+    by_window = site.windows is not None and site.windows.is_partition
+    return in_windows if by_window else interceptor
 
 
 def _weigh_at(name: str, site: Site, importance: Callable) -> Callable:
@@ -450,12 +462,7 @@ def _layers(stack: Stack, taps: Mapping, found: Mapping, what: str) -> Any:
     for site in stack.sites:
         value = _value(site, what)
         x = found[taps[value]]
-        if what == "value":
-            values.append(site.stacked(x))
-        else:
-            batch, _, tokens, _ = site.shape
-            layers = math.prod(scan.length for scan in site.scans)
-            values.append(x.reshape(layers, batch, tokens, -1))
+        values.append(site.stacked(x) if what == "value" else site.stacked_values(x))
         stages += list(site.stages())
     stacked = jnp.concatenate(values)
     order = sorted(range(len(stages)), key=stages.__getitem__)
