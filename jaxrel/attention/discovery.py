@@ -113,9 +113,16 @@ class Sites(NamedTuple):
     axes: Axes
 
 
-def find_sites(traced: Traced, data: Sequence[Value]) -> Sites:
-    """The attention maps of a traced call, and what may be one and is not recognised."""
-    finder = _Finder(traced.graph, dependents(traced.graph, data))
+def find_sites(traced: Traced, data: Sequence[Value], constants: Sequence[Value] = ()) -> Sites:
+    """The attention maps of a traced call, and what may be one and is not recognised.
+
+    Args:
+      traced: the call.
+      data: the values that attention is over.
+      constants: more of these, that a stream starts from; their examples are known by number.
+    """
+    sources = dependents(traced.graph, [*data, *constants])
+    finder = _Finder(traced.graph, sources, constants)
     sites = list(finder.sites(traced.graph, (), ()))
     return Sites(sites, (*finder.starts.hidden, *finder.unread), finder.axes)
 
@@ -185,8 +192,10 @@ def data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
 class _Finder:
     """The attention sites of a graph, with what is known of its axes."""
 
-    def __init__(self, graph: Graph, data: frozenset[Value]):
+    def __init__(self, graph: Graph, data: frozenset[Value], constants: Sequence[Value] = ()):
         self.data = data
+        arrays = (id(graph.constants[value]) for value in constants if value in graph.constants)
+        self.constants = {*constants, *arrays}
         self.axes = Axes(graph, data)
         self.starts = find_starts(graph, data, self.axes)
         shape = graph.outs[0].shape if graph.outs else ()
@@ -297,7 +306,10 @@ class _Finder:
         known = [axis for axis in batched if same(axes[axis], self.examples)]
         if len(known) == 1:
             return known[0], tuple(axis for axis in batched if axis != known[0])
-        other = batched and same(axes[batched[0]], self.examples) is False
+        other = bool(batched) and same(axes[batched[0]], self.examples) is False
+        if other:
+            first = self.axes.lineage(axes[batched[0]])
+            other = not any(root.source in self.constants for root in first)
         if batched and value.shape[batched[0]] == self.batch and not other:
             return batched[0], batched[1:]
         folded = self.examples and set(self.examples) <= {f for a in axes for f in a}

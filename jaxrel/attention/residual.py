@@ -62,8 +62,12 @@ def find_residual(
 
 def _ancestors(graph: Graph, holder: Node | None, scores: Value) -> set[Value]:
     """The values of a graph that the scores, in it or inside of a node, are computed from."""
-    producers = graph.producers()
-    waiting: list[Atom] = [scores] if holder is None else [*holder.ins]
+    return ancestors(*([scores] if holder is None else holder.ins), producers=graph.producers())
+
+
+def ancestors(*atoms: Atom, producers: dict[Value, Node]) -> set[Value]:
+    """The values that some are computed from, and these."""
+    waiting = [*atoms]
     found: set[Value] = set()
     while waiting:
         atom = waiting.pop()
@@ -135,7 +139,9 @@ def _is_stream(
         if not isinstance(atom, Value) or atom in seen:
             continue
         seen.add(atom)
-        if atom in before and (not tokens or tokens & _roots(atom, axes)):
+        own = _roots(atom, axes)
+        # A stream that starts as zeros is alike for all tokens.
+        if atom in before and (not tokens or not own or tokens & own):
             return True
         node = producers.get(atom)
         if node is not None and node.name in _STREAM:

@@ -7,15 +7,16 @@ latents, count as data from where they meet the data.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax import numpy as jnp
 
 from jaxrel.attention.accumulate import Layers
 from jaxrel.attention.discovery import Sites, data_values, find_sites, refuse_left_out
+from jaxrel.attention.residual import ancestors
 from jaxrel.attention.stacks import Site
-from jaxrel.tracing.axes import Axis, same
+from jaxrel.tracing.axes import Axis, roots, same
 from jaxrel.tracing.capture import taps_with_grad
 from jaxrel.tracing.flow import Backward, dependents
 from jaxrel.tracing.graph import Graph, Node, Traced, Value
@@ -128,7 +129,10 @@ def layers_of(traced: Traced, streams: Streams, *, values: bool) -> tuple[Any, d
 
 def maps_of(streams: Streams, relevance: Mapping[str, Any], names: Mapping[Value, str]) -> dict:
     """By name of a schedule, what `relevance` holds in the place of its maps."""
-    get = lambda site, some: site.stacked(some[names[site.value]])
+
+    def get(site: Site, some: Mapping) -> Any:
+        return site.stacked(some[names[site.value]])
+
     return {name: _picked(events, get, relevance) for name, events in streams.events.items()}
 
 
@@ -143,17 +147,40 @@ def _picked(events: Sequence[Event], get: Callable, some: Mapping) -> Any:
 
 
 def _sites_of_both(traced: Traced, data: Sequence[Value]) -> Sites:
-    """The sites of both streams: of one that starts as a constant too."""
+    """The sites of both streams: of one that starts as a constant too.
+
+    What it starts from is what its tokens are (object queries, latents, embedded tokens), and any
+    constant that they are added to.
+    """
+    starts: list[Value] = []
     found = find_sites(traced, data)
-    arrays = {id(array): value for value, array in traced.graph.constants.items()}
-    starts = [*data]
+    for search in (_token_sources, _summands):
+        known = [*data, *starts]
+        new = [value for value in search(traced.graph, found, known) if value not in known]
+        if new:
+            starts += new
+            found = find_sites(traced, data, starts)
+    return found
+
+
+def _token_sources(graph: Graph, found: Sites, starts: Sequence[Value]) -> Iterator[Value]:
+    arrays = {id(array): value for value, array in graph.constants.items()}
     for site in found.sites:
-        for root in found.axes.lineage(site.tokens) if not site.is_self else ():
+        for root in roots(site.tokens) if not site.is_self else ():
             value = arrays.get(root.source, root.source)
-            known = value in traced.graph.ins or value in traced.graph.constants
-            if known and value not in starts:
-                starts.append(value)
-    return found if len(starts) == len(data) else find_sites(traced, starts)
+            if isinstance(value, Value):
+                yield value
+
+
+def _summands(graph: Graph, found: Sites, starts: Sequence[Value]) -> Iterator[Value]:
+    data, producers = dependents(graph, starts), graph.producers()
+    for site in found.sites:
+        if site.is_self or site.residual is None:
+            continue
+        before = site.residual.before
+        for value in ancestors(before, producers=producers):
+            if value.shape == before.shape and value not in data:
+                yield value
 
 
 def _letters(graph: Graph, sites: Sequence[Site]) -> dict[Site, str]:

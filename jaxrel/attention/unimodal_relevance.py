@@ -219,9 +219,14 @@ def _choose(
             _check_tokens(name, found[name])
         if len(names) != 1:
             problem = "no self-attention was found" if not names else "several were found"
+            two = (
+                ". For two streams of which one reads the other use "
+                "attention.value_and_bimodal_relevance(fun, method=..., target_token=...)"
+            )
+            across = any(not stack.is_self for stack in found.values())
             raise ValueError(
                 f"attention.relevance: {problem}; name what is meant with attention=..., a tag of "
-                f"the maps or one of these: {_listing(found)}"
+                f"the maps or one of these: {_listing(found)}{two if across else ''}"
             )
     else:
         names = [attention] if isinstance(attention, str) else list(attention)
@@ -270,7 +275,8 @@ def _check_tokens(name: str, stack: Stack) -> None:
         raise ValueError(
             f"attention.relevance: {name!r} at {site.where} maps {query} queries to {key} keys; "
             f"{'the keys are another stream, and ' if streams else ''}relevance accumulates over "
-            "self-attention. For two streams use attention.value_and_bimodal_relevance"
+            "self-attention. For two streams use attention.value_and_bimodal_relevance(fun, "
+            "method=..., target_token=...)"
         )
 
 

@@ -240,7 +240,8 @@ class Axes(Forward[tuple[Axis, ...]]):
     def _chosen(self, node: Node, ins: list, out: Value, places: list[int]) -> dict[int, Axis]:
         """Axes, by place, into which constant indices along one axis sort its entries."""
         axis = primitives.picked_along(node.equation)
-        index = None if axis is None or not places else self._indices.array(node.ins[1])
+        known = axis is not None and places and node.ins[0] in self.data
+        index = self._indices.array(node.ins[1]) if known else None
         base = None if index is None else self._base(node.ins[0], ins[0][axis], axis)
         if base is None or index.min() < 0 or index.max() >= len(base.index):
             return {}

@@ -69,7 +69,7 @@ def detr(image, *, tagged=False):
     x = image.reshape(len(image), 16, WIDTH)
     place = x + POSITIONS
     x = norm(mlp(norm(add(x, attend(place, place, x, 0), "encoder", tagged=tagged)), 8))
-    q = jnp.broadcast_to(QUERIES, (len(image), *QUERIES.shape))
+    q = jnp.zeros((len(image), *QUERIES.shape), x.dtype)
     for i in (10, 20):
         place = q + QUERIES
         q = norm(add(q, attend(place, place, q, i), "decoder", tagged=tagged))
