@@ -9,11 +9,13 @@ from jaxtyping import Array, Float
 from jaxrel.attention.accumulate import Layers, equal
 from jaxrel.attention.baselines import cross_rollout, rollout
 from jaxrel.attention.bimodal_schedules import bimodal_accumulation
-from jaxrel.attention.discovery import trace_attention
+from jaxrel.attention.discovery import data_values, find_sites, trace_attention
+from jaxrel.attention.followed import of_streams
 from jaxrel.attention.importance import Measure, measure
 from jaxrel.attention.lrp_of_maps import lrp_from_maps
 from jaxrel.attention.maps import TargetToken, head_mean, matmul, row
 from jaxrel.attention.methods import BIMODAL_METHODS, TABLE, Method, check_methods
+from jaxrel.attention.stacks import Site
 from jaxrel.attention.streams import find_streams, layers_of, maps_of
 from jaxrel.propagation.composites import attn_lrp
 from jaxrel.propagation.lrp import lrp
@@ -77,6 +79,36 @@ def value_and_bimodal_relevance(
       NotImplementedError: (when called) without a schedule, attention that is not recognised, or
         an order that a schedule cannot say.
     """
+    return _explained(fun, schedule, method, target_token, importance, rules, argnums, False)
+
+
+def covered_bimodal_relevance(
+    fun: Callable,
+    schedule: TagSchedule | None = None,
+    *,
+    method: str | Sequence[str],
+    target_token: TargetToken,
+    importance: str | Measure = "grad_value",
+    rules: Any = None,
+    argnums: int | Sequence[int] | None = None,
+) -> Callable:
+    """Like `value_and_bimodal_relevance`, with each method's coverage as a third result.
+
+    With a schedule, all attention that structure tells counts, tagged or not.
+    """
+    return _explained(fun, schedule, method, target_token, importance, rules, argnums, True)
+
+
+def _explained(
+    fun: Callable,
+    schedule: TagSchedule | None,
+    method: str | Sequence[str],
+    target_token: TargetToken,
+    importance: str | Measure,
+    rules: Any,
+    argnums: Any,
+    covered: bool,
+) -> Callable:
     methods = check_methods(method, BIMODAL_METHODS)
     used = measure(importance)
     rules = attn_lrp() if rules is None else rules
@@ -96,15 +128,26 @@ def value_and_bimodal_relevance(
             return tuple(row(x, target_token) for x in _matrices(name, order, layers, used))
 
         result = {name: rows(name) for name in methods}
-        return out, result[method] if isinstance(method, str) else result
+        found = result[method] if isinstance(method, str) else result
+        if not covered:
+            return out, found
+        others = () if schedule is None else _untagged(fun, args, _tags(schedule))
+        kinds = _kinds(order, plain)
+        return out, found, {name: of_streams(TABLE[name], kinds, others) for name in methods}
 
     return explained
+
+
+def _kinds(schedule: TagSchedule, layers: Mapping[str, Layers]) -> list[str]:
+    """The kind of every single layer."""
+    pairs = [pair for block in schedule for stage in block for pair in stage]
+    return [kind for kind, tag in pairs for _ in range(len(layers[tag].attn))]
 
 
 def _tagged(
     fun: Callable, schedule: TagSchedule, values: bool, needs_lrp: bool, rules: Any
 ) -> Callable:
-    """`(*args) -> (output, schedule, layers by name, relevance of maps by name)`, by tags."""
+    """By tags: the output, the schedule, layers by name, and the relevance of maps by name."""
     tags = _tags(schedule)
     captured = value_and_layers(fun, schedule, values=values)
 
@@ -135,6 +178,16 @@ def _found(fun: Callable, argnums: Any, values: bool, needs_lrp: bool, rules: An
         return out, streams.schedule, plain, maps
 
     return layers_of_call
+
+
+def _untagged(fun: Callable, args: tuple, tags: Sequence[str]) -> list[Site] | None:
+    """The attention of a function that has none of the tags; None if not all is recognised."""
+    traced = trace_attention(fun, *args)
+    try:
+        found = find_sites(traced, data_values(traced, args, None))
+    except (NotImplementedError, ValueError):
+        return None
+    return None if found.hidden else [site for site in found.sites if site.name not in tags]
 
 
 def value_and_layers(fun: Callable, schedule: TagSchedule, *, values: bool = True) -> Callable:

@@ -17,6 +17,7 @@ from jaxrel.attention.discovery import (
     tagged_stack,
     trace_attention,
 )
+from jaxrel.attention.followed import of_stacks
 from jaxrel.attention.importance import measure
 from jaxrel.attention.lrp_of_maps import lrp_of_maps
 from jaxrel.attention.maps import only, relevance_dtype, row, token_index
@@ -127,6 +128,75 @@ def value_and_relevance(
     argnums: int | Sequence[int] | None = None,
 ) -> Callable:
     """Like `relevance`, but the function returns `(fun(*args), relevance)`."""
+    explain = covered_relevance(
+        fun,
+        method=method,
+        target_token=target_token,
+        attention=attention,
+        layers=layers,
+        heads=heads,
+        importance=importance,
+        form=form,
+        rules=rules,
+        argnums=argnums,
+    )
+
+    def explained(*args):
+        return explain(*args)[:2]
+
+    return explained
+
+
+def layers_followed(
+    fun: Callable,
+    *,
+    method: str | Sequence[str] = "weighted",
+    attention: str | Sequence[str] | None = None,
+    layers: Choice = None,
+    argnums: int | Sequence[int] | None = None,
+) -> Callable:
+    """Say what share of a function's attention `relevance` follows, and what it leaves out.
+
+    It traces the function and computes nothing.
+
+    Args:
+      fun, method, attention, layers, argnums: as in `relevance`.
+
+    Returns:
+      A function `(*args) -> Coverage`, with `followed`, `layers`, `share` and `left_out`; for
+      several methods a dict by method. Of a choice of layers by a traced array `followed` is traced
+      too.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `relevance`.
+    """
+    methods = check_methods(method)
+
+    def told(*args):
+        traced = trace_attention(fun, *args)
+        _check_scalars(traced)
+        found = find_stacks(traced, args, argnums)
+        stacks = _choose(traced, found, attention, "weighted" in methods)
+        coverage = {name: of_stacks(TABLE[name], stacks, found, layers) for name in methods}
+        return coverage[method] if isinstance(method, str) else coverage
+
+    return told
+
+
+def covered_relevance(
+    fun: Callable,
+    *,
+    method: str | Sequence[str],
+    target_token: Any = 0,
+    attention: str | Sequence[str] | None = None,
+    layers: Choice = None,
+    heads: Choice = None,
+    importance: str | Callable = "grad_value",
+    form: Literal["auto", "streaming", "stacked"] = "auto",
+    rules: Any = None,
+    argnums: int | Sequence[int] | None = None,
+) -> Callable:
+    """Like `value_and_relevance`, with the coverage of each method as a third result."""
     methods = check_methods(method)
     measure(importance)
     composite = attn_lrp() if rules is None else as_composite(rules)
@@ -136,7 +206,9 @@ def value_and_relevance(
     def explained(*args):
         traced = trace_attention(fun, *args)
         _check_scalars(traced)
-        stacks = _choose(traced, args, attention, argnums, "weighted" in methods)
+        everything = find_stacks(traced, args, argnums)
+        stacks = _choose(traced, everything, attention, "weighted" in methods)
+        coverage = {name: of_stacks(TABLE[name], stacks, everything, layers) for name in methods}
         target_tokens = {s.name: _target_token(target_token, s) for s in stacks}
         mapped = _mapped(stacks)
         if mapped is not None and form == "streaming":
@@ -159,7 +231,7 @@ def value_and_relevance(
             out, result = _stacked(traced, stacks, methods, target_tokens, some, importance, by_lrp)
         if attention is None or isinstance(attention, str):
             result = {name: found[stacks[0].name] for name, found in result.items()}
-        return out, result[method] if isinstance(method, str) else result
+        return out, result[method] if isinstance(method, str) else result, coverage
 
     return explained
 
@@ -210,9 +282,9 @@ def _choose_form(form: str, methods: tuple, target_token: Any, some: Mapping[str
 
 
 def _choose(
-    traced: Traced, args: tuple, attention: Any, argnums: Any, weighted: bool
+    traced: Traced, everything: Sequence[Stack], attention: Any, weighted: bool
 ) -> list[Stack]:
-    found = {stack.name: stack for stack in find_stacks(traced, args, argnums)}
+    found = {stack.name: stack for stack in everything}
     if attention is None:
         names = [name for name, stack in found.items() if stack.is_self]
         for name in names:
