@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax import numpy as jnp
 
 from jaxrel.attention.coverage import find_starts
 from jaxrel.attention.residual import Residual, find_residual
@@ -177,9 +178,14 @@ def tagged_stack(traced: Traced, name: str) -> Stack | None:
 
 
 def data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
-    """Inputs that count as data: the named arguments, or all that are not NNX modules."""
+    """Inputs that count as data: the named arguments, or all that are not NNX modules.
+
+    Of several, trees of arrays without the output's examples are parameters, and no data either.
+    """
     if argnums is None:
         chosen = [not isinstance(arg, nnx.Module) for arg in args]
+        if sum(chosen) > 1:
+            chosen = _without_parameters(traced, args, chosen)
     else:
         numbers = {argnums} if isinstance(argnums, int) else set(argnums)
         if not all(-len(args) <= number < len(args) for number in numbers):
@@ -187,6 +193,23 @@ def data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
         chosen = [i in numbers or i - len(args) in numbers for i in range(len(args))]
     flags = [c for c, arg in zip(chosen, args, strict=True) for _ in jax.tree.leaves(arg)]
     return [value for value, flag in zip(traced.graph.ins, flags, strict=True) if flag]
+
+
+def _without_parameters(traced: Traced, args: tuple, chosen: list[bool]) -> list[bool]:
+    """The chosen arguments but trees of real arrays of which none has the output's examples."""
+    out = traced.graph.outs[0] if traced.graph.outs else None
+    if not isinstance(out, Value) or not out.shape:
+        return chosen
+    axes = Axes(traced.graph, dependents(traced.graph, traced.graph.ins))
+    sources = {root.source for root in axes.lineage(axes.of(out)[0])}
+    values = iter(traced.graph.ins)
+    kept = []
+    for arg, some in zip(args, chosen, strict=True):
+        leaves = [next(values) for _ in jax.tree.leaves(arg)]
+        real = all(jnp.issubdtype(value.aval.dtype, jnp.floating) for value in leaves)
+        tree = jax.tree.structure(arg) != jax.tree.structure(0)
+        kept.append(some and not (sources and real and tree and not sources & {*leaves}))
+    return kept if any(kept) else chosen
 
 
 class _Finder:

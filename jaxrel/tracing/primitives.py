@@ -71,6 +71,7 @@ SCALES = MUL | DIV
 EXP = _names("exp")
 # A constant to the power of a value: `exponent` says which operand that is.
 EXPONENTIALS = EXP | _names("exp2 pow")
+EXPM1 = _names("expm1")
 LOG = _names("log")
 ABS = _names("abs")
 MAX = _names("max")
@@ -127,6 +128,7 @@ ELEMENTWISE = (
 )
 # Elementwise and affine in the one input that varies.
 AFFINE = SUMS | SCALES | _names("neg copy convert_element_type reduce_precision select_n")
+EQUAL = _names("eq")
 COMPARISONS = _names("eq ne lt le gt ge and or not xor is_finite")
 REDUCTIONS = MEANS | MAXIMA | REDUCE_PROD | _names("reduce_min cumsum cummax cumprod cumlogsumexp")
 # Each output is the input at its place, moved.
