@@ -9,6 +9,8 @@ be shifted, clipped, masked, and to any base.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
+
 from jaxrel.tracing import primitives
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value, tag_name
 from jaxrel.tracing.primitives import (
@@ -199,7 +201,7 @@ class _Matcher:
             atom = origin(atom, self.producers)
             if atom in self.producers:
                 atom = self.producers[atom].ins[0]
-        return isinstance(atom, Constant) and atom.value == 1
+        return isinstance(atom, Constant) and bool(np.all(atom.value == 1))
 
     def _weighted(self, node: Node, again: bool) -> list[Node]:
         """A product of exponentials and a mask of the data: the same must be above and below."""
