@@ -34,7 +34,7 @@ from jaxrel.tracing.graph import Graph, Value, trace
 from jaxrel.tracing.pullback import Call, check_output, pullback, seed_cotangent, seed_of
 
 Argnums = int | Sequence[int]
-At = str | Sequence[str]
+At = Any
 
 
 def gradient(fun: Callable, *, argnums: Argnums | None = 0, at: At = ()) -> Callable:

@@ -207,7 +207,7 @@ def _without_parameters(traced: Traced, args: tuple, chosen: list[bool]) -> list
     for arg, some in zip(args, chosen, strict=True):
         leaves = [next(values) for _ in jax.tree.leaves(arg)]
         real = all(jnp.issubdtype(value.aval.dtype, jnp.floating) for value in leaves)
-        tree = jax.tree.structure(arg) != jax.tree.structure(0)
+        tree = not jax.tree_util.all_leaves([arg])
         kept.append(some and not (sources and real and tree and not sources & {*leaves}))
     return kept if any(kept) else chosen
 
@@ -425,8 +425,8 @@ class _Finder:
         if windows is None:
             # In another order than the stream's, which is not known, rows are no tokens' either.
             return dataclasses.replace(site, in_parts=in_parts or moved)
-        told = {"tokens": windows.stream, "keys": windows.stream}
-        return dataclasses.replace(site, windows=windows, **told)
+        stream_of = windows.stream
+        return dataclasses.replace(site, windows=windows, tokens=stream_of, keys=stream_of)
 
 
 def _recurs(scan: Node, body: Graph, value: Value) -> bool:

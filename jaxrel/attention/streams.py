@@ -31,7 +31,7 @@ class Event(NamedTuple):
     """One map of a site: whose queries and keys it has, and when it is computed."""
 
     site: Site
-    index: int
+    number: int
     time: tuple[int, ...]
     pair: str
 
@@ -141,9 +141,9 @@ def _picked(events: Sequence[Event], get: Callable, some: Mapping) -> Any:
     arrays = {site: get(site, some) for site in sites}
     if len(sites) == 1:
         (array,) = arrays.values()
-        if [event.index for event in events] == list(range(len(array))):
+        if [event.number for event in events] == list(range(len(array))):
             return array
-    return jnp.stack([arrays[event.site][event.index] for event in events])
+    return jnp.stack([arrays[event.site][event.number] for event in events])
 
 
 def _sites_of_both(traced: Traced, data: Sequence[Value]) -> Sites:

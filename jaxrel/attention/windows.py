@@ -6,7 +6,7 @@ another order of the tokens. Where they are follows from what the axes are (`tra
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ class Windows(NamedTuple):
 
     split: tuple[int, ...]
     order: tuple[int, ...]
-    sizes: tuple[int, int, int, int, int]
+    sizes: tuple[int, ...]
     rows: np.ndarray
     columns: np.ndarray
     tokens: int
@@ -46,7 +46,8 @@ class Windows(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """[batch, heads, tokens, tokens]."""
-        return *self.sizes[:2], self.tokens, self.tokens
+        examples, heads, *_ = self.sizes
+        return examples, heads, self.tokens, self.tokens
 
     def apart(self, x: Array) -> Array:
         """A map as [batch, heads, windows, query, key]."""
@@ -139,7 +140,7 @@ def _kind(
     query: int,
     key: int,
     examples: Axis,
-    family: Collection[Root],
+    family: frozenset[Root],
     axes: Axes,
 ) -> int:
     """0 for examples, 1 for heads, 2 for windows, 3 for queries, 4 for keys."""
@@ -194,7 +195,7 @@ class _Places:
             if part is None or not self.complete(root):
                 continue
             index = self.index[root]
-            there = np.where(index < 0, -1, part.index[index])
+            there = np.where(index < 0, -1, part.entries[index])
             inner = 1
             for factor in reversed(part.axis):
                 new = [one for one in factor.roots if not self.complete(one)]
@@ -211,7 +212,7 @@ class _Places:
                 return False
             extent *= size
         part = self.axes.parts.get(root)
-        whole = extent if part is None else len(part.index)
+        whole = extent if part is None else len(part.entries)
         if part is None and isinstance(root.source, Value):
             whole = root.source.shape[root.axis]
         return extent == whole and root in self.spans
@@ -257,7 +258,7 @@ class _Places:
             base = next((one for one in whole.roots if self.complete(one)), None)
             if base is not None and whole.stride == 1:
                 inverse = np.full(whole.size + 1, -1)
-                inverse[part.index] = np.where(part.index < 0, -1, np.arange(len(part.index)))
+                inverse[part.entries] = np.where(part.entries < 0, -1, np.arange(len(part.entries)))
                 found = inverse[self.index[base]]
                 # An entry that the part has not is no token, and no padding either.
                 return None if ((found < 0) & (self.index[base] >= 0)).any() else found

@@ -50,7 +50,7 @@ class Part(NamedTuple):
     """What an axis has of another: by entry its index there, -1 for what is not from there."""
 
     axis: Axis
-    index: np.ndarray
+    entries: np.ndarray
 
 
 def roots(axis: Axis) -> frozenset[Root]:
@@ -94,8 +94,9 @@ class Indices:
         if atom not in self._arrays:
             node = self._makers.get(atom)
             kinds = (np.integer, np.bool_)
-            simple = node is not None and len(node.outs) == 1 and not node.bodies
-            if not simple or not any(jnp.issubdtype(atom.aval.dtype, kind) for kind in kinds):
+            if node is None or len(node.outs) != 1 or node.bodies:
+                return None
+            if not any(jnp.issubdtype(atom.aval.dtype, kind) for kind in kinds):
                 return None
             ins = [self._array(one) for one in node.ins]
             known = all(one is not None for one in ins)
@@ -240,12 +241,13 @@ class Axes(Forward[tuple[Axis, ...]]):
     def _chosen(self, node: Node, ins: list, out: Value, places: list[int]) -> dict[int, Axis]:
         """Axes, by place, into which constant indices along one axis sort its entries."""
         axis = primitives.picked_along(node.equation)
-        known = axis is not None and places and node.ins[0] in self.data
-        index = self._indices.array(node.ins[1]) if known else None
-        base = None if index is None else self._base(node.ins[0], ins[0][axis], axis)
-        if base is None or index.min() < 0 or index.max() >= len(base.index):
+        if axis is None or not places or node.ins[0] not in self.data:
             return {}
-        whole = self._part(out, places[0], base.axis, base.index[index.ravel()])
+        index = self._indices.array(node.ins[1])
+        base = None if index is None else self._base(node.ins[0], ins[0][axis], axis)
+        if index is None or base is None or index.min() < 0 or index.max() >= len(base.entries):
+            return {}
+        whole = self._part(out, places[0], base.axis, base.entries[index.ravel()])
         sizes = [out.shape[place] for place in places]
         split = None if whole is None else _reshape([whole], sizes)
         return {} if split is None else dict(zip(places, split, strict=True))
@@ -301,7 +303,7 @@ class Axes(Forward[tuple[Axis, ...]]):
         chosen = primitives.selected(node.equation, i, node.outs.index(out))
         if chosen is not None:
             whole = self._base(node.ins[0], ins[0][i], i)
-            return None if whole is None else self._part(out, i, whole.axis, whole.index[chosen])
+            return None if whole is None else self._part(out, i, whole.axis, whole.entries[chosen])
         placed = primitives.placed(node.equation, i)
         some = [n for n, _ in placed or ()]
         some = [n for n in some if node.ins[n] in self.data] or some
@@ -313,7 +315,7 @@ class Axes(Forward[tuple[Axis, ...]]):
                 continue
             if base is None or not isinstance(start, int):
                 return None
-            index[start : start + len(base.index)] = base.index[: max(out.shape[i] - start, 0)]
+            index[start : start + len(base.entries)] = base.entries[: max(out.shape[i] - start, 0)]
         axes = {base.axis for base in bases.values() if base is not None}
         return self._part(out, i, axes.pop(), index) if len(axes) == 1 else None
 
@@ -324,7 +326,7 @@ class Axes(Forward[tuple[Axis, ...]]):
         if len(axis) == 1 and len(axis[0].roots) == 1 and axis[0].stride == 1:
             (root,) = axis[0].roots
             part = self.parts.get(root)
-            if part is not None and len(part.index) == axis[0].size:
+            if part is not None and len(part.entries) == axis[0].size:
                 return part
         return Part(axis, np.arange(_size(axis))) if roots(axis) else None
 
