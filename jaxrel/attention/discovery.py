@@ -410,6 +410,11 @@ class _Finder:
         stream = None
         if residual is not None:
             stream = token_axes(residual.before, self.examples, self.axes)
+            # Tokens are not last, unless the channels come first.
+            if self.axes.lineage(self.axes.of(residual.before)[-1]) & self.axes.lineage(
+                site.tokens
+            ):
+                stream = None
         tokens = flat(stream, self.examples) if stream else site.tokens
         family = self.axes.lineage(tokens) | self.axes.lineage(site.tokens)
         in_parts = any(self.axes.lineage(part) & family for part in parts) and not folded

@@ -320,3 +320,16 @@ def test_heads_folded_with_examples():
         for fun in (folded, lambda x: (x + whole(x, 0))[:, 5].sum(-1))
     )
     np.testing.assert_allclose(got, want, **CLOSE)
+
+
+def test_a_stream_with_its_channels_first():
+    def model(x):
+        h = x.swapaxes(1, 2)
+        h = h + whole(h.swapaxes(1, 2), 0).swapaxes(1, 2)
+        return h[:, :, 5].sum(-1)
+
+    got, want = (
+        attention.relevance(fun, method="equal", target_token=5)(X)
+        for fun in (model, lambda x: (x + whole(x, 0))[:, 5].sum(-1))
+    )
+    np.testing.assert_allclose(got, want, **CLOSE)
