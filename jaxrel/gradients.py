@@ -3,9 +3,14 @@
 All explain a function that returns one real array whose first axis is the batch, `[batch]` or
 `[batch, classes]`, say; examples do not mix. `seed` says which part of the output is explained: it
 is the cotangent that goes backward, an array of the output's shape or a function of the output that
-returns one. By default it is ones, which gives the gradient of `sum(out)`. With
-`seed = one_hot(class)` each example explains a class of its own. Nothing is differentiated through
-the seed.
+returns one. By default it is ones, which gives the gradient of `sum(out)`. `target` says the same
+by an index along the output's last axis, one for all examples or one each: `target=3` is
+`seed=one_hot(3)`. Nothing is differentiated through the seed.
+
+`at` names tags, `jaxrel.tag(x, name)`, whose values are explained beside the argument or, with
+`argnums=None`, alone: a result is then `(of the argument, {name: of the tag})`, or the dict, as of
+`jaxrel.lrp`. Where a method changes its input (noise, a path from a baseline) it changes the tagged
+value in the same way.
 
 Results have the structure of the explained argument and are float32 (float64 for float64
 values); integers in it get zeros. Wrap the transformed function in `jit`: tracing happens at
@@ -22,16 +27,17 @@ from jaxtyping import Array
 
 from jaxrel.propagation import composites
 from jaxrel.propagation.lrp import explained_vjp
-from jaxrel.tracing.capture import find_tags
+from jaxrel.tracing.capture import find_tags, gather, tap_names
 from jaxrel.tracing.evaluate import Edits, evaluate, tap_shapes
 from jaxrel.tracing.flow import dependents
 from jaxrel.tracing.graph import Graph, Value, trace
-from jaxrel.tracing.pullback import Call, check_output, pullback, seed_cotangent
+from jaxrel.tracing.pullback import Call, check_output, pullback, seed_cotangent, seed_of
 
 Argnums = int | Sequence[int]
+At = Any
 
 
-def gradient(fun: Callable, *, argnums: Argnums = 0) -> Callable:
+def gradient(fun: Callable, *, argnums: Argnums | None = 0, at: At = ()) -> Callable:
     """The gradient of a function's output by its input (Simonyan et al. 2014).
 
     It says what a small change of the input would change; `input_x_gradient`, what the input
@@ -39,43 +45,53 @@ def gradient(fun: Callable, *, argnums: Argnums = 0) -> Callable:
 
     Args:
       fun: a JAX function that returns one real array.
-      argnums: the argument or arguments that are explained.
+      argnums: the argument or arguments that are explained; None for tags alone.
+      at: names of tags that are explained too.
 
     Returns:
-      A function `(*args, seed=None)`; see the module for the seed and the result.
+      A function `(*args, seed=None, target=None)`; see the module for these and the result.
 
     Raises:
       TypeError: (when called) the output is not one real array; nothing explained is real.
-      ValueError: (when called) an argument that is not there; a seed of the wrong shape.
+      ValueError: (when called) an argument or a tag that is not there; a seed of the wrong shape.
     """
 
-    def explained(*args, seed: Any = None):
-        call = Call.of("gradient", fun, args, argnums)
-        return _gather(call, _gradient(call, _explained(call), seed))
+    def transform(fun: Callable, argnums: Argnums) -> Callable:
+        def explained(*args, seed: Any = None, target: Any = None):
+            call = Call.of("gradient", fun, args, argnums)
+            seed = seed_of("gradient", seed, target, relevance=False)
+            return _gather(call, _gradient(call, _explained(call), seed))
 
-    return explained
+        return explained
+
+    return _explains("gradient", transform, fun, argnums, at)
 
 
-def input_x_gradient(fun: Callable, *, argnums: Argnums = 0) -> Callable:
+def input_x_gradient(fun: Callable, *, argnums: Argnums | None = 0, at: At = ()) -> Callable:
     """The input times the gradient (Shrikumar et al. 2016).
 
     For functions that scale with their input, such as ReLU networks without biases, it sums to
     the explained output. The arguments, results and errors are those of `gradient`.
     """
 
-    def explained(*args, seed: Any = None):
-        call = Call.of("input_x_gradient", fun, args, argnums)
-        xs = _explained(call)
-        gradients = _gradient(call, xs, seed)
-        return _gather(call, [_wide(x) * g for x, g in zip(xs, gradients, strict=True)])
+    def transform(fun: Callable, argnums: Argnums) -> Callable:
+        def explained(*args, seed: Any = None, target: Any = None):
+            call = Call.of("input_x_gradient", fun, args, argnums)
+            xs = _explained(call)
+            seed = seed_of("input_x_gradient", seed, target, relevance=False)
+            gradients = _gradient(call, xs, seed)
+            return _gather(call, [_wide(x) * g for x, g in zip(xs, gradients, strict=True)])
 
-    return explained
+        return explained
+
+    return _explains("input_x_gradient", transform, fun, argnums, at)
 
 
 def smooth_grad(
     fun: Callable,
     *,
-    argnums: Argnums = 0,
+    argnums: Argnums | None = 0,
+    at: At = (),
     noise: float = 0.15,
     samples: int = 32,
     squared: bool = False,
@@ -90,13 +106,15 @@ def smooth_grad(
     Args:
       fun: as in `gradient`. If it returns a scalar, the whole input is one example.
       argnums: as in `gradient`. The explained arrays have the batch as their first axis.
+      at: as in `gradient`.
       noise: the noise's standard deviation, relative to the range; the paper uses 0.1 to 0.2.
       samples: the number of noisy copies.
       squared: average the squared gradients (SmoothGrad-squared, Hooker et al. 2019).
 
     Returns:
-      A function `(key, *args, seed=None)`; `key` is a PRNG key, `argnums` count the arguments
-      after it. A seed that is a function is called once, with the output at the input itself.
+      A function `(key, *args, seed=None, target=None)`; `key` is a PRNG key, `argnums` count the
+      arguments after it. A seed that is a function is called once, with the output at the input
+      itself.
 
     Raises:
       TypeError: (when called) as for `gradient`; `key` is not a PRNG key.
@@ -107,30 +125,44 @@ def smooth_grad(
         raise ValueError(f"smooth_grad: noise must be 0 or more, got {noise}")
     _check_count("smooth_grad", "samples", samples)
 
-    def explained(key: Any, *args, seed: Any = None):
+    def transform(fun: Callable, argnums: Argnums) -> Callable:
+        def explained(*args, key: Any, seed: Any = None, target: Any = None):
+            call = Call.of("smooth_grad", fun, args, argnums)
+            seed = seed_of("smooth_grad", seed, target, relevance=False)
+            xs, seed = _explained(call), _fixed(call, seed)
+            scales = [noise * span for span in _ranges(call)]
+            batched = len(_out(call).shape) > 0
+
+            def step(total, key):
+                keys = jax.random.split(key, len(xs))
+                noisy = [
+                    x + (scale * _draw(key, x, batched)).astype(x.dtype)
+                    for key, x, scale in zip(keys, xs, scales, strict=True)
+                ]
+                gradients = _gradient(call, noisy, seed)
+                return _add(total, [g * g for g in gradients] if squared else gradients), None
+
+            total, _ = lax.scan(step, _zeros(xs), jax.random.split(key, samples))
+            return _gather(call, [x / samples for x in total])
+
+        return explained
+
+    explain = _explains("smooth_grad", transform, fun, argnums, at)
+
+    def explained(key: Any, *args, seed: Any = None, target: Any = None):
         _check_key(key)
-        call = Call.of("smooth_grad", fun, args, argnums)
-        xs, seed = _explained(call), _fixed(call, seed)
-        scales = [noise * span for span in _ranges(call)]
-        batched = len(_out(call).shape) > 0
-
-        def step(total, key):
-            keys = jax.random.split(key, len(xs))
-            noisy = [
-                x + (scale * _draw(key, x, batched)).astype(x.dtype)
-                for key, x, scale in zip(keys, xs, scales, strict=True)
-            ]
-            gradients = _gradient(call, noisy, seed)
-            return _add(total, [g * g for g in gradients] if squared else gradients), None
-
-        total, _ = lax.scan(step, _zeros(xs), jax.random.split(key, samples))
-        return _gather(call, [x / samples for x in total])
+        return explain(*args, key=key, seed=seed, target=target)
 
     return explained
 
 
 def integrated_gradients(
-    fun: Callable, *, argnums: Argnums = 0, steps: int = 64, baseline: Any = 0.0
+    fun: Callable,
+    *,
+    argnums: Argnums | None = 0,
+    at: At = (),
+    steps: int = 64,
+    baseline: Any = 0.0,
 ) -> Callable:
     """Gradients integrated on the straight line from a baseline (Sundararajan et al. 2017).
 
@@ -142,14 +174,15 @@ def integrated_gradients(
     Args:
       fun: as in `gradient`.
       argnums: as in `gradient`; several arguments move on the line together.
+      at: as in `gradient`; each tagged value moves on a line of its own, from the same baseline.
       steps: the number of gradients.
       baseline: what stands for the absence of a signal: a number, an array that broadcasts to
         the explained argument, or a pytree of these whose structure is the argument's or a
         prefix of it (a tuple, for several arguments).
 
     Returns:
-      A function `(*args, seed=None)`; see the module. A seed that is a function is called once,
-      with the output at the input itself.
+      A function `(*args, seed=None, target=None)`; see the module. A seed that is a function is
+      called once, with the output at the input itself.
 
     Raises:
       TypeError: (when called) as for `gradient`.
@@ -158,26 +191,30 @@ def integrated_gradients(
     """
     _check_count("integrated_gradients", "steps", steps)
 
-    def explained(*args, seed: Any = None):
-        call = Call.of("integrated_gradients", fun, args, argnums)
-        xs, seed = _explained(call), _fixed(call, seed)
-        starts = _starts(call, baseline)
-        ways = [_wide(x) - start for x, start in zip(xs, starts, strict=True)]
+    def transform(fun: Callable, argnums: Argnums) -> Callable:
+        def explained(*args, seed: Any = None, target: Any = None):
+            call = Call.of("integrated_gradients", fun, args, argnums)
+            seed = seed_of("integrated_gradients", seed, target, relevance=False)
+            xs, seed = _explained(call), _fixed(call, seed)
+            starts = _starts(call, baseline)
+            ways = [_wide(x) - start for x, start in zip(xs, starts, strict=True)]
 
-        def step(total, a):
-            points = [
-                (start + a.astype(way.dtype) * way).astype(x.dtype)
-                for x, start, way in zip(xs, starts, ways, strict=True)
-            ]
-            return _add(total, _gradient(call, points, seed)), None
+            def step(total, a):
+                points = [
+                    (start + a.astype(way.dtype) * way).astype(x.dtype)
+                    for x, start, way in zip(xs, starts, ways, strict=True)
+                ]
+                return _add(total, _gradient(call, points, seed)), None
 
-        total, _ = lax.scan(step, _zeros(xs), (jnp.arange(steps) + 0.5) / steps)
-        return _gather(call, [way * x / steps for way, x in zip(ways, total, strict=True)])
+            total, _ = lax.scan(step, _zeros(xs), (jnp.arange(steps) + 0.5) / steps)
+            return _gather(call, [way * x / steps for way, x in zip(ways, total, strict=True)])
 
-    return explained
+        return explained
+
+    return _explains("integrated_gradients", transform, fun, argnums, at)
 
 
-def guided_backprop(fun: Callable, *, argnums: Argnums = 0) -> Callable:
+def guided_backprop(fun: Callable, *, argnums: Argnums | None = 0, at: At = ()) -> Callable:
     """Guided backpropagation (Springenberg et al. 2015, section 3.4).
 
     The gradient, but every activation function passes only positive cotangents on. It shows
@@ -186,25 +223,26 @@ def guided_backprop(fun: Callable, *, argnums: Argnums = 0) -> Callable:
 
     Args:
       fun: a JAX function that returns one real array.
-      argnums: the argument or arguments that are explained.
+      argnums: the argument or arguments that are explained; None for tags alone.
+      at: names of tags that are explained too.
 
     Returns:
-      A function `(*args, seed=None)`; see the module for the seed and the result.
+      A function `(*args, seed=None, target=None)`; see the module for these and the result.
 
     Raises:
       TypeError, ValueError, NotImplementedError: (when called) as for `jaxrel.lrp`.
     """
-    return _modified("guided_backprop", fun, composites.guided_backprop(), argnums)
+    return _modified("guided_backprop", fun, composites.guided_backprop(), argnums, at)
 
 
-def deconvnet(fun: Callable, *, argnums: Argnums = 0) -> Callable:
+def deconvnet(fun: Callable, *, argnums: Argnums | None = 0, at: At = ()) -> Callable:
     """The deconvolutional network's backward pass (Zeiler and Fergus 2014).
 
     The gradient, but every activation function's derivative is replaced: it passes positive
     cotangents on, whatever its input was. The arguments, results and errors are those of
     `guided_backprop`.
     """
-    return _modified("deconvnet", fun, composites.deconvnet(), argnums)
+    return _modified("deconvnet", fun, composites.deconvnet(), argnums, at)
 
 
 def grad_cam(fun: Callable, layer: str, *, size: tuple[int, ...] | None = None) -> Callable:
@@ -223,8 +261,8 @@ def grad_cam(fun: Callable, layer: str, *, size: tuple[int, ...] | None = None) 
         have the layer's resolution.
 
     Returns:
-      A function `(*args, seed=None)`, which returns maps, 0 or more, `[batch, *positions]`, in
-      float32 (float64 for float64 values). See the module for the seed.
+      A function `(*args, seed=None, target=None)`, which returns maps, 0 or more, `[batch,
+      *positions]`, in float32 (float64 for float64 values). See the module for the seed.
 
     Raises:
       TypeError: (when called) the output or what is tagged is not one real array.
@@ -250,8 +288,8 @@ def guided_grad_cam(fun: Callable, layer: str, *, argnums: int = 0) -> Callable:
         volumes, `[batch, depth, height, width, channels]`.
 
     Returns:
-      A function `(*args, seed=None)`, which returns relevance of the image's shape. See the
-      module for the seed.
+      A function `(*args, seed=None, target=None)`, which returns relevance of the image's shape.
+      See the module for the seed.
 
     Raises:
       TypeError, ValueError, NotImplementedError: (when called) as for `guided_backprop` and
@@ -259,7 +297,8 @@ def guided_grad_cam(fun: Callable, layer: str, *, argnums: int = 0) -> Callable:
     """
     guided = _modified("guided_grad_cam", fun, composites.guided_backprop(), argnums)
 
-    def explained(*args, seed: Any = None):
+    def explained(*args, seed: Any = None, target: Any = None):
+        seed = seed_of("guided_grad_cam", seed, target, relevance=False)
         details = guided(*args, seed=seed)
         shape = getattr(details, "shape", None)
         if shape is None or len(shape) not in (4, 5):
@@ -354,13 +393,61 @@ def _starts(call: Call, baseline: Any) -> list:
     return [spread[i].astype(_wide(args[i]).dtype) for i in call.explained()]
 
 
-def _modified(name: str, fun: Callable, composite: Any, argnums: Argnums) -> Callable:
-    run = explained_vjp(name, fun, composite, argnums=argnums, gradient=True)
+def _modified(
+    name: str, fun: Callable, composite: Any, argnums: Argnums | None, at: At = ()
+) -> Callable:
+    def transform(fun: Callable, argnums: Argnums) -> Callable:
+        run = explained_vjp(name, fun, composite, argnums=argnums, gradient=True)
 
-    def explained(*args, seed: Any = None):
-        return jax.tree.map(_wide, run(*args)[1](seed))
+        def explained(*args, seed: Any = None, target: Any = None):
+            seed = seed_of(name, seed, target, relevance=False)
+            return jax.tree.map(_wide, run(*args)[1](seed))
+
+        return explained
+
+    return _explains(name, transform, fun, argnums, at)
+
+
+def _explains(
+    name: str, transform: Callable, fun: Callable, argnums: Argnums | None, at: At
+) -> Callable:
+    """A method of arguments, as one of arguments and of tagged values."""
+    names = (at,) if isinstance(at, str) else tuple(at)
+    if argnums is None and not names:
+        raise ValueError(f"{name}: argnums=None explains no argument; name a tag with at='...'")
+    if not all(isinstance(one, str) for one in names):
+        raise TypeError(f"{name}: at must be names of tags, jaxrel.tag(x, name), got {at!r}")
+
+    def explained(*args, **options):
+        result = None if argnums is None else transform(fun, argnums)(*args, **options)
+        if not names:
+            return result
+        places = _at_tags(name, transform, fun, names, args, options)
+        return places if argnums is None else (result, places)
 
     return explained
+
+
+def _at_tags(
+    name: str, transform: Callable, fun: Callable, names: Sequence[str], args: tuple, options: dict
+) -> dict[str, Any]:
+    """The same method of the function from the tagged values on, which are its first argument."""
+    traced = trace(fun, *args)
+    check_output(name, traced)
+    tagged = find_tags(traced.graph, names, name)
+    for tag, value in tagged:
+        if not jnp.issubdtype(value.aval.dtype, jnp.floating):
+            raise TypeError(f"{name}: {tag!r} holds {value.aval.dtype}, not real numbers")
+    edits = Edits(taps=tap_names(tagged))
+    found = evaluate(traced.graph, traced.args, edits).taps
+
+    def rest(values: dict) -> Any:
+        # What is added to a tagged value makes it the one that is given.
+        probes = {tap: values[tap] - lax.stop_gradient(found[tap]) for tap in found}
+        (out,) = evaluate(traced.graph, traced.args, edits, probes=probes).outs
+        return out
+
+    return gather(tagged, transform(rest, 0)(found, **options))
 
 
 def _grad_cam(name: str, fun: Callable, layer: str, size: Any) -> Callable:
@@ -373,9 +460,10 @@ def _grad_cam(name: str, fun: Callable, layer: str, size: Any) -> Callable:
             else f"{name}: size must be positive ints, got {size}"
         )
 
-    def explained(*args, seed: Any = None):
+    def explained(*args, seed: Any = None, target: Any = None):
         traced = trace(fun, *args)
         check_output(name, traced)
+        seed = seed_of(name, seed, target, relevance=False)
         taps = {_feature_maps(name, traced.graph, layer, size): layer}
         evaluated, back = pullback(traced.graph, traced.args, Edits(taps=taps))
         gradients = back(seed_cotangent(name, evaluated.outs[0], seed)).taps

@@ -546,3 +546,89 @@ TYPE_ERRORS = {
 def test_type_errors(call, text):
     with pytest.raises(TypeError, match=text):
         call()
+
+
+def embedded(x):
+    """A function of what it tags: [batch, 5] to [batch, classes]."""
+    return from_hidden(jaxrel.tag(jnp.tanh(x @ normal_weights(0)), "hidden"))
+
+
+def from_hidden(h):
+    return jnp.tanh(jax.nn.relu(h @ normal_weights(1))) @ DENSE
+
+
+def normal_weights(seed):
+    return np.random.default_rng(seed).normal(size=(WIDTH, WIDTH)).astype(np.float32)
+
+
+AT = {
+    "gradient": gradients.gradient,
+    "input_x_gradient": gradients.input_x_gradient,
+    "guided_backprop": gradients.guided_backprop,
+    "deconvnet": gradients.deconvnet,
+    "integrated_gradients": gradients.integrated_gradients,
+    "smooth_grad": gradients.smooth_grad,
+}
+
+
+@pytest.mark.parametrize("name", AT)
+def test_tagged_values_are_explained_as_arguments_are(name):
+    """At a tag it is the method of the function from there on, by a target or its seed."""
+    x, key = TOKENS[:, 0], (jax.random.key(0),) if name == "smooth_grad" else ()
+    hidden = jnp.tanh(x @ normal_weights(0))
+    of_input, places = AT[name](embedded, at="hidden")(*key, x, target=2)
+    seed = jax.nn.one_hot(jnp.full(BATCH, 2), CLASSES)
+    # float32 rounding: what is tagged is written as itself and what is added to it.
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    want = AT[name](from_hidden)(*key, hidden, seed=seed)
+    np.testing.assert_allclose(places["hidden"], want, **close)
+    want = AT[name](embedded)(*key, x, seed=seed)
+    np.testing.assert_allclose(of_input, want, **close)
+    alone = AT[name](embedded, argnums=None, at=("hidden",))(*key, x, target=jnp.full(BATCH, 2))
+    np.testing.assert_allclose(alone["hidden"], places["hidden"], **close)
+
+
+def test_tags_in_a_scan_are_stacked():
+    def model(x):
+        step = lambda x, w: (jaxrel.tag(jnp.tanh(x @ w), "layer"), None)
+        return lax.scan(step, x, jnp.stack([normal_weights(0), normal_weights(1)]))[0] @ DENSE
+
+    x = TOKENS[:, 0]
+    found = gradients.gradient(model, argnums=None, at="layer")(x)["layer"]
+    want = jaxrel.capture_with_grad(model, "layer")(x)[2]["layer"]
+    np.testing.assert_array_equal(found, want)
+
+
+def test_targets_and_places_that_do_not_fit():
+    x = TOKENS[:, 0]
+    explain = gradients.gradient(embedded)
+    with pytest.raises(ValueError, match="gradient: target 4 does not exist; there are 4"):
+        explain(x, target=4)
+    with pytest.raises(ValueError, match="seed=, an array, or target=, an index; not both"):
+        explain(x, target=1, seed=SEED)
+    with pytest.raises(ValueError, match=r"target has shape \(2,\) and the output \(3, 4\)"):
+        explain(x, target=[1, 2])
+    with pytest.raises(TypeError, match="target must be an index along the output's last axis"):
+        explain(x, target=0.5)
+    with pytest.raises(ValueError, match="tags nothing named 'other'; its tags: 'hidden'"):
+        gradients.gradient(embedded, at="other")(x)
+    with pytest.raises(ValueError, match="argnums=None explains no argument"):
+        gradients.gradient(embedded, argnums=None)
+    with pytest.raises(TypeError, match="at must be names of tags"):
+        gradients.gradient(embedded, at=[jaxrel.path("w")])
+
+
+@pytest.mark.parametrize("target", [2, -2, [0, 1, 3]])
+def test_lrp_has_the_same_targets(target):
+    x = TOKENS[:, 0]
+    index = jnp.broadcast_to(jnp.asarray(target) % CLASSES, (BATCH,))
+    explain = jaxrel.lrp(embedded, jaxrel.composites.epsilon_plus())
+    seed = lambda out: jax.nn.one_hot(index, CLASSES) * out
+    np.testing.assert_array_equal(explain(x, target=target), explain(x, seed=seed))
+
+
+def test_a_function_may_have_a_target_of_its_own():
+    fun = lambda x, target: embedded(x)[:, target]
+    got = jaxrel.lrp(fun, jaxrel.rules.Epsilon())(TOKENS[:, 0], target=1)
+    want = jaxrel.lrp(embedded, jaxrel.rules.Epsilon())(TOKENS[:, 0], target=1)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # float32 rounding

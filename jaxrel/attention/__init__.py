@@ -15,11 +15,12 @@ from jaxrel.attention.bimodal_schedules import (
 )
 from jaxrel.attention.blocks import blockwise
 from jaxrel.attention.discovery import Site, Stack, sites
+from jaxrel.attention.followed import Coverage
 from jaxrel.attention.importance import layer_weights, measure, weights
 from jaxrel.attention.maps import head_mean, row
 from jaxrel.attention.methods import BIMODAL_METHODS, METHODS
 from jaxrel.attention.streaming import Carrier
-from jaxrel.attention.unimodal_relevance import relevance, value_and_relevance
+from jaxrel.attention.unimodal_relevance import layers_followed, relevance, value_and_relevance
 from jaxrel.renamed import renamed
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "METHODS",
     "Carrier",
     "CoAttention",
+    "Coverage",
     "Layers",
     "Maps",
     "Site",
@@ -40,6 +42,7 @@ __all__ = [
     "grad_cam",
     "head_mean",
     "layer_weights",
+    "layers_followed",
     "measure",
     "no_aggregation",
     "raw",

@@ -8,7 +8,7 @@ from jaxrel.tracing.axes import Axes, roots
 from jaxrel.tracing.flow import operands
 from jaxrel.tracing.graph import Atom, Graph, Node, Value, tag_name
 from jaxrel.tracing.patterns import softmaxes
-from jaxrel.tracing.primitives import ADD, CUSTOM, DIV, DOT, EXPONENTIALS, LOG, POWERS
+from jaxrel.tracing.primitives import ADD, CUSTOM, DIV, DOT, EXPONENTIALS, LOG, MUL, POWERS
 
 
 class Starts(NamedTuple):
@@ -127,6 +127,8 @@ def _reached(
             elif node.name in DOT and all(atom in data for atom in node.ins):
                 if _weighs(node, value, begun, axes):
                     yield tag, plain
+            elif node.name in MUL and _spreads(node, value, data, axes):
+                yield tag, False
             elif node.name not in DOT or not _mixes(node, value, begun, axes):
                 named = node if tag_name(node) is not None else tag
                 waiting.append((out, named, plain and node.name in primitives.MASKING))
@@ -163,6 +165,19 @@ def _weighs(node: Node, value: Value, begun: frozenset, axes: Axes) -> bool:
         return bool(free)
     summed = frozenset().union(*(axes.lineage(own[i]) for i in contracted))
     return bool(summed & begun) or not all(root.known for root in summed)
+
+
+def _spreads(node: Node, value: Value, data: Collection[Value], axes: Axes) -> bool:
+    """Whether a map multiplies values entry by entry, to be summed over the keys later.
+
+    Then it has an axis that the values have not, the queries', and they have one that it has not.
+    """
+    others = [atom for atom in node.ins if atom is not value]
+    if len(others) != 1 or others[0] not in data or len(others[0].shape) != len(value.shape):
+        return False
+    pairs = [*zip(axes.of(value), axes.of(others[0]), strict=True)]
+    apart = [bool(roots(mine)) - bool(roots(theirs)) for mine, theirs in pairs]
+    return 1 in apart and -1 in apart
 
 
 def _mixes(node: Node, value: Value, begun: frozenset, axes: Axes) -> bool:

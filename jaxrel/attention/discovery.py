@@ -15,19 +15,22 @@ examples.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax import numpy as jnp
 
 from jaxrel.attention.coverage import find_starts
 from jaxrel.attention.residual import Residual, find_residual
 from jaxrel.attention.stacks import Site, Stack, Step
+from jaxrel.attention.windows import find_windows, flat, token_axes
 from jaxrel.tracing import primitives
 from jaxrel.tracing.axes import Axes, Axis, Extension, roots, same
 from jaxrel.tracing.flow import dependents
-from jaxrel.tracing.graph import Graph, Node, Traced, Value, tag_name, trace
+from jaxrel.tracing.graph import Atom, Graph, Node, Traced, Value, tag_name, trace
 from jaxrel.tracing.opaque import cure
 from jaxrel.tracing.patterns import origin, softmaxes
 from jaxrel.tracing.primitives import (
@@ -97,6 +100,34 @@ def _computes_attention(graph: Graph, data: frozenset[Value]) -> bool:
     return direct or any(_computes_attention(body, data) for body in inner)
 
 
+class Sites(NamedTuple):
+    """What was found in a graph.
+
+    Attributes:
+      sites: the attention maps, in the order of the program.
+      hidden: what weighs values by scores of the data, and is not recognised.
+      axes: what is known of axes.
+    """
+
+    sites: list[Site]
+    hidden: tuple[Node, ...]
+    axes: Axes
+
+
+def find_sites(traced: Traced, data: Sequence[Value], constants: Sequence[Value] = ()) -> Sites:
+    """The attention maps of a traced call, and what may be one and is not recognised.
+
+    Args:
+      traced: the call.
+      data: the values that attention is over.
+      constants: more of these, that a stream starts from; their examples are known by number.
+    """
+    sources = dependents(traced.graph, [*data, *constants])
+    finder = _Finder(traced.graph, sources, constants)
+    sites = list(finder.sites(traced.graph, (), ()))
+    return Sites(sites, (*finder.starts.hidden, *finder.unread), finder.axes)
+
+
 def find_stacks(traced: Traced, args: tuple, argnums: Any = None) -> tuple[Stack, ...]:
     """The stacks of a traced call.
 
@@ -104,28 +135,36 @@ def find_stacks(traced: Traced, args: tuple, argnums: Any = None) -> tuple[Stack
       NotImplementedError: what looks like attention is not recognised, so that its layer would
         be missing from every stack.
     """
-    graph = traced.graph
-    finder = _Finder(graph, dependents(graph, data_values(traced, args, argnums)))
+    found = find_sites(traced, data_values(traced, args, argnums))
+    stacks = stacks_of(traced.graph, found.sites)
+    refuse_left_out(found, stacks)
+    return stacks
+
+
+def stacks_of(graph: Graph, sites: Sequence[Site]) -> tuple[Stack, ...]:
+    """The sites of successive layers together, with their names."""
     groups: list[list[Site]] = []
-    for site in finder.sites(graph, (), ()):
+    for site in sites:
         homes = [group for group in groups if _continues(graph, group[-1], site)]
         same_stream = [group for group in homes if _same_stream(graph, group[-1], site)]
         if len(same_stream or homes) == 1:
             (same_stream or homes)[0].append(site)
         else:
             groups.append([site])
-    stacks = tuple(_named(groups))
-    hidden = (*finder.starts.hidden, *finder.unread)
-    if hidden:
-        found = "; ".join(map(str, stacks)) or "nothing else"
+    return tuple(_named(groups))
+
+
+def refuse_left_out(found: Sites, listed: Sequence[Any] = ()) -> None:
+    """Raise NotImplementedError if what looks like attention is not recognised."""
+    if found.hidden:
+        listing = "; ".join(map(str, listed)) or "nothing else"
         raise NotImplementedError(
-            f"attention: the softmax at {hidden[0].where()} weighs values by scores of the data, "
-            "and its map [batch, heads, query, key] is not recognised; relevance would be that of "
-            f"the other layers alone ({found}). Write it with jax.nn.softmax, or tag the map of "
-            "every layer where it multiplies the values, attn = jaxrel.tag(attn, 'maps'), and say "
-            "attention='maps'"
+            f"attention: the softmax at {found.hidden[0].where()} weighs values by scores of the "
+            "data, and its map [batch, heads, query, key] is not recognised; relevance would be "
+            f"that of the other layers alone ({listing}). Write it with jax.nn.softmax, or tag the "
+            "map of every layer where it multiplies the values, attn = jaxrel.tag(attn, 'maps'), "
+            "and say attention='maps'"
         )
-    return stacks
 
 
 def tagged_stack(traced: Traced, name: str) -> Stack | None:
@@ -139,9 +178,14 @@ def tagged_stack(traced: Traced, name: str) -> Stack | None:
 
 
 def data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
-    """Inputs that count as data: the named arguments, or all that are not NNX modules."""
+    """Inputs that count as data: the named arguments, or all that are not NNX modules.
+
+    Of several, trees of arrays without the output's examples are parameters, and no data either.
+    """
     if argnums is None:
         chosen = [not isinstance(arg, nnx.Module) for arg in args]
+        if sum(chosen) > 1:
+            chosen = _without_parameters(traced, args, chosen)
     else:
         numbers = {argnums} if isinstance(argnums, int) else set(argnums)
         if not all(-len(args) <= number < len(args) for number in numbers):
@@ -151,11 +195,30 @@ def data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
     return [value for value, flag in zip(traced.graph.ins, flags, strict=True) if flag]
 
 
+def _without_parameters(traced: Traced, args: tuple, chosen: list[bool]) -> list[bool]:
+    """The chosen arguments but trees of real arrays of which none has the output's examples."""
+    out = traced.graph.outs[0] if traced.graph.outs else None
+    if not isinstance(out, Value) or not out.shape:
+        return chosen
+    axes = Axes(traced.graph, dependents(traced.graph, traced.graph.ins))
+    sources = {root.source for root in axes.lineage(axes.of(out)[0])}
+    values = iter(traced.graph.ins)
+    kept = []
+    for arg, some in zip(args, chosen, strict=True):
+        leaves = [next(values) for _ in jax.tree.leaves(arg)]
+        real = all(jnp.issubdtype(value.aval.dtype, jnp.floating) for value in leaves)
+        tree = not jax.tree_util.all_leaves([arg])
+        kept.append(some and not (sources and real and tree and not sources & {*leaves}))
+    return kept if any(kept) else chosen
+
+
 class _Finder:
     """The attention sites of a graph, with what is known of its axes."""
 
-    def __init__(self, graph: Graph, data: frozenset[Value]):
+    def __init__(self, graph: Graph, data: frozenset[Value], constants: Sequence[Value] = ()):
         self.data = data
+        arrays = (id(graph.constants[value]) for value in constants if value in graph.constants)
+        self.constants = {*constants, *arrays}
         self.axes = Axes(graph, data)
         self.starts = find_starts(graph, data, self.axes)
         shape = graph.outs[0].shape if graph.outs else ()
@@ -222,8 +285,9 @@ class _Finder:
             first_key=0 if beside is None else beside.start,
             own_keys=beside is not None,
         )
-        site = self._with_residual(site, node, side, self.starts.maps[start], graphs)
-        return self._in_loops(site, graphs)
+        found = self._residual(site, node, self.starts.maps[start], graphs)
+        site = self._in_loops(site, found, graphs)
+        return self._with_residual(site, found, node.ins[1 - side], graphs)
 
     def _beside(self, value: Value, free: list[int], key: int, values: Axis) -> Extension | None:
         """Where the queries' own keys begin, if the keys have constant ones beside them."""
@@ -265,10 +329,14 @@ class _Finder:
         known = [axis for axis in batched if same(axes[axis], self.examples)]
         if len(known) == 1:
             return known[0], tuple(axis for axis in batched if axis != known[0])
-        other = batched and same(axes[batched[0]], self.examples) is False
+        other = bool(batched) and same(axes[batched[0]], self.examples) is False
+        if other:
+            first = self.axes.lineage(axes[batched[0]])
+            other = not any(root.source in self.constants for root in first)
         if batched and value.shape[batched[0]] == self.batch and not other:
             return batched[0], batched[1:]
-        if self.batch == 1:
+        folded = self.examples and set(self.examples) <= {f for a in axes for f in a}
+        if self.batch == 1 or folded:
             return None, batched
         raise self._no_examples(value, product)
 
@@ -281,40 +349,89 @@ class _Finder:
             "(batch), or tag the maps as [batch, heads, query, key]"
         )
 
+    def _residual(
+        self, site: Site, product: Node, scores: Value, graphs: tuple[Graph, ...]
+    ) -> Residual | None:
+        tokens = self.axes.lineage(site.tokens)
+        found = find_residual(product, scores, tokens, graphs, self.data, self.axes)
+        if found is None and not all(root.known for root in roots(site.tokens)):
+            found = find_residual(product, scores, frozenset(), graphs, self.data, self.axes)
+        return found
+
     def _with_residual(
-        self, site: Site, product: Node, side: int, scores: Value, graphs: tuple[Graph, ...]
+        self, site: Site, residual: Residual | None, values: Atom, graphs: tuple[Graph, ...]
     ) -> Site:
-        residual = find_residual(product, scores, site.tokens, graphs, self.data, self.axes)
-        if residual is None and not all(root.known for root in roots(site.tokens)):
-            residual = find_residual(product, scores, (), graphs, self.data, self.axes)
-        equal = site.size(site.query) == site.size(site.key)
+        """Tell self-attention from another stream's, and keep a residual sum of its tokens."""
+        *_, query, key = site.shape
         told = True if site.own_keys else same(site.tokens, site.keys)
         if told is None and residual is not None:
             # Self-attention reads its values from the stream it is added to.
             stream = origin(residual.before, graphs[-1].producers())
-            told = equal and product.ins[1 - side] in dependents(graphs[0], [stream])
-        is_self = bool(told) and (equal or site.own_keys)
+            told = query == key and values in dependents(graphs[0], [stream])
+        is_self = bool(told) and (query == key or site.own_keys)
         if residual is not None:
-            known = _is_stream(residual.before, site) and _is_stream(residual.after, site)
+            known = self._is_stream(residual.before, site) and self._is_stream(residual.after, site)
             residual = residual if known else None
         return dataclasses.replace(site, residual=residual, is_self=is_self)
 
-    def _in_loops(self, site: Site, graphs: tuple[Graph, ...]) -> Site:
+    def _is_stream(self, value: Value, site: Site) -> bool:
+        """Whether a value is [batch, tokens, width], apart from axes of length 1."""
+        batch, _, tokens, _ = site.shape
+        sizes = [size for size in value.shape[:-1] if size != 1]
+        if sizes == [size for size in (batch, tokens) if size != 1]:
+            return True
+        axes = token_axes(value, self.examples, self.axes)
+        whole = axes is not None and same(flat(axes, self.examples), site.tokens)
+        return bool(whole) and math.prod(sizes) == batch * tokens
+
+    def _in_loops(self, site: Site, residual: Residual | None, graphs: tuple[Graph, ...]) -> Site:
         """Tell loops over layers from loops over heads, and whole streams from windows."""
+        around = [step.node for step in site.place[:-1]]
+        mapped = tuple(
+            node
+            for node, inner in zip(around, graphs[1:], strict=True)
+            if node is not None and node.scan and not _recurs(node, inner, site.value)
+        )
+        loops = [self.axes.scanned[node] for node in mapped]
+        if self.batch not in (None, 1) and any(same(part, self.examples) for part in loops):
+            raise self._no_examples(site.value, graphs[-1].nodes[site.place[-1].number])
+        site = dataclasses.replace(site, mapped=mapped)
+        return self._in_windows(site, loops, residual, graphs[-1].nodes[site.place[-1].number])
+
+    def _in_windows(
+        self, site: Site, loops: list[Axis], residual: Residual | None, product: Node
+    ) -> Site:
+        """Find what the map is of all tokens, where it is of a part of them or in another order."""
         axes = self.axes.of(site.value)
-        parts = [axes[axis] for axis in site.heads]
+        folded = site.batch is None and self.batch not in (None, 1)
+        parts = [*loops, *(axes[axis] for axis in site.heads)]
         if site.batch is not None and same(axes[site.batch], self.examples) is not True:
             parts.append(axes[site.batch])
-        mapped = []
-        around = [step.node for step in site.place[:-1]]
-        for node, inner in zip(around, graphs[1:], strict=True):
-            if node is not None and node.scan and not _recurs(node, inner, site.value):
-                mapped.append(node)
-                parts.append(self.axes.scanned[node])
-        if self.batch not in (None, 1) and any(same(part, self.examples) for part in parts):
-            raise self._no_examples(site.value, graphs[-1].nodes[site.place[-1].number])
-        windows = any(roots(part) & roots(site.tokens) for part in parts)
-        return dataclasses.replace(site, mapped=tuple(mapped), windows=windows)
+        stream = None
+        if residual is not None:
+            stream = token_axes(residual.before, self.examples, self.axes)
+            # Tokens are not last, unless the channels come first.
+            if self.axes.lineage(self.axes.of(residual.before)[-1]) & self.axes.lineage(
+                site.tokens
+            ):
+                stream = None
+        tokens = flat(stream, self.examples) if stream else site.tokens
+        family = self.axes.lineage(tokens) | self.axes.lineage(site.tokens)
+        in_parts = any(self.axes.lineage(part) & family for part in parts) and not folded
+        moved = bool(roots(tokens) and site.tokens) and not roots(tokens) & roots(site.tokens)
+        related = self.axes.lineage(site.keys) & self.axes.lineage(site.tokens)
+        apart = related and same(site.tokens, site.keys) is False
+        if not (folded or in_parts or moved or apart) or site.own_keys:
+            return site
+        places = (site.query + len(loops), site.key + len(loops))
+        windows = find_windows([*loops, *axes], *places, self.examples, stream, self.axes)
+        if windows is None and folded:
+            raise self._no_examples(site.value, product)
+        if windows is None:
+            # In another order than the stream's, which is not known, rows are no tokens' either.
+            return dataclasses.replace(site, in_parts=in_parts or moved)
+        stream_of = windows.stream
+        return dataclasses.replace(site, windows=windows, tokens=stream_of, keys=stream_of)
 
 
 def _recurs(scan: Node, body: Graph, value: Value) -> bool:
@@ -343,13 +460,6 @@ def _refuse_hidden(node: Node, data: frozenset[Value]) -> None:
         )
 
 
-def _is_stream(value: Value, site: Site) -> bool:
-    """Whether a value is [batch, tokens, width], apart from axes of length 1."""
-    batch, _, tokens, _ = site.shape
-    sizes = [size for size in value.shape[:-1] if size != 1]
-    return sizes == [size for size in (batch, tokens) if size != 1]
-
-
 def _products(
     value: Value, users: dict[Value, list[Node]], data: frozenset[Value], name: str | None = None
 ) -> Iterator[tuple[Node, Value, str | None]]:
@@ -364,7 +474,7 @@ def _products(
 
 def _kind(site: Site) -> tuple:
     """What the sites of a stack have in common."""
-    return site.name, site.shape, site.is_self, site.own_keys, site.windows
+    return site.name, site.shape, site.is_self, site.own_keys, site.in_parts
 
 
 def _continues(graph: Graph, last: Site, site: Site) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from jaxrel.tracing import primitives
-from jaxrel.tracing.axes import Axes, Axis, roots
+from jaxrel.tracing.axes import Axes
 from jaxrel.tracing.flow import dependents
 from jaxrel.tracing.graph import Atom, Graph, Node, Value
 from jaxrel.tracing.primitives import ADD, DOT, KEEPS, MOVES, SCALES, SELECT, SUMS
@@ -24,7 +24,7 @@ class Residual(NamedTuple):
 def find_residual(
     product: Node,
     scores: Value,
-    tokens: Axis,
+    tokens: frozenset,
     graphs: tuple[Graph, ...],
     data: Collection[Value],
     axes: Axes,
@@ -38,7 +38,7 @@ def find_residual(
     Args:
       product: the product of the map with the values.
       scores: what the softmax was given.
-      tokens: the identity of the queries' axis.
+      tokens: what the queries' axis came from; nothing if that is not known.
       graphs: the graphs around the product, outermost first.
       data: the values that depend on the data.
       axes: the identities of axes.
@@ -53,7 +53,7 @@ def find_residual(
             starts = {out for end, out in ends if end in kept}
         made = dependents(graph, starts)
         before = _ancestors(graph, holder, scores)
-        found, starts = _follow(graph, starts, made, before, roots(tokens), data, axes)
+        found, starts = _follow(graph, starts, made, before, tokens, data, axes)
         if found is not None or (holder is not None and not starts):
             return found
         inner = graph
@@ -62,8 +62,12 @@ def find_residual(
 
 def _ancestors(graph: Graph, holder: Node | None, scores: Value) -> set[Value]:
     """The values of a graph that the scores, in it or inside of a node, are computed from."""
-    producers = graph.producers()
-    waiting: list[Atom] = [scores] if holder is None else [*holder.ins]
+    return ancestors(*([scores] if holder is None else holder.ins), producers=graph.producers())
+
+
+def ancestors(*atoms: Atom, producers: dict[Value, Node]) -> set[Value]:
+    """The values that some are computed from, and these."""
+    waiting = [*atoms]
     found: set[Value] = set()
     while waiting:
         atom = waiting.pop()
@@ -135,7 +139,9 @@ def _is_stream(
         if not isinstance(atom, Value) or atom in seen:
             continue
         seen.add(atom)
-        if atom in before and (not tokens or tokens & _roots(atom, axes)):
+        own = _roots(atom, axes)
+        # A stream that starts as zeros is alike for all tokens.
+        if atom in before and (not tokens or not own or tokens & own):
             return True
         node = producers.get(atom)
         if node is not None and node.name in _STREAM:
@@ -146,4 +152,4 @@ def _is_stream(
 def _roots(atom: Atom, axes: Axes) -> frozenset:
     if not isinstance(atom, Value):
         return frozenset()
-    return frozenset().union(*map(roots, axes.of(atom)))
+    return frozenset().union(*map(axes.lineage, axes.of(atom)))

@@ -12,6 +12,7 @@ from jax import numpy as jnp
 from jaxtyping import Array
 
 from jaxrel.attention.residual import Residual
+from jaxrel.attention.windows import Windows
 from jaxrel.tracing.axes import Axis
 from jaxrel.tracing.graph import Node, Value
 from jaxrel.tracing.primitives import Scan
@@ -43,13 +44,17 @@ class Site:
     first_key: int = 0
     own_keys: bool = False
     mapped: tuple[Node, ...] = ()
-    windows: bool = False
+    in_parts: bool = False
+    windows: Windows | None = None
 
     def standard(self, x: Array) -> Array:
         """A map, or a gradient of its shape, as [batch, heads, query, key].
 
-        Keys beside the queries' own (a cache, a sink) are no tokens and are left out.
+        Keys beside the queries' own (a cache, a sink) are no tokens and are left out. The maps of
+        windows are one map of all tokens.
         """
+        if self.windows is not None:
+            return self.windows.whole(x)
         batch = () if self.batch is None else (self.batch,)
         order = (*batch, *self.heads, self.query, self.key)
         dropped = tuple(axis for axis in range(x.ndim) if axis not in order)
@@ -61,6 +66,8 @@ class Site:
 
     def restore(self, x: Array, value: Array) -> Array:
         """The inverse of `standard`: the map `value` with these entries."""
+        if self.windows is not None:
+            return self.windows.part(x, value)
         batch = () if self.batch is None else (self.batch,)
         order = (*batch, *self.heads, self.query, self.key)
         dropped = tuple(axis for axis in range(len(self.value.shape)) if axis not in order)
@@ -112,6 +119,8 @@ class Site:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """[batch, heads, query, key]."""
+        if self.windows is not None:
+            return self.windows.shape
         mapped = (node.scan.length for node in self.mapped if node.scan)
         heads = math.prod([*(self.value.shape[axis] for axis in self.heads), *mapped])
         return self.size(self.batch), heads, self.size(self.query), self.size(self.key)
@@ -121,12 +130,21 @@ class Site:
         lengths = [node.scan.length for node in self.loops if node.scan]
         over = [i for i, node in enumerate(self.loops) if node in self.mapped]
         layers = [i for i in range(len(lengths)) if i not in over]
+        if self.windows is not None:
+            x = jnp.moveaxis(x.reshape(*lengths, *self.value.shape), layers, range(len(layers)))
+            sizes = (lengths[i] for i in over)
+            return jax.vmap(self.standard)(x.reshape(-1, *sizes, *self.value.shape))
         maps = jax.vmap(self.standard)(x.reshape(-1, *self.value.shape))
         maps = maps.reshape(*lengths, *maps.shape[1:])
         batch, heads, last = (len(lengths) + i for i in range(3))
         maps = jnp.transpose(maps, (*layers, batch, *over, heads, last, last + 1))
         count = math.prod(lengths[i] for i in layers)
         return maps.reshape(count, self.size(self.batch), -1, *maps.shape[-2:])
+
+    def stacked_values(self, x: Array) -> Array:
+        """Token values that loops stacked, as [layers, batch, tokens, width]."""
+        batch, _, tokens, _ = self.shape
+        return x.reshape(math.prod(scan.length for scan in self.scans), batch, tokens, -1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,8 +173,8 @@ class Stack:
 
     @property
     def in_windows(self) -> bool:
-        """Whether maps are of a part of the tokens each, so that rows of them are no tokens'."""
-        return any(site.windows for site in self.sites)
+        """Whether attention is within parts of the tokens."""
+        return any(site.windows is not None or site.in_parts for site in self.sites)
 
     def __str__(self):
         batch, heads, query, key = self.sites[0].shape

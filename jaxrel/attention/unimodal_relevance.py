@@ -1,7 +1,6 @@
 """Attention relevance of a function as it stands, over the self-attention of each stream."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from jaxrel.attention.discovery import (
     tagged_stack,
     trace_attention,
 )
+from jaxrel.attention.followed import of_stacks
 from jaxrel.attention.importance import measure
 from jaxrel.attention.lrp_of_maps import lrp_of_maps
 from jaxrel.attention.maps import only, relevance_dtype, row, token_index
@@ -128,6 +128,75 @@ def value_and_relevance(
     argnums: int | Sequence[int] | None = None,
 ) -> Callable:
     """Like `relevance`, but the function returns `(fun(*args), relevance)`."""
+    explain = covered_relevance(
+        fun,
+        method=method,
+        target_token=target_token,
+        attention=attention,
+        layers=layers,
+        heads=heads,
+        importance=importance,
+        form=form,
+        rules=rules,
+        argnums=argnums,
+    )
+
+    def explained(*args):
+        return explain(*args)[:2]
+
+    return explained
+
+
+def layers_followed(
+    fun: Callable,
+    *,
+    method: str | Sequence[str] = "weighted",
+    attention: str | Sequence[str] | None = None,
+    layers: Choice = None,
+    argnums: int | Sequence[int] | None = None,
+) -> Callable:
+    """Say what share of a function's attention `relevance` follows, and what it leaves out.
+
+    It traces the function and computes nothing.
+
+    Args:
+      fun, method, attention, layers, argnums: as in `relevance`.
+
+    Returns:
+      A function `(*args) -> Coverage`, with `followed`, `layers`, `share` and `left_out`; for
+      several methods a dict by method. Of a choice of layers by a traced array `followed` is traced
+      too.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as `relevance`.
+    """
+    methods = check_methods(method)
+
+    def told(*args):
+        traced = trace_attention(fun, *args)
+        _check_scalars(traced)
+        found = find_stacks(traced, args, argnums)
+        stacks = _choose(traced, found, attention, "weighted" in methods)
+        coverage = {name: of_stacks(TABLE[name], stacks, found, layers) for name in methods}
+        return coverage[method] if isinstance(method, str) else coverage
+
+    return told
+
+
+def covered_relevance(
+    fun: Callable,
+    *,
+    method: str | Sequence[str],
+    target_token: Any = 0,
+    attention: str | Sequence[str] | None = None,
+    layers: Choice = None,
+    heads: Choice = None,
+    importance: str | Callable = "grad_value",
+    form: Literal["auto", "streaming", "stacked"] = "auto",
+    rules: Any = None,
+    argnums: int | Sequence[int] | None = None,
+) -> Callable:
+    """Like `value_and_relevance`, with the coverage of each method as a third result."""
     methods = check_methods(method)
     measure(importance)
     composite = attn_lrp() if rules is None else as_composite(rules)
@@ -137,7 +206,9 @@ def value_and_relevance(
     def explained(*args):
         traced = trace_attention(fun, *args)
         _check_scalars(traced)
-        stacks = _choose(traced, args, attention, argnums, "weighted" in methods)
+        everything = find_stacks(traced, args, argnums)
+        stacks = _choose(traced, everything, attention, "weighted" in methods)
+        coverage = {name: of_stacks(TABLE[name], stacks, everything, layers) for name in methods}
         target_tokens = {s.name: _target_token(target_token, s) for s in stacks}
         mapped = _mapped(stacks)
         if mapped is not None and form == "streaming":
@@ -160,7 +231,7 @@ def value_and_relevance(
             out, result = _stacked(traced, stacks, methods, target_tokens, some, importance, by_lrp)
         if attention is None or isinstance(attention, str):
             result = {name: found[stacks[0].name] for name, found in result.items()}
-        return out, result[method] if isinstance(method, str) else result
+        return out, result[method] if isinstance(method, str) else result, coverage
 
     return explained
 
@@ -211,18 +282,23 @@ def _choose_form(form: str, methods: tuple, target_token: Any, some: Mapping[str
 
 
 def _choose(
-    traced: Traced, args: tuple, attention: Any, argnums: Any, weighted: bool
+    traced: Traced, everything: Sequence[Stack], attention: Any, weighted: bool
 ) -> list[Stack]:
-    found = {stack.name: stack for stack in find_stacks(traced, args, argnums)}
+    found = {stack.name: stack for stack in everything}
     if attention is None:
         names = [name for name, stack in found.items() if stack.is_self]
         for name in names:
             _check_tokens(name, found[name])
         if len(names) != 1:
             problem = "no self-attention was found" if not names else "several were found"
+            two = (
+                ". For two streams of which one reads the other use "
+                "attention.value_and_bimodal_relevance(fun, method=..., target_token=...)"
+            )
+            across = any(not stack.is_self for stack in found.values())
             raise ValueError(
                 f"attention.relevance: {problem}; name what is meant with attention=..., a tag of "
-                f"the maps or one of these: {_listing(found)}"
+                f"the maps or one of these: {_listing(found)}{two if across else ''}"
             )
     else:
         names = [attention] if isinstance(attention, str) else list(attention)
@@ -256,12 +332,14 @@ def _choose(
 def _check_tokens(name: str, stack: Stack) -> None:
     """Refuse maps whose rows and columns are not the tokens of one stream."""
     site = stack.sites[0]
-    if stack.in_windows:
-        _, _, query, _ = site.shape
+    if any(one.in_parts for one in stack.sites):
+        query = site.size(site.query)
         raise NotImplementedError(
             f"attention.relevance: {name!r} at {site.where} attends within parts of the tokens "
-            f"(windows, or chunks of queries) of {query} each, and relevance accumulates over "
-            "maps of all tokens. Compute the map of all tokens, masked outside of the windows"
+            f"(windows, or chunks of queries) of {query} each, and which tokens these are is not "
+            "known; relevance accumulates over maps of all tokens. Cut windows with reshape, "
+            "transpose, roll and pad, or compute the map of all tokens, masked outside of the "
+            "windows"
         )
     *_, query, key = site.shape
     streams = not site.own_keys and same(site.tokens, site.keys) is False
@@ -269,7 +347,8 @@ def _check_tokens(name: str, stack: Stack) -> None:
         raise ValueError(
             f"attention.relevance: {name!r} at {site.where} maps {query} queries to {key} keys; "
             f"{'the keys are another stream, and ' if streams else ''}relevance accumulates over "
-            "self-attention. For two streams use attention.value_and_bimodal_relevance"
+            "self-attention. For two streams use attention.value_and_bimodal_relevance(fun, "
+            "method=..., target_token=...)"
         )
 
 
@@ -363,7 +442,18 @@ def _accumulate_at(name: str, site: Site) -> Callable:
         carrier, attn = accumulate(carriers[name], site.standard(value))
         return {**carriers, name: carrier}, site.restore(attn, value)
 
-    return interceptor
+    def in_windows(carriers, value):
+        windows = site.windows
+        assert windows is not None
+        rows = jax.tree.map(windows.gather, carriers[name])
+        maps = jnp.moveaxis(windows.apart(value), 2, 1)
+        moved, attn = accumulate(rows, maps.reshape(-1, *maps.shape[2:]))
+        carrier = jax.tree.map(windows.scatter, moved, carriers[name])
+        attn = jnp.moveaxis(attn.reshape(maps.shape), 1, 2)
+        return {**carriers, name: carrier}, windows.together(attn, value.shape)
+
+    by_window = site.windows is not None and site.windows.is_partition
+    return in_windows if by_window else interceptor
 
 
 def _weigh_at(name: str, site: Site, importance: Callable) -> Callable:
@@ -450,12 +540,7 @@ def _layers(stack: Stack, taps: Mapping, found: Mapping, what: str) -> Any:
     for site in stack.sites:
         value = _value(site, what)
         x = found[taps[value]]
-        if what == "value":
-            values.append(site.stacked(x))
-        else:
-            batch, _, tokens, _ = site.shape
-            layers = math.prod(scan.length for scan in site.scans)
-            values.append(x.reshape(layers, batch, tokens, -1))
+        values.append(site.stacked(x) if what == "value" else site.stacked_values(x))
         stages += list(site.stages())
     stacked = jnp.concatenate(values)
     order = sorted(range(len(stages)), key=stages.__getitem__)

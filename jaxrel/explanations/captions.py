@@ -17,6 +17,11 @@ from jaxrel.tracing.sharding import shard_rows
 
 # So many backward passes of one image go together: more would need more memory, not less time.
 _TOGETHER = 32
+# These read one place, the attention's map or the last feature map; the rest go through all.
+COVERAGE = {
+    "attention": {"of": "layers of attention", "followed": 1, "layers": 1, "share": 1.0},
+    "grad_cam": {"of": "operations after the last feature map", "share": 1.0},
+}
 # Captions are cut to a multiple of this, and as many words go together: programs are compiled per
 # length.
 _LENGTHS = 4
@@ -80,7 +85,11 @@ def relevance(
             "image": of_image,
             "text": of_text,
             "settings": f"summed over the features of each pixel and word, {chosen}",
-            "report": {"example": example.tolist(), "relevance": summary},
+            "report": {
+                "example": example.tolist(),
+                "relevance": summary,
+                "coverage": COVERAGE.get(one, {"of": "operations", "share": 1.0}),
+            },
         }
         if judge is not None:
             maps = in_pixels(of_image, prepared["image"].shape[1])

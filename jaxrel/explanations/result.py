@@ -48,8 +48,9 @@ class Explanation:
       pixels: per example, the image as shown; sizes may differ.
       model: the model's name.
       settings: the method's settings, in words.
-      report: a summary that JSON can hold: losses of relevance, timings, versions. A list with an
-        entry per example goes with its examples when they are taken apart or put together.
+      report: a summary that JSON can hold: losses of relevance, and under "coverage" what share of
+        the model's layers the method follows. A list with an entry per example goes with its
+        examples when they are taken apart or put together.
       flags: per example, what the map says of the word explained, None for a word that is not
         judged; empty where no word is.
 

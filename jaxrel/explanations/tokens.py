@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxrel.attention.bimodal_relevance import value_and_bimodal_relevance
+from jaxrel.attention.bimodal_relevance import covered_bimodal_relevance
 from jaxrel.attention.discovery import sites
+from jaxrel.attention.followed import Coverage
 from jaxrel.attention.importance import measure
 from jaxrel.attention.maps import indices
 from jaxrel.attention.methods import check_methods
-from jaxrel.attention.unimodal_relevance import value_and_relevance
+from jaxrel.attention.unimodal_relevance import covered_relevance
 from jaxrel.explanations.examples import Rows, rows_of
 from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, computed, family
 from jaxrel.propagation.composites import Composite, as_composite
@@ -72,18 +73,20 @@ def relevance(
         inputs = computed(batch.inputs)
         given = shard_rows((inputs, model.target_tokens(inputs), batch.asked))
         chosen = _chosen(model, inputs, request)
-        score, found, reports = jax.device_get(
+        score, found, reports, covered = jax.device_get(
             _explained(model, *given, chosen, **_options(model, request))
         )
         content = jax.device_get(model.content(inputs))
         found, content = jax.tree.map(lambda x, n=batch.count: x[:n], (found, content))
-        yield batch, score[: batch.count], _fields(model, batch, found, content, reports, request)
+        fields = _fields(model, batch, found, content, (reports, covered), request)
+        yield batch, score[: batch.count], fields
 
 
 def _fields(
-    model: Any, batch: Rows, found: Any, content: Any, reports: Any, request: Request
+    model: Any, batch: Rows, found: Any, content: Any, told: tuple[Any, Any], request: Request
 ) -> dict[str, dict[str, Any]]:
-    """By method, the fields of an `Explanation`."""
+    """By method, the fields of an `Explanation`; `told` are reports and counts of layers."""
+    reports, covered = told
     streams, where = model.layout.streams, {}
     if "example" in batch.inputs:
         where = {"example": np.asarray(batch.inputs["example"])[: batch.count].tolist()}
@@ -92,6 +95,7 @@ def _fields(
             **_modalities(streams, found[one], content),
             "settings": _settings(one, request),
             "report": where
+            | {"coverage": _coverage(covered.get(one))}
             | {s.name: _summary(found[one][s.name], content[s.name]) for s in streams}
             | jax.tree.map(np.ndarray.item, reports.get(one, {})),
         }
@@ -176,7 +180,7 @@ def _explained(
     model: Any, inputs: Any, target_token: Any, asked: Any, chosen: Any, **options: Any
 ) -> Any:
     explained = functools.partial(_explained_rows, **options)
-    sharded = compiler_sharded(explained, inputs, (0, 0, None))
+    sharded = compiler_sharded(explained, inputs, (0, 0, None, None))
     return sharded(model, inputs, target_token, asked, chosen)
 
 
@@ -193,17 +197,17 @@ def _explained_rows(
     schedule: tuple[Any, ...],
     importance: str,
 ) -> Any:
-    score, relevance, reports = None, {}, {}
+    score, relevance, reports, coverage = None, {}, {}, {}
     if methods and schedule:
         (name,) = target_token
-        explained = value_and_bimodal_relevance(
+        explained = covered_bimodal_relevance(
             _score, schedule, method=methods, target_token=target_token[name], importance=importance
         )
-        score, found = explained(model, inputs)
+        score, found, coverage = explained(model, inputs)
         names = [stream.name for stream in streams]
         relevance = {one: dict(zip(names, rows, strict=True)) for one, rows in found.items()}
     elif methods:
-        explained = value_and_relevance(
+        explained = covered_relevance(
             _score,
             method=methods,
             target_token=target_token,
@@ -212,13 +216,23 @@ def _explained_rows(
             heads=chosen.get("heads"),
             importance=importance,
         )
-        score, relevance = explained(model, inputs)
+        score, relevance, coverage = explained(model, inputs)
     for name, composite in propagated:
         tags = tuple(f"{stream.name}/tokens" for stream in streams)
         explained = value_and_measured_lrp(_asked_score, composite, argnums=None, at=tags)
         score, found, reports[name] = explained(model, inputs, asked)
         relevance[name] = {stream.name: _by_token(stream, found) for stream in streams}
-    return score, relevance, reports
+    counts = {one: (of.followed, of.layers) for one, of in coverage.items()}
+    return score, relevance, reports, counts
+
+
+def _coverage(counts: Any) -> dict[str, Any]:
+    """What share of the model a method follows: rules of LRP go through every operation."""
+    if counts is None:
+        return {"of": "operations", "share": 1.0}
+    followed, layers = (None if count is None else int(count) for count in counts)
+    share = Coverage(followed or 0, layers).share
+    return {"of": "layers of attention", "followed": followed, "layers": layers, "share": share}
 
 
 def _chosen(model: Any, inputs: Any, request: Request) -> dict[str, Any]:

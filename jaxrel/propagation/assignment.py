@@ -282,8 +282,8 @@ def _advice(operation: Operation, others: Iterable[Operation]) -> str:
     if isinstance(operation, Elementwise):
         return (
             "no activation (not 0 at 0, or huge beside it), so relevance cannot pass it "
-            "unchanged; if it is part of a softmax or a norm, write that with "
-            "jax.nn.softmax or jnp.sqrt, else "
+            "unchanged; if it is part of a softmax (also of one that divides after the product "
+            "with the values) or a norm, write that with jax.nn.softmax or jnp.sqrt, else "
             f"put (jaxrel.op({operation.name!r}), jaxrel.rules.Gradient()) before the "
             "other entries of the composite for its plain derivative"
         )

@@ -18,7 +18,7 @@ from jaxrel.tracing.evaluate import Edits, Interceptor
 from jaxrel.tracing.facts import Fact
 from jaxrel.tracing.graph import Graph, Value
 from jaxrel.tracing.modules import held
-from jaxrel.tracing.pullback import Call, as_seed, path_of, pullback, seed_cotangent
+from jaxrel.tracing.pullback import Call, as_seed, path_of, pullback, seed_cotangent, seed_of
 
 Unknown = Literal["error", "warn"]
 
@@ -53,8 +53,10 @@ def lrp(
       unknown: 'error', or 'warn' to use the derivative of operations that have no rule.
 
     Returns:
-      A function `(*args, seed=None, **kwargs)`. `seed` is the relevance of the output, an array
-      of its shape or a function of the output; by default the output itself. Booleans, strings
+      A function `(*args, seed=None, target=None, **kwargs)`. `seed` is the relevance of the output,
+      an array of its shape or a function of the output; by default the output itself. `target`
+      explains one entry of its last axis, by an index for all examples or one each (where `fun`
+      has an argument of that name, it is that). Booleans, strings
       and None among the arguments are passed on as they are, keyword arguments too. It returns
       relevance in the structure of the explained argument, float32 (float64 for float64 values;
       0 for integers), or a tuple for several; with `at`, `(relevance, {name or path:
@@ -70,6 +72,7 @@ def lrp(
     explain = value_and_lrp(fun, rules, argnums=argnums, has_aux=has_aux, at=at, unknown=unknown)
 
     def explained(*args, seed: Any = None, **kwargs):
+        # A target is among the keywords.
         value, relevance = explain(*args, seed=seed, **kwargs)
         return (relevance, value[1]) if has_aux else relevance
 
@@ -83,7 +86,7 @@ def lrp(
 
 
 def _with_seed(fun: Callable) -> inspect.Signature | None:
-    """The function's signature with one more keyword, `seed`; None if it cannot be told."""
+    """The function's signature with the keywords `seed` and `target`; None if it cannot be told."""
     try:
         signature = inspect.signature(fun)
     except (TypeError, ValueError):
@@ -93,8 +96,20 @@ def _with_seed(fun: Callable) -> inspect.Signature | None:
         last = rest.pop()
     if "seed" in signature.parameters:
         return None
-    seed = inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None)
-    return signature.replace(parameters=[*rest, seed, *([] if last is None else [last])])
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("seed", "target")
+        if name not in signature.parameters
+    ]
+    return signature.replace(parameters=[*rest, *more, *([] if last is None else [last])])
+
+
+def _takes_target(fun: Callable) -> bool:
+    """Whether a function has an argument of its own that is called `target`."""
+    try:
+        return "target" in inspect.signature(fun).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def value_and_lrp(
@@ -109,7 +124,11 @@ def value_and_lrp(
     """Like `lrp`, but the function returns `(fun(*args), relevance)`."""
     run = explained_vjp("lrp", fun, rules, argnums=argnums, has_aux=has_aux, at=at, unknown=unknown)
 
+    own = _takes_target(fun)
+
     def explained(*args, seed: Any = None, **kwargs):
+        target = None if own else kwargs.pop("target", None)
+        seed = seed_of("lrp", seed, target, relevance=True)
         value, explain = run(*args, **kwargs)
         return value, explain(seed)
 

@@ -34,15 +34,16 @@ class Samples:
 
     @functools.cached_property
     def is_activation(self) -> bool:
-        """Whether relevance can pass f unchanged: f(0) = 0, or f rises or falls throughout.
+        """Whether relevance can pass f unchanged: f(0) = 0, or f squashes.
 
-        What is not 0 at 0 may be a squashing function or a smooth ReLU, not an exponential. What
-        is huge near 0 is a mask.
+        What is not 0 at 0 may rise or fall from one limit to another, as a sigmoid does; a smooth
+        ReLU or an exponential has more relevance near 0 than x can hold. What is huge near 0 is a
+        mask.
         """
         near = slice(_POINTS.index(-2), _POINTS.index(2) + 1)
         if any(np.nanmax(np.abs(y[near])) > 1e6 for y in self._values):
             return False
-        return self.keeps_zero or all(map(_gentle, self._values))
+        return self.keeps_zero or all(_gentle(y) and _is_flat(y) for y in self._values)
 
     @functools.cached_property
     def is_gate(self) -> bool:
@@ -113,5 +114,11 @@ def _between_limits(y: np.ndarray) -> bool:
     if not _gentle(y) or np.isnan(y).any():
         return False
     least = 1e-3 * np.max(np.abs(y))
-    flat = abs(y[0] - y[1]) <= least and abs(y[-1] - y[-2]) <= least
-    return bool(flat and min(abs(y[0]), abs(y[-1])) <= least < max(abs(y[0]), abs(y[-1])))
+    ends = sorted((abs(y[0]), abs(y[-1])))
+    return bool(_is_flat(y) and ends[0] <= least < ends[1])
+
+
+def _is_flat(y: np.ndarray) -> bool:
+    """Whether y has a limit on both sides."""
+    least = 1e-3 * np.nanmax(np.abs(y))
+    return bool(abs(y[0] - y[1]) <= least and abs(y[-1] - y[-2]) <= least)

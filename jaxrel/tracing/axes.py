@@ -10,6 +10,10 @@ not known here gives its axes new identities, marked as unknown.
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+from jax import numpy as jnp
+
 from jaxrel.tracing import primitives
 from jaxrel.tracing.flow import Forward, Operands
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
@@ -42,6 +46,13 @@ class Extension(NamedTuple):
     start: int
 
 
+class Part(NamedTuple):
+    """What an axis has of another: by entry its index there, -1 for what is not from there."""
+
+    axis: Axis
+    entries: np.ndarray
+
+
 def roots(axis: Axis) -> frozenset[Root]:
     """All that an axis came from."""
     return frozenset().union(*(factor.roots for factor in axis))
@@ -59,6 +70,41 @@ def same(a: Axis, b: Axis) -> bool | None:
     return False if roots(a) and roots(b) and all(root.known for root in both) else None
 
 
+class Indices:
+    """The integers that a program picks by, where they are made of constants alone."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[Value, Any] = {}
+        self._makers: dict[Value, Node] = {}
+
+    def enter(self, graph: Graph) -> None:
+        """Note a graph's constants and operations."""
+        self._arrays.update(graph.constants)
+        self._makers.update(graph.producers())
+
+    def array(self, atom: Atom) -> np.ndarray | None:
+        """The integers, or None where they are not known."""
+        with jax.ensure_compile_time_eval():
+            found = self._array(atom)
+        return None if found is None else np.asarray(found)
+
+    def _array(self, atom: Atom) -> Any:
+        if isinstance(atom, Constant):
+            return atom.value
+        if atom not in self._arrays:
+            node = self._makers.get(atom)
+            kinds = (np.integer, np.bool_)
+            if node is None or len(node.outs) != 1 or node.bodies:
+                return None
+            if not any(jnp.issubdtype(atom.aval.dtype, kind) for kind in kinds):
+                return None
+            ins = [self._array(one) for one in node.ins]
+            known = all(one is not None for one in ins)
+            self._arrays[atom] = primitives.bind(node.equation, ins)[0] if known else None
+        array = self._arrays[atom]
+        return None if isinstance(array, jax.core.Tracer) else array
+
+
 class Axes(Forward[tuple[Axis, ...]]):
     """The identities of all axes of all values: `facts[value]` has one for each axis.
 
@@ -71,9 +117,18 @@ class Axes(Forward[tuple[Axis, ...]]):
         super().__init__()
         self.data = data
         self.extensions: dict[Root, Extension] = {}
+        self.parts: dict[Root, Part] = {}
         self.scanned: dict[Node, Axis] = {}
+        # Parts of length 1 have no identity, and are put together again all the same.
+        self._single: dict[tuple[Atom, int], Part] = {}
+        self._indices = Indices()
         self._made_of: dict[Root, frozenset[Root]] = {}
         self.run(graph, [_new(value, value.shape) for value in graph.ins])
+
+    def run(self, graph: Graph, ins: Sequence[tuple[Axis, ...]]) -> list[tuple[Axis, ...]]:
+        """Walk a graph; see `Forward`."""
+        self._indices.enter(graph)
+        return super().run(graph, ins)
 
     def of(self, value: Atom) -> tuple[Axis, ...]:
         """The identities of a value's axes."""
@@ -127,7 +182,7 @@ class Axes(Forward[tuple[Axis, ...]]):
             if [_sizes(fact) for fact in found] == [list(out.shape) for out in node.outs]:
                 return found
         if node.name in primitives.SIDE_BY_SIDE and len(ins) == len(node.outs):
-            return ins
+            return [self._sorted(node, ins, number) for number in range(len(ins))]
         return [self._out(node, ins, out) for out in node.outs]
 
     def _out(self, node: Node, ins: list[tuple[Axis, ...]], out: Value) -> tuple[Axis, ...]:
@@ -135,7 +190,8 @@ class Axes(Forward[tuple[Axis, ...]]):
         if name in primitives.TRANSPOSE:
             return tuple(ins[0][axis] for axis in primitives.permutation(equation))
         if name in primitives.RESHAPES:
-            return _reshape(ins[0], out)
+            cut = _reshape(ins[0], out.shape)
+            return (*cut, *_mixed(out)[len(cut) :])
         if name in primitives.BROADCAST:
             return _broadcast(ins[0], primitives.broadcast_axes(equation), out.shape)
         if name in primitives.DOT:
@@ -146,10 +202,7 @@ class Axes(Forward[tuple[Axis, ...]]):
         if axes is not None:
             return tuple(axis for i, axis in enumerate(ins[0]) if i not in axes)
         if name in primitives.PICKS:
-            fresh = _new(out, out.shape, known=False)
-            places = primitives.picked_axes(equation, len(out.shape))
-            pairs = zip(places, fresh, strict=True)
-            return tuple(new if i is None else ins[0][i] for i, new in pairs)
+            return self._picked(node, ins, out)
         return self._in_place(node, ins, out)
 
     def _product(self, node: Node, ins: list[tuple[Axis, ...]]) -> tuple[Axis, ...]:
@@ -162,6 +215,43 @@ class Axes(Forward[tuple[Axis, ...]]):
             shared += [axis for i, axis in enumerate(ins[side]) if i not in taken]
         return tuple(shared)
 
+    def _sorted(self, node: Node, ins: list[tuple[Axis, ...]], number: int) -> tuple[Axis, ...]:
+        """Axes of what keeps its place, but along the axis of a sort."""
+        place, axes, out = primitives.sorted_axis(node.equation), ins[number], node.outs[number]
+        if place is None or not axes[place]:
+            return axes
+        root = Root(out, place, known=False)
+        self._made_of[root] = frozenset().union(*(roots(one[place]) for one in ins))
+        return (*axes[:place], _new(out, out.shape, known=False)[place], *axes[place + 1 :])
+
+    def _picked(self, node: Node, ins: list[tuple[Axis, ...]], out: Value) -> tuple[Axis, ...]:
+        """Axes of what is picked: whole ones, those of the indices, and parts that are known."""
+        fresh = _new(out, out.shape, known=False)
+        places = primitives.picked_axes(node.equation, len(out.shape))
+        by_index = primitives.index_axes(node.equation, len(out.shape))
+        chosen = self._chosen(node, ins, out, [i for i, j in enumerate(by_index) if j is not None])
+        found = []
+        for number, (i, j) in enumerate(zip(places, by_index, strict=True)):
+            told = j is not None and node.ins[1] in self.data and roots(ins[1][j])
+            known = ins[0][i] if i is not None else chosen.get(number)
+            known = ins[1][j] if known is None and j is not None and told else known
+            found.append(fresh[number] if known is None else known)
+        return tuple(found)
+
+    def _chosen(self, node: Node, ins: list, out: Value, places: list[int]) -> dict[int, Axis]:
+        """Axes, by place, into which constant indices along one axis sort its entries."""
+        axis = primitives.picked_along(node.equation)
+        if axis is None or not places or node.ins[0] not in self.data:
+            return {}
+        index = self._indices.array(node.ins[1])
+        base = None if index is None else self._base(node.ins[0], ins[0][axis], axis)
+        if index is None or base is None or index.min() < 0 or index.max() >= len(base.entries):
+            return {}
+        whole = self._part(out, places[0], base.axis, base.entries[index.ravel()])
+        sizes = [out.shape[place] for place in places]
+        split = () if whole is None else _reshape([whole], sizes)
+        return dict(zip(places, split, strict=True)) if len(split) == len(sizes) else {}
+
     def _in_place(self, node: Node, ins: list[tuple[Axis, ...]], out: Value) -> tuple[Axis, ...]:
         """Operations that leave each axis where it is, of its length or another."""
         rank = len(out.shape)
@@ -173,6 +263,11 @@ class Axes(Forward[tuple[Axis, ...]]):
         fresh = _new(out, out.shape)
         found = []
         for i, size in enumerate(out.shape):
+            if node.name in primitives.REORDERS and node.ins[0].shape[i] == size:
+                moved = self._derived(node, ins, out, i)
+                if moved is not None:
+                    found.append(moved)
+                    continue
             fits = [
                 (rank, fact[i])
                 for rank, (fact, atom) in zip(ranks, arrays, strict=True)
@@ -184,7 +279,9 @@ class Axes(Forward[tuple[Axis, ...]]):
             elif all(atom.shape[i] == size for _, atom in arrays):
                 found.append(_alike(size))
             else:
-                found.append(self._own_part(node, arrays[0][0][i], i, size) or fresh[i])
+                own = self._own_part(node, arrays[0][0][i], i, size)
+                own = self._derived(node, ins, out, i) if own is None else own
+                found.append(fresh[i] if own is None else own)
                 root = Root(out, i)
                 self._made_of[root] = frozenset().union(*(roots(fact[i]) for fact, _ in arrays))
                 self._extend(node, ins, root, i)
@@ -197,6 +294,56 @@ class Axes(Forward[tuple[Axis, ...]]):
         if extension is None or start != extension.start or size != _size(extension.axis):
             return None
         return extension.axis
+
+    def _derived(self, node: Node, ins: list, out: Value, i: int) -> Axis | None:
+        """An axis that has entries of one other in another order, a part, or constants beside.
+
+        What is cut and put together again is the axis that it was. None if it is not known.
+        """
+        chosen = primitives.selected(node.equation, i, node.outs.index(out))
+        if chosen is not None:
+            whole = self._base(node.ins[0], ins[0][i], i)
+            return None if whole is None else self._part(out, i, whole.axis, whole.entries[chosen])
+        placed = primitives.placed(node.equation, i)
+        some = [n for n, _ in placed or ()]
+        some = [n for n in some if node.ins[n] in self.data] or some
+        bases = {n: self._base(node.ins[n], ins[n][i], i) for n in some}
+        index = np.full(out.shape[i], -1)
+        for n, start in placed or ():
+            base = bases.get(n)
+            if n not in bases:
+                continue
+            if base is None or not isinstance(start, int):
+                return None
+            index[start : start + len(base.entries)] = base.entries[: max(out.shape[i] - start, 0)]
+        axes = {base.axis for base in bases.values() if base is not None}
+        return self._part(out, i, axes.pop(), index) if len(axes) == 1 else None
+
+    def _base(self, atom: Atom, axis: Axis, i: int) -> Part | None:
+        """What an axis is a part of: another, or itself."""
+        if not axis:
+            return self._single.get((atom, i))
+        if len(axis) == 1 and len(axis[0].roots) == 1 and axis[0].stride == 1:
+            (root,) = axis[0].roots
+            part = self.parts.get(root)
+            if part is not None and len(part.entries) == axis[0].size:
+                return part
+        return Part(axis, np.arange(_size(axis))) if roots(axis) else None
+
+    def _part(self, out: Value, i: int, axis: Axis, index: np.ndarray) -> Axis | None:
+        """The identity of an axis that is a part of another."""
+        if (index < 0).all():
+            return None
+        if np.array_equal(index, np.arange(_size(axis))):
+            return axis
+        part = Part(axis, index)
+        if len(index) == 1:
+            self._single[out, i] = part
+            return ()
+        root = Root(out, i)
+        self.parts[root] = part
+        self._made_of[root] = roots(axis)
+        return (Factor(frozenset([root]), 1, len(index)),)
 
     def _extend(self, node: Node, ins: list, root: Root, axis: int) -> None:
         """Note what an operation puts beside constants."""
@@ -268,11 +415,11 @@ def _convolution(node: Node, axes: tuple[Axis, ...], out: Value) -> tuple[Axis, 
     return tuple(fresh)
 
 
-def _reshape(axes: Sequence[Axis], out: Value) -> tuple[Axis, ...]:
-    """Split and merge factors; from where the cuts do not fit, the axes are new."""
+def _reshape(axes: Sequence[Axis], shape: Sequence[int]) -> tuple[Axis, ...]:
+    """Split and merge factors, up to where the cuts do not fit."""
     waiting = [factor for axis in axes for factor in axis]
     found: list[Axis] = []
-    for size in out.shape:
+    for size in shape:
         taken: list[Factor] = []
         left = size
         while left > 1 and waiting:
@@ -282,11 +429,11 @@ def _reshape(axes: Sequence[Axis], out: Value) -> tuple[Axis, ...]:
                 waiting.insert(0, factor._replace(size=inner))
                 factor = factor._replace(stride=factor.stride * inner, size=left)
             if left % factor.size:
-                return (*found, *_mixed(out)[len(found) :])
+                return tuple(found)
             left //= factor.size
             taken.append(factor)
         if left > 1:
-            return (*found, *_mixed(out)[len(found) :])
+            return tuple(found)
         found.append(_join_factors(taken))
     return tuple(found)
 

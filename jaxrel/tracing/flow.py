@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from jax import numpy as jnp
 
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
-from jaxrel.tracing.primitives import KEEPS, LOOKUPS
+from jaxrel.tracing.primitives import DOT, EQUAL, KEEPS, LOOKUPS, MOVES
 
 Fact = TypeVar("Fact")
 
@@ -220,15 +220,30 @@ def dependents(graph: Graph, sources: Iterable[Value]) -> frozenset[Value]:
 
 
 def looked_up(graph: Graph, tokens: frozenset[Value]) -> list[Value]:
-    """The rows that integer data select from tables that are not data."""
+    """The rows that integer data select from tables that are not data.
+
+    By an index, or by a product with what is 1 where a row's number is the index, else 0.
+    """
+    makers = {out: node for node in graph.walk() for out in node.outs}
     return [
         node.outs[0]
         for node in graph.walk()
-        if node.name in LOOKUPS
-        and node.ins[0] not in tokens
-        and any(atom in tokens for atom in node.ins[1:])
-        and jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating)
+        if _selects(node, tokens, makers) and jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating)
     ]
+
+
+def _selects(node: Node, tokens: frozenset[Value], makers: dict[Value, Node]) -> bool:
+    known = [atom in tokens for atom in node.ins]
+    if node.name in LOOKUPS:
+        return not known[0] and any(known[1:])
+    return node.name in DOT and sum(known) == 1 and _is_one_hot(node.ins[known.index(True)], makers)
+
+
+def _is_one_hot(atom: Atom, makers: dict[Value, Node]) -> bool:
+    while isinstance(atom, Value) and atom in makers and makers[atom].name in MOVES:
+        atom = makers[atom].ins[0]
+    node = makers.get(atom) if isinstance(atom, Value) else None
+    return node is not None and node.name in EQUAL
 
 
 class _Dependents(Forward[bool]):

@@ -9,6 +9,8 @@ be shifted, clipped, masked, and to any base.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
+
 from jaxrel.tracing import primitives
 from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value, tag_name
 from jaxrel.tracing.primitives import (
@@ -21,6 +23,7 @@ from jaxrel.tracing.primitives import (
     DOT,
     ELEMENTWISE,
     EXP,
+    EXPM1,
     EXPONENTIALS,
     LOG,
     LOOKUPS,
@@ -166,6 +169,8 @@ class _Matcher:
             return []
         if self._is_exponential(node):
             return [node]
+        if self._plus_one(node):
+            return [node]
         if node.name in DIV and again and not self.fixed(node.ins[1]):
             # A softmax is a multiple of its exponentials.
             return self._normalised(node, again)
@@ -178,6 +183,25 @@ class _Matcher:
         else:
             return []
         return self._union(self.exponentials(case, again) for case in cases)
+
+    def _plus_one(self, node: Node) -> bool:
+        """Whether the node is expm1(s) + 1, another spelling of exp(s)."""
+        if node.name not in ADD:
+            return False
+        varying = self._only_varying(node)
+        inner = self.before(varying[0]) if varying else None
+        others = [atom for atom in node.ins if atom not in varying]
+        found = inner is not None and inner.name in EXPM1 and all(map(self._is_one, others))
+        if found and inner is not None:
+            self.weights[node] = inner
+        return found
+
+    def _is_one(self, atom: Atom) -> bool:
+        if isinstance(atom, Value) and (self.before(atom)) is None:
+            atom = origin(atom, self.producers)
+            if atom in self.producers:
+                atom = self.producers[atom].ins[0]
+        return isinstance(atom, Constant) and bool(np.all(atom.value == 1))
 
     def _weighted(self, node: Node, again: bool) -> list[Node]:
         """A product of exponentials and a mask of the data: the same must be above and below."""

@@ -71,6 +71,7 @@ SCALES = MUL | DIV
 EXP = _names("exp")
 # A constant to the power of a value: `exponent` says which operand that is.
 EXPONENTIALS = EXP | _names("exp2 pow")
+EXPM1 = _names("expm1")
 LOG = _names("log")
 ABS = _names("abs")
 MAX = _names("max")
@@ -97,6 +98,8 @@ PICKS = _names("gather stack unstack top_k")
 # Where arrays are stored, and what keeps the compiler from moving operations.
 KEEPS = _names("sharding_constraint reshard optimization_barrier device_put")
 CUTS = _names("slice")
+# What may put the entries of an axis into another order and leave as many of them.
+REORDERS = _names("rev pad")
 POWERS = _names("integer_pow pow")
 LOOKUPS = _names("gather dynamic_slice")
 SORT = _names("sort")
@@ -125,6 +128,7 @@ ELEMENTWISE = (
 )
 # Elementwise and affine in the one input that varies.
 AFFINE = SUMS | SCALES | _names("neg copy convert_element_type reduce_precision select_n")
+EQUAL = _names("eq")
 COMPARISONS = _names("eq ne lt le gt ge and or not xor is_finite")
 REDUCTIONS = MEANS | MAXIMA | REDUCE_PROD | _names("reduce_min cumsum cummax cumprod cumlogsumexp")
 # Each output is the input at its place, moved.
@@ -330,6 +334,33 @@ def picked_axes(equation: Any, rank: int) -> list[int | None]:
     return found
 
 
+def index_axes(equation: Any, rank: int) -> list[int | None]:
+    """By axis of what is picked, the axis of the indices that it is; None for others."""
+    found: list[int | None] = [None] * rank
+    if name_of(equation) == "gather":
+        offset = equation.params["dimension_numbers"].offset_dims
+        places = (place for place in range(rank) if place not in offset)
+        for axis, place in enumerate(places):
+            found[place] = axis
+    return found
+
+
+def sorted_axis(equation: Any) -> int | None:
+    """The axis that a sort sorts along; None for another operation."""
+    return equation.params["dimension"] if name_of(equation) in SORT else None
+
+
+def picked_along(equation: Any) -> int | None:
+    """The one axis along which a gather picks single entries, whole in all others; else None."""
+    if name_of(equation) != "gather":
+        return None
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    axes, shape = numbers.start_index_map, equation.invars[0].aval.shape
+    plain = len(axes) == 1 and axes == numbers.collapsed_slice_dims
+    whole = all(a == b for i, (a, b) in enumerate(zip(sizes, shape, strict=True)) if i not in axes)
+    return axes[0] if plain and whole and not numbers.operand_batching_dims else None
+
+
 def conv_axes(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Batch, features and space of a convolution: their axes in its input and its output."""
     numbers = equation.params["dimension_numbers"]
@@ -365,6 +396,24 @@ def cut(equation: Any, axis: int) -> int | None:
     strides = equation.params["strides"]
     whole = strides is None or strides[axis] == 1
     return int(equation.params["start_indices"][axis]) if whole else None
+
+
+def selected(equation: Any, axis: int, number: int) -> slice | None:
+    """What a slice, a split or a reversal takes along an axis of its input for an output.
+
+    None for another operation.
+    """
+    name, params = name_of(equation), equation.params
+    if name == "slice":
+        step = None if params["strides"] is None else params["strides"][axis]
+        return slice(params["start_indices"][axis], params["limit_indices"][axis], step)
+    if name == "split":
+        start = sum(params["sizes"][:number])
+        along = axis == params["axis"]
+        return slice(start, start + params["sizes"][number]) if along else slice(None)
+    if name == "rev":
+        return slice(None, None, -1 if axis in params["dimensions"] else None)
+    return None
 
 
 def reduced(equation: Any, shape: tuple[int, ...]) -> int:

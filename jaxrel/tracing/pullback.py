@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 
 from jaxrel.tracing.evaluate import Edits, Evaluated, evaluate, tap_shapes
@@ -177,8 +178,8 @@ def _no_numbers(caller: str, leaves: Sequence) -> str:
             "jaxrel.tag(images, 'pixels'), and ask for argnums=None, at='pixels'"
         )
     return text + (
-        "explain a real one, such as the embedding of integer tokens. jaxrel.lrp explains "
-        "it where it is: mark it, jaxrel.tag(embedding, 'embed'), and ask for "
+        "explain a real one, such as the embedding of integer tokens, where it is: "
+        "mark it, jaxrel.tag(embedding, 'embed'), and ask for "
         "argnums=None, at='embed'"
     )
 
@@ -251,6 +252,55 @@ def as_seed(caller: str, out: Any, seed: Any, what: str) -> Any:
             f"the output's {what}, such as {one if what == 'cotangent' else one + ' * logits'}"
         )
     return seed
+
+
+def seed_of(caller: str, seed: Any, target: Any, *, relevance: bool) -> Any:
+    """The seed that explains a target, an index along the output's last axis, or the seed given.
+
+    Args:
+      caller: the function to name in an error.
+      seed: as of the caller; None where a target is given.
+      target: an int, or integers of the output's shape without its last axis.
+      relevance: whether a seed is relevance, the target's output, or a cotangent, 1.
+
+    Raises:
+      ValueError: both are given, or the target does not fit the output (of a known one, also its
+        range).
+      TypeError: the target is no integer.
+    """
+    if target is None:
+        return seed
+    if seed is not None:
+        raise ValueError(f"{caller}: give seed=, an array, or target=, an index; not both")
+    given = target
+    target = target if isinstance(target, jax.Array) else np.asarray(target)
+    if not jnp.issubdtype(target.dtype, jnp.integer):
+        raise TypeError(
+            f"{caller}: target must be an index along the output's last axis, or one for each "
+            f"example, got {given!r}"
+        )
+
+    def of(out: Any) -> Any:
+        shape = jnp.shape(target)
+        if not out.shape or shape not in ((), out.shape[:-1]):
+            raise ValueError(
+                f"{caller}: target has shape {shape} and the output {out.shape}; give one index "
+                "along its last axis, or one for each entry of the other axes"
+            )
+        count = out.shape[-1]
+        if not isinstance(target, jax.core.Tracer):
+            with jax.ensure_compile_time_eval():
+                lost = bool(
+                    jnp.any((jnp.asarray(target) < -count) | (jnp.asarray(target) >= count))
+                )
+            if lost:
+                raise ValueError(f"{caller}: target {target} does not exist; there are {count}")
+        index = jnp.asarray(target) % count
+        chosen = (jnp.arange(count) == jnp.expand_dims(index, -1)).astype(out.dtype)
+        chosen = jnp.broadcast_to(chosen, out.shape)
+        return chosen * out if relevance else chosen
+
+    return of
 
 
 def seed_cotangent(caller: str, out: Any, seed: Any) -> Any:

@@ -90,3 +90,54 @@ def by_loop(schedule, b, importance=None, residual=True):
     if not residual:
         r |= {x + x: r[x + x] - kept[x] for x in "sq"}
     return r
+
+
+def rolled_out(maps, b):
+    flow = np.eye(maps[0].shape[-1])
+    for attn in maps:
+        step = np.asarray(attn[b], np.float64).mean(0) + np.eye(len(flow))
+        flow = step / step.sum(-1, keepdims=True) @ flow
+    return flow
+
+
+def transformer_attribution(layers, b):
+    flow = np.eye(layers[0].attn.shape[-1])
+    for one in layers:
+        flow = flow + abar(one, 0, b) @ flow
+    return flow
+
+
+def rows_by_hand(name, schedule, layers, b, seen):
+    """The maps ss and sq of one example by a bimodal method.
+
+    The tokens `seen` of s, a slice or indices, reach what is explained. Where q does not attend to
+    itself its rollout is the identity.
+    """
+    if name in ("equal", "weighted", "equal_lrp"):
+        blocks = [[{p: layers[tag] for p, tag in stage} for stage in block] for block in schedule]
+        maps = by_loop(blocks, b, "grad_value" if name == "weighted" else None, residual=False)
+        return maps["ss"], maps["sq"]
+
+    def kind(pair):
+        for block in schedule:
+            there = [layers[tag] for stage in block for p, tag in stage if p == pair]
+            for i in range(max((len(x.attn) for x in there), default=0)):
+                for x in there:
+                    if i < len(x.attn):
+                        yield Layers(x.attn[i : i + 1], x.grad[i : i + 1])
+
+    ss, sq, qq = (list(kind(pair)) for pair in ("ss", "sq", "qq"))
+    last = [[np.asarray(x[0, b], np.float64) for x in kind[-1][:2]] for kind in (ss, sq)]
+    if name in ("raw", "partial_lrp"):
+        return [attn.mean(0) for attn, _ in last]
+    if name == "grad_cam":
+        last = [(attn, np.where(attn > 0, grad, 0)) for attn, grad in last]
+        of_heads = [grad.mean((1, 2), keepdims=True) * attn for attn, grad in last]
+        return [np.maximum(x.mean(0), 0) for x in of_heads]
+    if name == "rollout":
+        text = rolled_out([x.attn[0] for x in ss], b)
+        image = rolled_out([x.attn[0] for x in qq], b) if qq else np.eye(last[1][0].shape[-1])
+        return text, text[seen].T @ last[1][0].mean(0)[seen] @ image
+    text = transformer_attribution(ss, b)
+    image = transformer_attribution(qq, b) if qq else np.eye(last[1][0].shape[-1])
+    return text, text.T @ abar(sq[-1], 0, b) @ image

@@ -220,23 +220,6 @@ def test_sinks_are_no_keys():
     assert attention.relevance(model)(X).shape == (BATCH, TOKENS)
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-def test_windows_are_refused(shift):
-    def model(x):
-        h = jnp.roll(x, -shift, 1).reshape(-1, 2, TOKENS // 2, WIDTH)
-        return (x + jnp.roll(attend(h).reshape(x.shape), shift, 1))[:, 0].sum(-1)
-
-    folded = lambda x: (x + attend(x.reshape(-1, 3, WIDTH)).reshape(x.shape))[:, 0].sum(-1)
-    one = lambda x: model(x[None])[0]
-    assert "in windows" in str(attention.sites(model)(X)[0])
-    for fun, x in ((model, X), (one, X[0]), (lambda x: folded(x[None])[0], X[0])):
-        for names in (None, "attention"):
-            with pytest.raises(NotImplementedError, match="attends within parts of the tokens"):
-                equal(fun, x, attention=names)
-    with pytest.raises(ValueError, match="folded with heads or windows"):
-        equal(folded, X)
-
-
 MESH = Mesh(jax.devices()[:1], ("d",))
 KEEPS = {
     "sharding": lambda a: lax.with_sharding_constraint(a, NamedSharding(MESH, PartitionSpec())),

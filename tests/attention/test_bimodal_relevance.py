@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from jaxrel import attention
 from jaxrel.attention import BIMODAL_METHODS, Layers, bimodal_relevance
 from jaxrel.attention.methods import TABLE
-from tests.attention.naive import abar, by_loop
+from tests.attention.naive import rows_by_hand
 from tests.zoo.clipmappers import TEXTS, answered, random_mapper
 from tests.zoo.images import random_images
 
@@ -54,51 +54,6 @@ def all_methods(model, inputs, methods=BIMODAL_METHODS):
         return explain(model, inputs), made_of
 
 
-def rolled_out(maps, b):
-    flow = np.eye(maps[0].shape[-1])
-    for attn in maps:
-        step = np.asarray(attn[b], np.float64).mean(0) + np.eye(len(flow))
-        flow = step / step.sum(-1, keepdims=True) @ flow
-    return flow
-
-
-def transformer_attribution(layers, b):
-    flow = np.eye(layers[0].attn.shape[-1])
-    for one in layers:
-        flow = flow + abar(one, 0, b) @ flow
-    return flow
-
-
-def rows_by_hand(name, schedule, layers, b, seen):
-    """The maps ss and sq of one example; `seen` tokens of s reach what is explained."""
-    if name in ("equal", "weighted", "equal_lrp"):
-        blocks = [[{p: layers[tag] for p, tag in stage} for stage in block] for block in schedule]
-        maps = by_loop(blocks, b, "grad_value" if name == "weighted" else None, residual=False)
-        return maps["ss"], maps["sq"]
-
-    def kind(pair):
-        for block in schedule:
-            there = [layers[tag] for stage in block for p, tag in stage if p == pair]
-            for i in range(max((len(x.attn) for x in there), default=0)):
-                for x in there:
-                    if i < len(x.attn):
-                        yield Layers(x.attn[i : i + 1], x.grad[i : i + 1])
-
-    ss, sq, qq = (list(kind(pair)) for pair in ("ss", "sq", "qq"))
-    last = [[np.asarray(x[0, b], np.float64) for x in kind[-1][:2]] for kind in (ss, sq)]
-    if name in ("raw", "partial_lrp"):
-        return [attn.mean(0) for attn, _ in last]
-    if name == "grad_cam":
-        last = [(attn, np.where(attn > 0, grad, 0)) for attn, grad in last]
-        of_heads = [grad.mean((1, 2), keepdims=True) * attn for attn, grad in last]
-        return [np.maximum(x.mean(0), 0) for x in of_heads]
-    if name == "rollout":
-        text, image = (rolled_out([x.attn[0] for x in kind], b) for kind in (ss, qq))
-        return text, text[:seen].T @ last[1][0].mean(0)[:seen] @ image
-    text, image = (transformer_attribution(kind, b) for kind in (ss, qq))
-    return text, text.T @ abar(sq[-1], 0, b) @ image
-
-
 ALL_METHODS = jax.jit(all_methods)
 
 
@@ -132,7 +87,7 @@ def test_methods_are_what_they_say(vqa, questions, explained):
         if TABLE[name].by_lrp:
             layers = {tag: x._replace(attn=made_of["lrp"][tag]) for tag, x in plain.items()}
         for b, token in enumerate(target_token):
-            maps = rows_by_hand(name, schedule, layers, b, seen=token + 1)
+            maps = rows_by_hand(name, schedule, layers, b, seen=slice(token + 1))
             for row, expected in zip(of_method, maps, strict=True):
                 scale = np.abs(expected[token]).max()
                 # The heads' weights may all be negative, and then no attention is left.

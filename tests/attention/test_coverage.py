@@ -86,6 +86,50 @@ def test_a_tag_on_one_layer_of_two_is_no_choice_of_a_stack(other):
             attention.relevance(model, attention="maps", method="equal")(X)
 
 
+def summed_by_hand(x):
+    """Values multiplied entry by entry, and summed over the keys."""
+    attn = jax.nn.softmax(x @ W[0] @ (x @ W[1]).swapaxes(1, 2))
+    return (attn[..., None] * (x @ W[2])[:, None]).sum(2) @ W[3]
+
+
+def key_by_key(x):
+    """A softmax that is never held whole: one key after another, as kernels do it."""
+    q, k, v = (x @ w for w in W[:3])
+
+    def step(state, key):
+        top, total, out = state
+        scores = jnp.einsum("bqd,bd->bq", q, key[0])
+        new = jnp.maximum(top, scores)
+        old, share = jnp.exp(top - new), jnp.exp(scores - new)
+        out = out * old[..., None] + share[..., None] * key[1][:, None]
+        return (new, total * old + share, out), None
+
+    zeros = jnp.zeros((BATCH, TOKENS))
+    keys = jnp.moveaxis(k, 1, 0), jnp.moveaxis(v, 1, 0)
+    start = (zeros - 1e30, zeros, jnp.zeros_like(x))
+    (_, total, out), _ = jax.lax.scan(step, start, keys)
+    return out / total[..., None] @ W[3]
+
+
+def divided_later(x):
+    e = jnp.exp(x @ W[0] @ (x @ W[1]).swapaxes(1, 2))
+    return (e @ (x @ W[2])) / e.sum(-1, keepdims=True) @ W[3]
+
+
+@pytest.mark.parametrize("other", [summed_by_hand, key_by_key, divided_later])
+def test_attention_without_a_map_that_meets_its_values_is_named(other):
+    plain = lambda x: attend(x, softmax)
+    np.testing.assert_allclose(other(X), plain(X), rtol=1e-4, atol=1e-5)  # float32 rounding
+    for first, second in ((plain, other), (other, plain)):
+
+        def model(x, first=first, second=second):
+            x = x + first(x)
+            return (x + second(x))[:, 0].sum(-1)
+
+        with pytest.raises(NotImplementedError, match=rf"test_coverage.py.*\({other.__name__}"):
+            attention.relevance(model, method="equal")(X)
+
+
 def test_softmaxes_that_are_no_attention_are_no_obstacle():
     """Experts chosen by a softmax, classes, and a softmax over width, beside attention."""
 

@@ -323,3 +323,22 @@ def test_query_groups_are_heads_wherever_their_axis_stands():
 
     (stack,) = attention.sites(grouped)(X)
     assert stack.sites[0].shape == (BATCH, 4, TOKENS, TOKENS)
+
+
+def test_a_tree_of_parameters_is_no_data():
+    """As in Linen and Equinox: products with weights are no products with data."""
+
+    def model(params, x):
+        x = x + jax.nn.softmax(x @ params["gate"]) @ params["out"]
+        scores = x @ params["keys"] @ x.swapaxes(1, 2)
+        return (x + jax.nn.softmax(scores) @ x)[:, 0].sum(-1)
+
+    names = ("gate", "out", "keys")
+    params = dict(zip(names, WEIGHTS, strict=False))
+    (stack,) = attention.sites(model)(params, X)
+    assert (stack.layers, stack.is_self) == (1, True)
+    got, want = (
+        attention.relevance(fun, argnums=argnums)(params, X)
+        for fun, argnums in ((model, None), (model, 1))
+    )
+    np.testing.assert_array_equal(got, want)

@@ -51,11 +51,19 @@ def test_explanation_by_rules(model, scene, method, rules):
     np.testing.assert_allclose(account["output"], one.score[0], rtol=1e-5)
     np.testing.assert_allclose(account["output"] - lost, account["input"], rtol=1e-4, atol=1e-4)
     assert sum(one.report["rules"].values()) > 40
+    assert one.report["coverage"] == {"of": "operations", "share": 1.0}
     assert one.settings == "summed over the features of each token"
 
 
 def test_lrp_finds_the_object(model, scene):
     maps = jaxrel.explain(model, image=scene, text="a red circle", method=("lrp", "weighted"))
+    layers = model.config.vision.layers + model.config.text.layers
+    assert maps[1].report["coverage"] == {
+        "of": "layers of attention",
+        "followed": layers,
+        "layers": layers,
+        "share": 1.0,
+    }
     peaks = [np.unravel_index(one.image[0].argmax(), one.image[0].shape) for one in maps]
     # The circle lies over the middle of the scene, rows 4 and 5 of 8.
     assert all(row in (4, 5) for row, _ in peaks)

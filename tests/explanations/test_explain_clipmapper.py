@@ -55,6 +55,9 @@ def test_explain_questions(vqa):
     assert [target.split(" (")[0] for target in one.target] == ["two", "red"]
     assert one.settings == "all layers, all heads, importance grad_value"
     assert one.report["text"]["tokens"] == [5, 3]
+    coverage = one.report["coverage"]
+    assert coverage["share"] == 1
+    assert coverage["followed"] == coverage["layers"] > 10
     assert [word for word, _ in one.words(1)] == ["a", "blue", "square"]
     assert not one.signed
 

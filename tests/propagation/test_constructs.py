@@ -278,7 +278,7 @@ CONSTRUCTS = {
         KEEPS,
     ),
     "quotient": (
-        lambda: raw(lambda w, x: (x @ w) / (jax.nn.softplus(x @ w.T) + 1), 4, 4),
+        lambda: raw(lambda w, x: (x @ w) / (jax.nn.sigmoid(x @ w.T) + 1), 4, 4),
         (2, 4),
         LOSES,
     ),

@@ -66,6 +66,7 @@ SOFTMAXES = {
     "scores clipped": lambda s: softmax(jnp.clip(s, -100, 100)),
     "result clipped": lambda s: jnp.clip(softmax(s), 1e-30, 1),
     "exp2": lambda s: _over_sum(jnp.exp2(s * LOG2E - top(s * LOG2E))),
+    "expm1": lambda s: _over_sum(jnp.expm1(s) + 1),
     "2 ** s": lambda s: _over_sum(2.0 ** (s * LOG2E)),
     "e ** s": lambda s: _over_sum(jnp.power(np.e, s)),
     "@ ones": lambda s: exp(s) / (exp(s) @ jnp.ones((5, 1))),
@@ -292,8 +293,14 @@ def test_a_gate_stays_one_where_it_is_cut_out(name, cut):
         lambda x: jnp.exp(x) + 1,
         lambda x: jnp.where(x >= 0, x, np.finfo("float32").min),
         lambda x: jnp.where(x > 0, x, -np.inf),
+        jax.nn.softplus,
+        jax.nn.log_sigmoid,
+        lambda x: jnp.log(1 + jnp.exp(2 * x)),
     ],
-    ids=["exp", "cos", "rbf", "cauchy", "log", "sqrt", "exp + 1", "threshold", "infinite"],
+    ids=[
+        *("exp", "cos", "rbf", "cauchy", "log", "sqrt", "exp + 1", "threshold", "infinite"),
+        *("softplus", "log_sigmoid", "softplus by hand"),
+    ],
 )
 def test_what_is_no_activation_is_named_and_its_advice_is_the_derivative(f):
     fun = lambda x: f(x @ WEIGHTS[0])

@@ -287,7 +287,7 @@ def random_network(seed, blocks, width, two_signs):
             values[(*centre, 1)] = -np.abs(values[(*centre, 1)]) - 0.1
         return jnp.asarray(values)
 
-    activation = jax.nn.softplus if two_signs else jax.nn.relu
+    activation = jnp.abs if two_signs else jax.nn.relu
     convolve = lambda x, w: jax.lax.conv_general_dilated(
         x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
