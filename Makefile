@@ -43,7 +43,7 @@ demo: $(VENV)/.installed
 	  --text "a red circle" --text "a red star" --method weighted,equal --out $(OUT)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not zoo'
 
 # Errors in a cell fail; the executed copies, with their images, go to $(OUT).
 EXECUTE = $(BIN)/jupyter execute --timeout=600 --output='$(abspath $(OUT))/{notebook_name}'

@@ -17,6 +17,7 @@ from tests.zoo import BIAS_FREE, ZOO
 # whether relevance is right, and not in those that ask whether JAX's transformations agree.
 HEAVY = {"vgg16", "resnet50"}
 LIGHT = sorted(set(ZOO) - HEAVY)
+ALL = [*LIGHT, *(pytest.param(name, marks=pytest.mark.zoo) for name in sorted(HEAVY))]
 
 # `epsilon_plus` and `epsilon_alpha2_beta1` are parts of those with Flat.
 PRESETS = {
@@ -81,7 +82,7 @@ def rounding(a, operations):
     return operations * float(jnp.finfo(a.dtype).eps)
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", ALL)
 def test_gradient_rule_is_the_gradient(x64, name):
     a = case(name)
 
@@ -197,6 +198,7 @@ def test_gradient_of_relevance(x64, name):
 
 
 # `clip_text` and `lstm_rnn` are other spellings of what `clip_image` and `lstm` are.
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", sorted(set(ZOO) - {"clip_text", "lstm_rnn"}))
 def test_all_presets_are_finite(name):
     a = case(name, "float32")
