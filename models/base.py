@@ -50,7 +50,8 @@ class Model(nnx.Module):
         distance = self._distance(inputs, len(text))
         for sentence, far, value in zip(text, distance, np.asarray(score), strict=True):
             unknown = self._unknown_words(sentence)
-            numbers, notes = {}, []
+            numbers: dict[str, Any] = {}
+            notes: list[str] = []
             if self.familiar is not None and far is not None:
                 numbers, notes = self.familiar.told(far, float(value))
             if unknown:

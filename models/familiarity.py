@@ -111,12 +111,11 @@ def read_familiarity(folder: Path) -> Familiarity | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("protocol") != PROTOCOL:
             raise ValueError(f"expected protocol {PROTOCOL!r}")
-        found = Familiarity(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in content.items()
-            }
-        )
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in content.items()
+        }
+        found = Familiarity(**fields)
         if np.shape(found.whitening) != (_COUNT, _COUNT) or np.shape(found.mean) != (_COUNT,):
             raise ValueError(f"expected {_COUNT} statistics, got {len(found.mean)}")
         return found

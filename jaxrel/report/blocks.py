@@ -118,7 +118,10 @@ def raster(block: Block, scale: int = 1) -> Image.Image:
         match mark:
             case Text():
                 font = fonts.choose(mark.text, scale * mark.size)
-                draw.text((x, y), fonts.drawable(mark.text, font), mark.ink, font, anchor="ls")
+                shown = fonts.drawable(mark.text, font)
+                # A first letter that begins left of its place is moved to it.
+                x -= min(0, round(font.getbbox(shown, anchor="ls")[0]))
+                draw.text((x, y), shown, mark.ink, font, anchor="ls")
             case Box():
                 right = x + max(1, round(scale * mark.width)) - 1
                 below = y + max(1, round(scale * mark.height)) - 1

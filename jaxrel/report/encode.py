@@ -20,9 +20,9 @@ _LONGEST = 640
 _EXACT = 1024
 # Characters of all maps of one image, by the size of its largest map: 64 x 64 pixels must fit
 # into a page of 300 kB, and 15 words of 224 x 224 into one of 1.5 MB.
-_PER_CELL, _MOST = 45, 1_100_000
+_PER_CELL, _MOST = 40, 1_000_000
 # Cells and pixels on a side of a map that is shown without script.
-_STILL_CELLS, _STILL = 32, 128
+_STILL_CELLS, _STILL = 24, 96
 
 
 def photograph(image: UInt8[np.ndarray, "_ _ 3"]) -> str:
@@ -63,7 +63,7 @@ def maps(values: Sequence[Real[np.ndarray, "rows columns"] | None]) -> list[dict
         found = [None if one is None else _map(one, side) for one in given]
         if side <= _CELLS_LEFT or sum(len(one["data"]) for one in found if one) <= budget:
             return found
-        side = side * 3 // 4
+        side -= side // 8
 
 
 _CELLS_LEFT = 16
@@ -72,7 +72,7 @@ _CELLS_LEFT = 16
 def _map(values: np.ndarray, side: int) -> dict[str, Any]:
     limit = colours.scale(values)
     sent = pool(values, side) if max(values.shape) > side else values
-    if sent.size <= _EXACT:
+    if values.size <= _EXACT:
         bits, data = 32, np.asarray(sent, "<f4").tobytes()
     else:
         steps = np.round(127 * colours.normalise(sent, limit))

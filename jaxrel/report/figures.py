@@ -89,7 +89,8 @@ def pages(explanations: Explanations, *, cell: int = 320) -> bytes:
     """
     checked = columns(explanations)
     parts = _parts(checked, cell)
-    width = max(part.width for part in parts)
+    # Narrow figures are not blown up: four cells are as wide as a page.
+    width = max(_CELLS * (cell + _GAP) - _GAP, *(part.width for part in parts))
     limit = (width + 2 * _MARGIN) * _ASPECT - 2 * _MARGIN
     filled: list[list[Block]] = [[]]
     for part in parts:
@@ -97,7 +98,7 @@ def pages(explanations: Explanations, *, cell: int = 320) -> bytes:
         if filled[-1] and used + part.height > limit:
             filled.append([])
         filled[-1].append(part)
-    first, *rest = [raster(_framed(blocks, round(limit)), _FINE) for blocks in filled]
+    first, *rest = [raster(_framed(blocks, width, round(limit)), _FINE) for blocks in filled]
     buffer = io.BytesIO()
     # A4 is 8.27 inches wide.
     resolution = first.width / 8.27
@@ -106,8 +107,8 @@ def pages(explanations: Explanations, *, cell: int = 320) -> bytes:
     return buffer.getvalue()
 
 
-def _framed(parts: Sequence[Block], height: int = 0) -> Block:
-    block = stack(parts, gap=18)
+def _framed(parts: Sequence[Block], width: int = 0, height: int = 0) -> Block:
+    block = stack(parts, gap=18, width=width)
     return framed(Block(block.width, max(block.height, height), block.marks), _MARGIN)
 
 
@@ -295,7 +296,8 @@ def _text(text: str, size: int, width: int, *, ink: Colour = _INK, underlined: s
     if not text:
         return Block(width, 0)
     font = fonts.choose(text, size)
-    lines = _wrap(fonts.drawable(text, font), font, width)
+    # Letters may reach a little beyond their length.
+    lines = _wrap(fonts.drawable(text, font), font, width - 2)
     height = _line_height(size)
     marks: list[Box | Text] = [
         Text(0, i * height + size, line, size, ink) for i, line in enumerate(lines)

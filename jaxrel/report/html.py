@@ -152,7 +152,8 @@ def _view(index: int, view: Sequence[Row], columns: Sequence[Column]) -> str:
         heading, score = _escape(" ".join(word for word, _, _ in caption_words(view))), ""
     else:
         start, flagged = map(escape, texts.target(last))
-        heading = start + (f"<mark>{flagged}</mark>" if flagged else "")
+        asked = _escape(dict(last[0].about).get("question", ""))
+        heading = f"{asked} " * bool(asked) + start + (f"<mark>{flagged}</mark>" * bool(flagged))
         score = f'<p class="muted">score {_escape(texts.score(last))}</p>\n'
     notes = "".join(f'<p class="note" role="note">{_escape(x)}</p>\n' for x in _notes(view))
     kind = "view words-of" if last[0].caption is not None else "view"

@@ -15,13 +15,17 @@ _CELLS = 8
 
 
 def pool(values: Real[np.ndarray, "rows columns"], cells: int) -> Float[np.ndarray, "_ _"]:
-    """A map as means of equal blocks, with at most so many cells on a side."""
-    pooled = np.asarray(values, np.float64)
-    for axis in (0, 1):
-        count = min(cells, pooled.shape[axis])
-        parts = np.array_split(pooled, count, axis)
-        pooled = np.stack([part.mean(axis) for part in parts], axis)
-    return pooled
+    """A map as means of equal areas, with at most so many cells on a side."""
+    rows, columns = (_means(side, min(cells, side)) for side in values.shape)
+    return rows @ np.asarray(values, np.float64) @ columns.T
+
+
+def _means(side: int, parts: int) -> Float[np.ndarray, "{parts} {side}"]:
+    """The share of each of `side` pixels in the mean of each of `parts` equal stretches."""
+    edges = np.arange(parts + 1) * side / parts
+    inside = np.minimum(edges[1:, None], np.arange(1, side + 1))
+    inside -= np.maximum(edges[:-1, None], np.arange(side))
+    return np.maximum(inside, 0) * parts / side
 
 
 def place(values: Real[np.ndarray, "rows columns"]) -> str:
