@@ -28,7 +28,7 @@ from jaxrel.report.places import summary
 from jaxrel.report.views import as_json, caption_words
 
 # A page holds the first of many examples; a folder of files holds all: `jaxrel batch`.
-MOST = 24
+MOST = 100
 
 # A notebook keeps what it shows; beyond this many examples it would grow by megabytes.
 _FRAGMENT_EXAMPLES = 8
@@ -42,7 +42,7 @@ def page(explanations: Explanations, *, title: str | None = None) -> str:
 
     An input is one view: the image with its map and words; a caption is one too, with its words
     as buttons. One chooses the method, the scale and more; values are told on hover and focus.
-    Still maps are there without script. More than 24 inputs are cut, and the page says so.
+    Still maps are there without script. More than 100 inputs are cut, and the page says so.
 
     Args:
       explanations: one, or several of the same inputs (one per method).

@@ -5,6 +5,7 @@ import types
 import numpy as np
 from PIL import Image
 
+from jaxrel.explanations.examples import Batch, Rows
 from jaxrel.explanations.inputs import examples
 from jaxrel.images import read_image
 
@@ -16,11 +17,10 @@ class Model:
         return [["", "a", "ring"]] * len(inputs["text"])
 
 
-def told(model, image, text, rows, seen):
-    count = len(seen)
-    return examples(
-        model, image=image, text=text, seen=seen, rows=rows, score=np.zeros(count, np.float32)
-    )
+def told(model, image, text, inputs, seen):
+    rows = Rows(inputs, len(seen))
+    score = np.zeros(len(seen))
+    return examples(model, Batch(5, 1, image, text, None), rows, seen=seen, score=score)
 
 
 def test_files_sentences_and_what_the_model_saw(tmp_path):
@@ -52,10 +52,10 @@ def test_words_of_captions():
         "example": np.array([0, 0]),
     }
     seen = [np.zeros((4, 4, 3), np.uint8)] * 2
-    found = told(Model(), seen[0], None, rows, seen)
+    found = told(Model(), [seen[0]], None, rows, seen)
     assert [(one["word"], one["position"], one["caption"]) for one in found] == [
-        ("a", 1, 0),
-        ("ring", 2, 0),
+        ("a", 1, 5),
+        ("ring", 2, 5),
     ]
     assert "question" not in found[0]
 
@@ -67,7 +67,7 @@ def test_what_the_model_tells_of_familiarity():
 
     seen = [np.zeros((4, 4, 3), np.uint8)]
     rows = {"image": np.zeros((1, 4, 4, 3)), "text": np.zeros((1, 3))}
-    (found,) = told(Knowing(), seen[0], "a", rows, seen)
+    (found,) = told(Knowing(), [seen[0]], ["a"], rows, seen)
     assert found["familiarity"] == {"distance": 9.0}
     assert found["notes"] == ["Odd."]
     assert "unknown words" not in found
