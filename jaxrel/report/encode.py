@@ -47,7 +47,7 @@ def still(values: Real[np.ndarray, "rows columns"], *, signed: bool) -> str:
     return _url("png", png(Image.fromarray(drawn).quantize(64)))
 
 
-def maps(values: Sequence[Real[np.ndarray, "rows columns"] | None]) -> list[dict[str, Any] | None]:
+def maps(values: Sequence[Real[np.ndarray, "_ _"] | None]) -> list[dict[str, Any] | None]:
     """All maps of one image as what JSON holds; averaged over blocks where they are too many.
 
     Returns:

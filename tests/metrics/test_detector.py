@@ -333,9 +333,8 @@ def test_evaluate_and_explain(lights, folder, tmp_path, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)["explanations"]
     flags = [example["flag"] for example in found[0]["examples"]]
     assert all(one is None or one["flagged"] == (one["value"] < one["threshold"]) for one in flags)
-    assert text.count("% of words flagged like this one") == sum(
-        one["flagged"] for one in flags if one
-    )
+    said = "% of words flagged like this one"
+    assert text.count(said) == sum(one["flagged"] for one in flags if one)
     assert text.count("not flagged: ") == sum(not one["flagged"] for one in flags if one)
     old = [example["verdict"] for example in found[0]["examples"]]
     assert [one and one["doubted"] for one in old] == [one and one["flagged"] for one in flags]

@@ -229,6 +229,11 @@ def test_a_page_is_small(words, shape, side, methods, limit):
     assert map["shape"][0] >= (shape[0] if methods == 1 else shape[0] / 2.5)
 
 
+def test_maps_of_one_view_may_have_several_sizes():
+    sent = encode.maps([np.ones((64, 64)), None, np.ones((8, 8))])
+    assert [one and one["own"] for one in sent] == [[64, 64], None, [8, 8]]
+
+
 def test_averaged_maps_keep_their_means():
     noise = [np.random.default_rng(i).normal(size=(64, 64)) for i in range(40)]
     for sent, given in zip(encode.maps(noise), noise, strict=True):
