@@ -1,7 +1,9 @@
 """Writing files: complete or not at all."""
 
+import itertools
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -33,3 +35,19 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def free_names(folder: Path, stem: str, suffixes: Sequence[str]) -> list[Path]:
+    """Names of files that are not there yet: stem.png, or stem-2.png and so on, one number for all.
+
+    Args:
+      folder: where to; it may be missing.
+      stem: the name without suffix.
+      suffixes: one per file.
+    """
+    for number in itertools.count(1):
+        name = stem if number == 1 else f"{stem}-{number}"
+        files = [folder / f"{name}{suffix}" for suffix in suffixes]
+        if not any(file.exists() for file in files):
+            return files
+    raise AssertionError("there is always a free number")

@@ -8,7 +8,9 @@ from jaxrel.renamed import renamed_attribute
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """Whether a word is likely hallucinated, judged by a statistic of its map.
+    """Whether a word is worth a second look, judged by a statistic of its map.
+
+    Words that are not in the image have less of it, on average; a flag is a hint and no verdict.
 
     Attributes:
       word: the word.
@@ -45,9 +47,9 @@ class Flag:
         found = f"{self.statistic} of the map {self.value:.4g}"
         if not self.flagged:
             return f"not flagged: {found}, at least {self.threshold:.4g}"
-        # "Likely" is said of more than half alone.
-        how = "likely" if self.precision > 0.5 else "perhaps"
+        # The share comes first: most flagged words may be true.
         return (
-            f"{how} hallucinated: {found}, below {self.threshold:.4g} ({self.precision:.0%} of the "
-            f"words below it were hallucinated, {self.evidence})"
+            f"{1 - self.precision:.0%} of words flagged like this one are true of the image, and "
+            f"{self.precision:.0%} are not ({self.evidence}); flagged by the {found}, below "
+            f"{self.threshold:.4g}"
         )

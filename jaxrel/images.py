@@ -85,7 +85,10 @@ def _decoded(file: Any, path: Path, max_pixels: int) -> Image.Image:
             if width * height > max_pixels:
                 size = f"{width:,} x {height:,} = {width * height:,} pixels"
                 raise _too_large(path, size, max_pixels)
-            return rgb(image, name=str(path))
+            found = rgb(image, name=str(path))
+    # As images that Pillow opens have it: explanations say which file they are of.
+    vars(found)["filename"] = str(path)
+    return found
 
 
 def rgb(image: Image.Image, *, name: str = "the image") -> Image.Image:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxrel.files import write_atomically
+from jaxrel.files import free_names, write_atomically
 
 
 def test_writing_says_where_it_cannot(tmp_path):
@@ -20,3 +20,15 @@ def test_written_files_follow_the_umask(tmp_path):
     plain.write_bytes(b"")
     write_atomically(tmp_path / "ours", b"")
     assert (tmp_path / "ours").stat().st_mode == plain.stat().st_mode
+
+
+def test_free_names_share_a_number(tmp_path):
+    def names():
+        return [file.name for file in free_names(tmp_path, "a", [".png", ".html"])]
+
+    assert names() == ["a.png", "a.html"]
+    (tmp_path / "a.html").touch()
+    assert names() == ["a-2.png", "a-2.html"]
+    (tmp_path / "a-2.png").touch()
+    assert names() == ["a-3.png", "a-3.html"]
+    assert free_names(tmp_path / "none", "a", [".png"]) == [tmp_path / "none" / "a.png"]

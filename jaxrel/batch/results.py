@@ -124,7 +124,10 @@ def _joined(reports: Sequence[Any]) -> Any:
     first = reports[0]
     if isinstance(first, dict):
         return {
-            name: _joined([report[name] for report in reports])
+            # What is told of an example stays together, whatever is told of the others.
+            name: [report[name] for report in reports]
+            if name == "examples"
+            else _joined([report[name] for report in reports])
             for name in first
             if all(name in report for report in reports)
         }

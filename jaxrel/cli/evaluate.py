@@ -64,7 +64,13 @@ def _add_recipes(judged: Any) -> None:
             recipe.add_argument(
                 "--card", action="store_true", help="write the model's README.md too"
             )
-        recipe.set_defaults(run=_recipe, recipe=name, data=None, card=False)
+            recipe.add_argument(
+                "--familiarity",
+                action="store_true",
+                help="measure instead which images are familiar, and keep it in the model's "
+                "folder, where `jaxrel explain` finds it",
+            )
+        recipe.set_defaults(run=_recipe, recipe=name, data=None, card=False, familiarity=False)
 
 
 def _add_perturbation(judged: Any) -> None:
@@ -195,6 +201,8 @@ def _recipe(options: argparse.Namespace) -> None:
             f"{options.model!r} is a {type(model).__name__}, and {options.recipe} judges a "
             f"{recipe.model.__name__}"
         )
+    if options.familiarity:
+        return _familiarity(model, folder, options.scenes)
     result = recipe.evaluate(model, **chosen)
     print(json.dumps({"model": options.model, **result}, indent=2))
     if options.card:
@@ -202,6 +210,19 @@ def _recipe(options: argparse.Namespace) -> None:
     from jaxrel.train.evaluate.tables import all_tables
 
     _record(options, result["protocol"], (recipe.tables or all_tables)(result), result)
+
+
+def _familiarity(model: Any, folder: Path, scenes: int) -> None:
+    from jaxrel.train.evaluate.familiarity import measure
+
+    fields = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    found = measure(
+        model, pixel_mean=fields["image_mean"], pixel_std=fields["image_std"], scenes=scenes
+    )
+    print(
+        f"{found.share:.1%} of {found.scenes} held-out scenes are nearer than {found.usual}, and "
+        f"the highest score is {found.score}\nwrote {found.save(folder)}"
+    )
 
 
 def _record(options: argparse.Namespace, protocol: str, tables: Sequence, result: Any) -> None:

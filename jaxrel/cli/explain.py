@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxrel.cli import options as shared
+from jaxrel.files import free_names
 
 Asked = Literal["text", "question", "caption"]
 
@@ -38,7 +39,8 @@ METHODS = {
 DESCRIPTION = """\
 Write OUT/explanation.png and OUT/explanation.html: which parts of an image and
 which words of a sentence made the model's score of the two, its answer to a
-question, or each word of its caption.
+question, or each word of its caption. Where these files exist, the new ones get a
+number.
 """
 METHODS_HELP = "methods:\n" + "\n".join(
     textwrap.fill(
@@ -62,6 +64,13 @@ EXAMPLES = """examples:
 """
 
 
+# What JSON tells of an example beside its relevance, where it is known.
+TOLD = ("question", "familiarity", "unknown words", "notes")
+
+# A figure as image, for print, or to be edited; and the page.
+FORMATS = ("png", "html", "pdf", "svg")
+
+
 def add(commands: Any) -> None:
     """Add the command."""
     explain = commands.add_parser(
@@ -76,6 +85,16 @@ def add(commands: Any) -> None:
     _add_how(explain)
     output = explain.add_argument_group("output")
     shared.add_out(output)
+    output.add_argument(
+        "--format",
+        default=",".join(FORMATS[:2]),
+        help=f"what to write, with commas: {', '.join(FORMATS)} (default: png,html)",
+    )
+    output.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of an earlier run (default: number the new ones, explanation-2.png)",
+    )
     output.add_argument("--json", action="store_true", help="print the result as JSON")
     explain.set_defaults(run=run)
 
@@ -155,7 +174,7 @@ def run(options: argparse.Namespace) -> None:
         name=shared.printable(options.model),
         detector=Detector.load(find_folder(options.model), model) if by_word else None,
     )
-    files = [options.out / f"explanation{suffix}" for suffix in (".png", ".html")]
+    files = _files(options)
     for file in files:
         report.save(explanations, file)
     if options.json:
@@ -186,7 +205,23 @@ def _check(options: argparse.Namespace, asked: Asked) -> tuple[list, list[str] |
             "images, or one for each"
         )
     shared.check_out(options.out)
+    _files(options)
     return images, texts, named
+
+
+def _files(options: argparse.Namespace) -> list[Path]:
+    """The files to write; ValueError for a format that is not known."""
+    formats = dict.fromkeys(filter(None, options.format.split(",")))
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise ValueError(
+            f"--format: unknown format {', '.join(map(repr, unknown)) or '(none given)'}; "
+            f"there are {', '.join(FORMATS)}"
+        )
+    suffixes = [f".{name}" for name in formats]
+    if options.overwrite:
+        return [options.out / f"explanation{suffix}" for suffix in suffixes]
+    return free_names(options.out, "explanation", suffixes)
 
 
 def check_asked(model: Any, asked: Asked, name: str) -> None:
@@ -198,8 +233,16 @@ def check_asked(model: Any, asked: Asked, name: str) -> None:
 
 def _print(options: argparse.Namespace, explanations: Sequence[Any]) -> None:
     first = explanations[0]
+    told: set[tuple[str, str]] = set()
     for i, target in enumerate(first.target):
-        print(f"{_file(options, first, i)}, {target}: score {first.score[i]:.2f}")
+        file = _file(options, first, i)
+        print(f"{file}, {target}: score {first.score[i]:.2f}")
+        # What holds for an image is said once, and not of each word of its caption.
+        notes = first.report["examples"][i].get("notes", ())
+        for note in notes:
+            if (file, note) not in told:
+                told.add((file, note))
+                print(f"  note: {note}")
         for one in explanations:
             if one.flags and one.flags[i] is not None:
                 print(f"  {one.method}: {one.flags[i]}")
@@ -238,6 +281,8 @@ def _example(options: argparse.Namespace, explanation: Any, row: int) -> dict[st
         "image": explanation.image[row].tolist(),
         "words": explanation.words(row),
     }
+    told = explanation.report["examples"][row]
+    found |= {name.replace(" ", "_"): told[name] for name in TOLD if name in told}
     # Nothing is said of words where none is judged.
     if explanation.flags:
         flag = explanation.flags[row]

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from jaxrel.attention.methods import check_methods
-from jaxrel.explanations import captions, tokens
+from jaxrel.explanations import captions, inputs, tokens
 from jaxrel.explanations.examples import (
     Batch,
     batches,
@@ -41,6 +41,11 @@ class Explainable(Protocol):
 
     For LRP, the model tags each stream's embedded content tokens, `[batch, tokens, width]`, with
     `jaxrel.tag(x, "<stream>/tokens")`.
+
+    A method `familiarity(inputs, text, score)` may be left out. Of rows, the texts as they were
+    given ("" where the model wrote them) and the scores, it returns by row what the report tells
+    of the example: "familiarity", numbers that say how far the input is from what the model was
+    trained on, "unknown words", and "notes", what is to be known, in words.
     """
 
     @property
@@ -206,6 +211,7 @@ def explain_prepared(
         ]
         of_row = some.inputs.get("example", np.arange(len(images)))
         seen = tuple(pixels[i] for i in np.asarray(of_row)[: some.count])
+        about = inputs.examples(model, batch, some, seen=seen, score=score)
         parts.append(
             [
                 Explanation(
@@ -216,7 +222,7 @@ def explain_prepared(
                     model=name,
                     method=one,
                     signed=one in kind.signed,
-                    **_numbered(found[one], batch.start),
+                    **_numbered(found[one], batch.start, about),
                 )
                 for one in request.methods
             ]
@@ -224,9 +230,11 @@ def explain_prepared(
     return [Explanation.concatenate(part) for part in zip(*parts, strict=True)]
 
 
-def _numbered(fields: Mapping[str, Any], start: int) -> dict[str, Any]:
-    """Fields of a batch whose first example has this number among all."""
-    report = dict(fields["report"])
+def _numbered(
+    fields: Mapping[str, Any], start: int, about: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Fields of a batch whose first example has this number, with what is told of its rows."""
+    report = {**fields["report"], "examples": list(about)}
     if "example" in report:
         report["example"] = [start + i for i in report["example"]]
     return {**fields, "report": report}

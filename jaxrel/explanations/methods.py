@@ -36,6 +36,33 @@ WORD_METHODS = (
 # The maps of "grad_cam" are not negative, its words may be.
 SIGNED_WORDS = frozenset(WORD_METHODS) - {"attention"}
 
+# What the relevance of each method means, for readers who have not met it.
+MEANINGS = {
+    "weighted": "The attention of all layers, times the gradient of the score, accumulated from "
+    "layer to layer; each layer counts as much as it changes the tokens.",
+    "equal": "The attention of all layers, times the gradient of the score, accumulated from layer "
+    "to layer; attention and the path around it count alike.",
+    "raw": "The last layer's attention, averaged over its heads. It is the same for every target.",
+    "rollout": "The attention of all layers, multiplied up. It is the same for every target.",
+    "grad_cam": "The last maps, weighted by the gradient of the score; what speaks against the "
+    "score is left out.",
+    "no_aggregation": "As equal, but a layer does not hand on what the layers below gathered.",
+    "transformer_attribution": "As equal, with the relevance of the attention by LRP in the place "
+    "of the attention.",
+    "equal_lrp": "As equal, with the relevance of the attention by LRP in its place.",
+    "partial_lrp": "The relevance of the last layer's attention by LRP, averaged over its heads.",
+    "lrp": "The score itself, handed back from operation to operation to the input by the rules of "
+    "layer-wise relevance propagation; positive parts raise the score, negative ones lower it.",
+    "cp_lrp": "As lrp, but attention maps count as constants.",
+    "input_x_gradient": "Each input value times the gradient of the score: what a small relative "
+    "change of it would change.",
+    "gradient": "The gradient of the score: where a small change would raise or lower it most.",
+    "guided_backprop": "The gradient of the score, of which each ReLU lets only positive parts "
+    "through. It shows edges, and is nearly the same for every target.",
+    "guided_grad_cam": "The product of guided_backprop and grad_cam.",
+    "attention": "Where the model attended when it wrote the word, averaged over heads.",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:

@@ -50,7 +50,9 @@ class Explanation:
       settings: the method's settings, in words.
       report: a summary that JSON can hold: losses of relevance, and under "coverage" what share of
         the model's layers the method follows. A list with an entry per example goes with its
-        examples when they are taken apart or put together.
+        examples when they are taken apart or put together. Its entry "examples", if there is one,
+        has a dictionary per example: what is known of the input, such as "file", and "notes",
+        what to know before reading the map.
       flags: per example, what the map says of the word explained, None for a word that is not
         judged; empty where no word is.
 
@@ -114,7 +116,7 @@ class Explanation:
             "pixels": None if pixels is None else _images(pixels, batch),
             "model": model,
             "settings": settings,
-            "report": _plain({} if report is None else report),
+            "report": _examples(_plain({} if report is None else report), batch),
             "flags": _flags(flags, batch),
         }
         for name, value in fields.items():
@@ -234,27 +236,27 @@ class Explanation:
         return panels.column(self)
 
     def show(self) -> Image.Image | None:
-        """Show the explanation as an image; never opens a window.
+        """Show the explanation; never opens a window.
 
         Returns:
-          The image, an `PIL.Image.Image`. In a notebook the image is displayed instead and
-          nothing is returned, since a notebook would show a returned image a second time.
+          A figure of it, an `PIL.Image.Image`. In a notebook the page of `save("....html")` is
+          displayed instead and nothing is returned, since a notebook would show a returned image a
+          second time.
         """
-        drawn = report.figure([self])
         if not _in_notebook():
-            return drawn
-        importlib.import_module("IPython.display").display(drawn)
+            return report.figure([self])
+        importlib.import_module("IPython.display").display(self)
         return None
 
     def _repr_html_(self) -> str:
         return report.fragment([self])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an image (.png), a page (.html), the numbers (.npz) or a table (.parquet).
+        """Write a figure (.png, .pdf, .svg), a page (.html), numbers (.npz) or a table (.parquet).
 
         A table has a row per example, as `jaxrel.batch.schema` says, and no images; it needs
-        pyarrow (`pip install 'jaxrel[batch]'`). The file appears complete or not at all. A
-        missing folder is made.
+        pyarrow (`pip install 'jaxrel[batch]'`). The file appears complete or not at all; one that
+        is there is replaced, as NumPy's are. A missing folder is made.
 
         Args:
           path: where to; the suffix says what.
@@ -266,14 +268,15 @@ class Explanation:
         match suffix := Path(path).suffix.lower():
             case ".npz":
                 write_atomically(path, archive.encode(vars(self)))
-            case ".png" | ".html":
+            case ".png" | ".pdf" | ".svg" | ".html":
                 report.save([self], path)
             case ".parquet":
                 write_atomically(path, tables.parquet(tables.columns(self)))
             case _:
                 raise ValueError(
-                    f"cannot save an explanation as {str(path)!r}: the suffix is {suffix!r}; "
-                    "use .png (image), .html (page), .npz (numbers) or .parquet (table)"
+                    f"cannot save an explanation as {str(path)!r}: the suffix is {suffix!r}; use "
+                    ".png (image), .pdf or .svg (for print), .html (page), .npz (numbers) or "
+                    ".parquet (table)"
                 )
 
     @classmethod
@@ -407,6 +410,18 @@ def _plain(report: dict[str, Any]) -> dict[str, Any]:
             f"Explanation: report must hold what JSON can (strings, finite numbers, lists, "
             f"dicts, None): {error}"
         ) from error
+
+
+def _examples(report: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The report, after a look at what it tells of each example."""
+    told = report.get("examples")
+    good = isinstance(told, list) and len(told) == batch and all(isinstance(x, dict) for x in told)
+    if told is not None and not good:
+        raise ValueError(
+            f"Explanation: report['examples'] must be a list of {batch} dictionaries, one per "
+            "example"
+        )
+    return report
 
 
 def _in_notebook() -> bool:

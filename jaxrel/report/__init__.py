@@ -1,24 +1,25 @@
-"""Explanations as an image, or as one HTML page that needs no other file."""
+"""Explanations as a figure, or as one HTML page that needs no other file."""
 
 import os
 from pathlib import Path
 
 from jaxrel.files import write_atomically
 from jaxrel.renamed import renamed
-from jaxrel.report.figures import figure
+from jaxrel.report.figures import drawing, figure, pages
 from jaxrel.report.heat import overlay, png
 from jaxrel.report.html import fragment, page
 from jaxrel.report.panels import Explanations
 
-__all__ = ["figure", "fragment", "overlay", "page", "save"]
+__all__ = ["drawing", "figure", "fragment", "overlay", "page", "pages", "save"]
 
 __getattr__ = renamed(__name__, {"picture": "jaxrel.report.figure"})
 
 
 def save(explanations: Explanations, path: str | os.PathLike[str]) -> None:
-    """Write explanations of the same inputs side by side, as .png or .html.
+    """Write explanations of the same inputs side by side, as .png, .pdf, .svg or .html.
 
-    The file appears complete or not at all. A missing folder is made.
+    The file appears complete or not at all; one that is there is replaced. A missing folder is
+    made.
 
     Args:
       explanations: one, or several of the same inputs (one per method).
@@ -30,11 +31,16 @@ def save(explanations: Explanations, path: str | os.PathLike[str]) -> None:
     """
     match suffix := Path(path).suffix.lower():
         case ".png":
-            write_atomically(path, png(figure(explanations)))
+            data = png(figure(explanations))
+        case ".pdf":
+            data = pages(explanations)
+        case ".svg":
+            data = drawing(explanations).encode()
         case ".html":
-            write_atomically(path, page(explanations).encode())
+            data = page(explanations).encode()
         case _:
             raise ValueError(
                 f"cannot save a report as {str(path)!r}: the suffix is {suffix!r}; "
-                "use .png (image) or .html (page)"
+                "use .png (image), .pdf or .svg (for print) or .html (page)"
             )
+    write_atomically(path, data)

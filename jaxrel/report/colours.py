@@ -26,6 +26,11 @@ def table(*, signed: bool) -> UInt8[np.ndarray, "255 3"]:
     return np.round(np.stack(columns, axis=-1)).astype(np.uint8)
 
 
+def anchors(*, signed: bool = False) -> list[str]:
+    """The colours between which the table's are straight lines, as CSS writes them."""
+    return list(_SIGNED if signed else _UNSIGNED)
+
+
 def scale(relevance: Shaped[np.ndarray, "..."]) -> float:
     """The largest absolute relevance: the value at the end of the colour table."""
     return float(np.max(np.abs(relevance), initial=0.0))

@@ -7,7 +7,17 @@ from PIL import ImageFont
 
 # Pillow's own font has the letters of English. Others are found by Pillow where the system
 # keeps its fonts; which of them exist depends on the system.
-_OTHERS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
+_OTHERS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansArabic-Regular.ttf",
+    "wqy-zenhei.ttc",
+    "Arial Unicode.ttf",
+    "msyh.ttc",
+    "PingFang.ttc",
+    "arial.ttf",
+)
 
 # A code point that no font draws: what it gives is the sign for a missing letter.
 _MISSING = "\uffff"
@@ -22,6 +32,13 @@ def choose(text: str, size: int) -> Font:
         return fonts[0]
     fonts += [font for name in _OTHERS if (font := _other(name, size)) is not None]
     return min(fonts, key=lambda font: _lacks(font, text))
+
+
+def lacking(text: str) -> str:
+    """The letters of a text that no font here draws, in their order, each once."""
+    every = [_own(12), *(font for name in _OTHERS if (font := _other(name, 12)) is not None)]
+    letters = dict.fromkeys(c for c in text if not c.isspace())
+    return "".join(c for c in letters if not any(_has(font, c) for font in every))
 
 
 def drawable(text: str, font: Font) -> str:

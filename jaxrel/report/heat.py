@@ -3,13 +3,18 @@
 import io
 
 import numpy as np
-from jaxtyping import Float, Float32, Real, UInt8
+from jaxtyping import Float, Float32, Real, Shaped, UInt8
 from PIL import Image
 
 from jaxrel.report import colours
 
 # The same everywhere: an opacity that grew with relevance would draw lines around its zeros.
-_OPACITY = 0.65
+OPACITY = 0.65
+
+# Negative relevance is hatched, for grey print: below this share of the largest absolute value.
+HATCHED_BELOW = -0.06
+# Pixels between two lines, their width, and what is left of the light there.
+HATCH = (8, 2, 0.55)
 
 
 def upsample(
@@ -33,8 +38,8 @@ def overlay(
     """Draw relevance as heat over a pale grey version of the image.
 
     The colours span the map's own range: up to its maximum, or, for signed relevance, to its
-    largest absolute value on both sides of zero. The image is greyed and its contrast
-    reduced, so that every colour shown is heat, on any background.
+    largest absolute value on both sides of zero; negative parts are hatched. The image is greyed
+    and its contrast reduced, so that every colour shown is heat, on any background.
 
     Args:
       image: RGB, 0 to 255.
@@ -47,8 +52,40 @@ def overlay(
     limit = colours.scale(relevance)
     height, width = image.shape[:2]
     values = colours.normalise(upsample(relevance, height, width), limit)
-    heat = colours.colour(values, signed=signed) / 255
-    blend = (1 - _OPACITY) * _grey(image)[..., None] + _OPACITY * heat
+    return hatched(_blended(colours.colour(values, signed=signed), _grey(image)), values)
+
+
+def bar(
+    width: int, image: UInt8[np.ndarray, "_ _ 3"] | None, *, signed: bool, height: int = 8
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """The colour table as `drawn_map` draws it: over the image's mean grey, hatched if negative."""
+    values = np.broadcast_to(np.linspace(-1 if signed else 0, 1, width), (height, width))
+    heat = colours.colour(values, signed=signed)
+    if image is not None:
+        heat = _blended(heat, np.full(values.shape, mean_grey(image)))
+    return hatched(heat, values)
+
+
+def mean_grey(image: UInt8[np.ndarray, "_ _ 3"]) -> float:
+    """How bright the pale grey image below the heat is on average, 0 to 1."""
+    return float(_grey(image).mean())
+
+
+def hatched(
+    drawn: UInt8[np.ndarray, "height width 3"], values: Shaped[np.ndarray, "height width"]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Colours with dark lines across what is negative; `values` is between -1 and 1."""
+    height, width = values.shape
+    period, thick, light = HATCH
+    lines = np.add.outer(np.arange(height), np.arange(width)) % period < thick
+    dark = np.round(drawn * light).astype(np.uint8)
+    return np.where((lines & (values < HATCHED_BELOW))[..., None], dark, drawn)
+
+
+def _blended(
+    heat: UInt8[np.ndarray, "height width 3"], grey: Float[np.ndarray, "height width"]
+) -> UInt8[np.ndarray, "height width 3"]:
+    blend = (1 - OPACITY) * grey[..., None] + OPACITY * heat / 255
     return np.round(255 * blend).astype(np.uint8)
 
 
@@ -57,8 +94,10 @@ def flat(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The heat alone, for a map that has no image; its pixels stay squares."""
     values = colours.normalise(relevance, colours.scale(relevance))
-    image = Image.fromarray(colours.colour(values, signed=signed))
-    return np.array(image.resize((width, height), Image.Resampling.NEAREST))
+    # Each pixel has the value of the nearest cell.
+    at = [np.arange(n) * m // n for n, m in zip((height, width), values.shape, strict=True)]
+    values = values[np.ix_(*at)]
+    return hatched(colours.colour(values, signed=signed), values)
 
 
 def png(image: Image.Image) -> bytes:
@@ -99,5 +138,6 @@ def _fitted(shape: tuple[int, ...], cell: int) -> tuple[int, int]:
 def _grey(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width"]:
     # Rec. 601 luma: how bright an image's own values look, without leaving sRGB.
     luma = image @ np.array([0.299, 0.587, 0.114]) / 255
-    # Black is lifted, since heat over black would lose its own lightness.
-    return 0.3 + 0.65 * luma
+    # Black is lifted, since heat over black would lose its own lightness: the page lays the grey
+    # image over white with the same opacity.
+    return 0.35 + 0.65 * luma

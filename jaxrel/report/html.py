@@ -1,89 +1,52 @@
-"""Explanations as HTML: one file, images and style inside it, no script."""
+"""Explanations as HTML: one file that needs no other, with its own style, script and numbers.
+
+Without its script the page shows still maps; the script replaces them by one compact view per
+input. All text is escaped; the page's security policy allows this style and script alone.
+"""
 
 import base64
+import functools
+import hashlib
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
 
 import numpy as np
-from PIL import Image
 
-from jaxrel.report import colours, texts
-from jaxrel.report.heat import drawn_map, fit, png
-from jaxrel.report.panels import Column, Explanations, Panel, columns, rows, shown_image
+from jaxrel.report import colours, encode, texts
+from jaxrel.report.panels import (
+    Column,
+    Explanations,
+    Panel,
+    Row,
+    columns,
+    named,
+    shown_image,
+    views,
+)
+from jaxrel.report.places import summary
+from jaxrel.report.views import as_json, caption_words
 
-_CELL = 320
+# A page holds the first of many examples; a folder of files holds all: `jaxrel batch`.
+MOST = 100
 
 # A notebook keeps what it shows; beyond this many examples it would grow by megabytes.
 _FRAGMENT_EXAMPLES = 8
 
-# Every rule is below .jaxrel, so that a notebook's own style stays as it is.
-_STYLE = """
-.jaxrel { --ink: #1c2024; --muted: #60646c; --line: #dee1e6; --paper: #ffffff; --tint: #f6f7f9;
-  --flagged: #b3261e;
-  color-scheme: light dark; color: var(--ink); background: var(--paper);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-@media (prefers-color-scheme: dark) {
-  .jaxrel { --ink: #edeef0; --muted: #b0b4ba; --line: #3a3f45; --paper: #15171a; --tint: #1d2024;
-    --flagged: #ff8a80; }
-}
-.jaxrel * { box-sizing: border-box; }
-.jaxrel h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
-.jaxrel h2 { font-size: 1.15rem; line-height: 1.35; margin: 0; overflow-wrap: anywhere; }
-.jaxrel h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
-.jaxrel p { margin: 0; }
-.jaxrel .muted { color: var(--muted); font-size: .875rem; overflow-wrap: anywhere; }
-.jaxrel .flag { margin-top: .75rem; }
-.jaxrel .flagged { color: var(--flagged); font-size: .875rem; overflow-wrap: anywhere; }
-.jaxrel mark { color: inherit; background: none;
-  text-decoration: underline dashed var(--flagged) 2px;
-  text-underline-offset: .25em; }
-.jaxrel section { border-top: 1px solid var(--line); margin-top: 1.75rem; padding-top: 1.25rem; }
-.jaxrel .columns { display: grid; gap: .5rem 1.5rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 320px)); }
-.jaxrel .column { display: grid; grid-row: span 2; grid-template-rows: subgrid; min-width: 0;
-  padding-bottom: .75rem; }
-.jaxrel img { display: block; max-width: 100%; height: auto; border-radius: 3px; }
-.jaxrel .bar { height: 10px; margin-top: .6rem; border: 1px solid var(--line);
-  border-radius: 3px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-.jaxrel .ticks { display: flex; justify-content: space-between; color: var(--muted);
-  font-size: .8125rem; font-variant-numeric: tabular-nums; }
-.jaxrel .ticks span { flex: 1; text-align: center; }
-.jaxrel .ticks span:first-child { text-align: left; }
-.jaxrel .ticks span:last-child:not(:first-child) { text-align: right; }
-.jaxrel .words { display: flex; flex-wrap: wrap; gap: 4px; margin-top: .75rem; }
-.jaxrel .word { padding: 1px 6px; border-radius: 4px; border: 1px solid var(--line);
-  overflow-wrap: anywhere; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-.jaxrel .scroll { overflow-x: auto; margin-top: .75rem; }
-.jaxrel table { border-collapse: collapse; font-size: .875rem;
-  font-variant-numeric: tabular-nums; }
-.jaxrel th, .jaxrel td { text-align: left; vertical-align: top; padding: .35rem 1.25rem .35rem 0;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-.jaxrel th[scope=row] { color: var(--muted); font-weight: 400; }
-@media print {
-  .jaxrel { --ink: #000; --muted: #444; --line: #bbb; --paper: #fff; --flagged: #a00;
-    font-size: 11pt; }
-  .jaxrel .columns { grid-template-columns: repeat(3, 1fr); }
-  .jaxrel section, .jaxrel tr { break-inside: avoid; }
-}
-"""
-
-_PAGE_STYLE = """
-:root { color-scheme: light dark; }
-body { margin: 0; }
-body.jaxrel { min-height: 100vh; }
-main { max-width: 1400px; margin: 0 auto; padding: 2.5rem 2rem 3rem; }
-@media print { main { padding: 1rem 0 0; } }
-"""
+# Words are coloured by classes: the page's policy allows no style on an element.
+_SHADES = 12
 
 
-def page(explanations: Explanations, *, title: str = "Relevance") -> str:
-    """Explanations of the same inputs side by side, as one HTML file that needs no other.
+def page(explanations: Explanations, *, title: str | None = None) -> str:
+    """Explanations of the same inputs, as one HTML file that needs no other and no network.
 
-    All text is escaped; there is no script and no reference to anything outside the file.
+    An input is one view: the image with its map and words; a caption is one too, with its words
+    as buttons. One chooses the method, the scale and more; values are told on hover and focus.
+    Still maps are there without script. More than 100 inputs are cut, and the page says so.
 
     Args:
       explanations: one, or several of the same inputs (one per method).
-      title: the heading.
+      title: the heading; by default, what is explained, in which file, by which model.
 
     Returns:
       An HTML 5 document.
@@ -91,109 +54,199 @@ def page(explanations: Explanations, *, title: str = "Relevance") -> str:
     Raises:
       ValueError: the list is empty, or they explain different inputs.
     """
-    checked = columns(explanations)
-    heading = _escape(title)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{heading}</title>\n<style>{_STYLE}{_PAGE_STYLE}</style>\n</head>\n"
-        f'<body class="jaxrel">\n<main>\n<header>\n<h1>{heading}</h1>\n'
-        f"{_summary(checked)}</header>\n"
-        f"{_examples(rows(checked))}{_table(checked)}"
-        "</main>\n</body>\n</html>\n"
-    )
+    return _page(columns(explanations), title, MOST)
 
 
 def fragment(explanations: Explanations) -> str:
-    """The page's content as an element to be shown in a notebook; its first 8 examples.
+    """The page as an element to be shown in a notebook; its first 8 examples.
 
     Args:
       explanations: one, or several of the same inputs (one per method).
 
     Returns:
-      A `div` with its own style.
+      A `div` with the page in an `iframe`: several in a notebook do not disturb each other.
 
     Raises:
       ValueError: the list is empty, or they explain different inputs.
     """
     checked = columns(explanations)
-    every = rows(checked)
-    first = every[:_FRAGMENT_EXAMPLES]
-    rest = f'<p class="muted">The first {len(first)} of {len(every)} examples.</p>'
+    content = escape(_page(checked, None, _FRAGMENT_EXAMPLES))
+    name = escape(texts.title(checked))
     return (
-        f'<div class="jaxrel"><style>{_STYLE}</style>{_summary(checked)}'
-        f"{_examples(first)}{rest if len(first) < len(every) else ''}{_table(checked)}</div>"
+        f'<div class="jaxrel"><iframe title="{name}" srcdoc="{content}" width="100%" '
+        'height="640" style="border: 0"></iframe></div>'
     )
 
 
+def _page(checked: Sequence[Column], title: str | None, most: int) -> str:
+    every = views(checked)
+    shown = every[:most]
+    heading = _escape(texts.title(checked) if title is None else title)
+    rest = ""
+    if len(shown) < len(every):
+        rest = f'<p class="note">{_escape(texts.cut(len(shown), len(every)))}</p>\n'
+    articles = "".join(_view(i, view, checked) for i, view in enumerate(shown))
+    style, script = _style(), _file("view.js")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(style, script)}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{heading}</title>\n<style>{style}</style>\n</head>\n"
+        f"<body>\n<main>\n<header>\n<h1>{heading}</h1>\n"
+        f"{_summary(checked)}{rest}</header>\n"
+        f"{articles}{_methods(checked)}{_table(checked)}"
+        f'</main>\n<script type="application/json" id="data">{as_json(checked, shown)}</script>\n'
+        f"<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _policy(style: str, script: str) -> str:
+    """What the page may load: its own style and script, and images that are inside it."""
+    hashes = [
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (style, script)
+    ]
+    return (
+        "default-src 'none'; img-src data:; "
+        f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+@functools.cache
+def _file(name: str) -> str:
+    return resources.files("jaxrel.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _style() -> str:
+    """The stylesheet, with a class per shade of relevance and the colour tables of bars."""
+    rules = []
+    for letter, signed in (("u", False), ("s", True)):
+        steps = np.arange(-_SHADES if signed else 0, _SHADES + 1)
+        shades = colours.colour(steps / _SHADES, signed=signed)
+        rules += [
+            f".{letter}{step} {{ background: {colours.hex_code(rgb)}; color: {colours.ink(rgb)}; }}"
+            for step, rgb in zip(steps.tolist(), shades, strict=True)
+        ]
+        bar = ".bar.signed i" if signed else ".bar i"
+        rules.append(f"{bar} {{ background: {colours.gradient(signed=signed)}; }}")
+    return _file("view.css") + "\n".join(rules) + "\n"
+
+
 def _summary(columns: Sequence[Column]) -> str:
-    methods = ", ".join(dict.fromkeys(column.title for column in columns))
+    names = ", ".join(dict.fromkeys(column.title for column in columns))
     about = [
         ("Model", texts.models(columns)),
-        ("Method" if len(columns) == 1 else "Methods", methods),
+        ("Method" if len(columns) == 1 else "Methods", names),
     ]
     text = " · ".join(f"{name}: {_escape(value)}" for name, value in about if value)
     legend = texts.legend(columns)
     return f'<p class="muted">{text}</p>\n<p class="muted">{legend}</p>\n'
 
 
-def _examples(every: Sequence[Sequence[Panel]]) -> str:
-    return "".join(map(_example, every))
-
-
-def _example(row: Sequence[Panel]) -> str:
-    start, flagged = map(escape, texts.target(row))
-    marked = f"<mark>{flagged}</mark>" if flagged else ""
-    shown = shown_image(row)
-    cells = [_cell(panel, shown) for panel in row]
-    if shown is not None:
-        image = _img(fit(shown, _CELL), f"The image explained for: {start}{flagged}")
-        cells.insert(0, _titled("input", image))
-    score = _escape(texts.score(row))
+def _view(index: int, view: Sequence[Row], columns: Sequence[Column]) -> str:
+    """An input: its heading, what to know, a place for the script, and still maps."""
+    last = view[-1]
+    if last[0].caption is not None:
+        heading, score = _escape(" ".join(word for word, _, _ in caption_words(view))), ""
+    else:
+        start, flagged = map(escape, texts.target(last))
+        asked = _escape(dict(last[0].about).get("question", ""))
+        heading = f"{asked} " * bool(asked) + start + (f"<mark>{flagged}</mark>" * bool(flagged))
+        score = f'<p class="muted">score {_escape(texts.score(last))}</p>\n'
+    notes = "".join(f'<p class="note" role="note">{_escape(x)}</p>\n' for x in _notes(view))
+    kind = "view words-of" if last[0].caption is not None else "view"
     return (
-        f'<section>\n<h2>{start}{marked}</h2>\n<p class="muted">score {score}</p>\n'
-        f'<div class="columns">\n{"".join(cells)}</div>\n</section>\n'
+        f'<article class="{kind}" aria-labelledby="target{index}">\n'
+        f'<h2 id="target{index}">{heading}</h2>\n{score}{notes}'
+        f'<div class="live" hidden></div>\n'
+        f'<div class="still">{_stills(index, view, columns)}</div>\n'
+        f"{_about(last[0].about)}</article>\n"
     )
 
 
-def _cell(panel: Panel, shown: np.ndarray | None) -> str:
-    method = _escape(panel.title)
+def _notes(view: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(note for row in view for panel in row for note in panel.notes))
+
+
+def _about(entries: Sequence[tuple[str, str]]) -> str:
+    if not entries:
+        return ""
+    pairs = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(text)}</dd>" for name, text in entries)
+    return f"<details><summary>About this input</summary><dl>{pairs}</dl></details>\n"
+
+
+def _stills(index: int, view: Sequence[Row], columns: Sequence[Column]) -> str:
+    """Figures that need no script: the image, and every map over it; of words, of one method."""
+    shown = shown_image(view[0])
+    photo, figures = "", []
+    if shown is not None:
+        height, width = shown.shape[:2]
+        alt = _escape(f"The image as the model saw it, for: {view[-1][0].target}")
+        photo = (
+            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
+            f'<image id="photo{index}" width="{width}" height="{height}" '
+            f'preserveAspectRatio="none" href="{encode.photograph(shown)}"/></svg>'
+        )
+        figures.append(f"<figure>{photo}<figcaption>input</figcaption></figure>\n")
+    alone = view[-1][0].caption is None
+    for row in view:
+        for panel, name in zip(row if alone else row[:1], named(columns), strict=False):
+            figures.append(_still(index, panel, name if alone else panel.word, shown))
+    return f'<div class="stills">\n{"".join(figures)}</div>'
+
+
+def _still(index: int, panel: Panel, name: str, shown: np.ndarray | None) -> str:
+    """One map over the image of its view, with its words, and where its relevance lies."""
+    said = _escape(f"{name}: {summary(panel)}")
     parts = []
     if panel.map is not None:
-        drawn = drawn_map(panel.map, shown, _CELL, signed=panel.signed)
-        alt = f"Relevance of the image by {method}, for: {_escape(panel.target)}"
-        parts.append(_img(drawn, alt))
-        parts.append(_bar(colours.scale(panel.map), panel.signed))
+        height, width = panel.map.shape if shown is None else shown.shape[:2]
+        over = "" if shown is None else f'<use class="pale" href="#photo{index}"/>'
+        heat = encode.still(panel.map, signed=panel.signed)
+        parts.append(
+            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{said}">{over}'
+            f'<image class="heat" width="{width}" height="{height}" '
+            f'preserveAspectRatio="none" href="{heat}"/></svg>'
+            f"{_bar(colours.scale(panel.map), panel.signed)}"
+        )
     if panel.words:
-        values = np.array([relevance for _, relevance in panel.words])
-        parts.append(_words(panel.words, values, panel.signed))
-        parts.append(_bar(colours.scale(values), panel.signed))
+        parts.append(_words(panel.words, panel.signed))
     if panel.flag:
-        look = "flagged" if panel.flagged else "muted"
-        parts.append(f'<p class="flag {look}">{_escape(panel.flag)}</p>')
-    return _titled(method, "".join(parts))
+        look = "flag" if panel.flagged else "muted"
+        parts.append(f'<p class="{look}">{_escape(panel.flag)}</p>')
+    return f"<figure>{''.join(parts)}<figcaption>{said}</figcaption></figure>\n"
 
 
-def _titled(head: str, body: str) -> str:
-    return f'<div class="column"><h3>{head}</h3><div>{body}</div></div>\n'
-
-
-def _words(words: Sequence[tuple[str, float]], values: np.ndarray, signed: bool) -> str:
-    shades = colours.colour(colours.normalise(values, colours.scale(values)), signed=signed)
+def _words(words: Sequence[tuple[str, float]], signed: bool) -> str:
+    values = np.array([value for _, value in words])
+    shares = colours.normalise(values, colours.scale(values))
     spans = [
-        f'<span class="word" title="{texts.number(relevance, 3)}" style="background:'
-        f'{colours.hex_code(shade)};color:{colours.ink(shade)}">{_escape(word)}</span>'
-        for (word, relevance), shade in zip(words, shades, strict=True)
+        f'<span class="word {"s" if signed else "u"}{round(share * _SHADES)}'
+        f'{" against" if share < 0 else ""}">{_escape(word)} '
+        f"<small>{texts.number(value, 2)}</small></span>"
+        for (word, value), share in zip(words, shares.tolist(), strict=True)
     ]
     return f'<div class="words">{" ".join(spans)}</div>'
 
 
 def _bar(limit: float, signed: bool) -> str:
     ticks = "".join(f"<span>{tick}</span>" for tick in texts.ticks(limit, signed=signed))
-    return (
-        f'<div class="bar" style="background:{colours.gradient(signed=signed)}"></div>'
-        f'<div class="ticks">{ticks}</div>'
+    kind = "bar signed" if signed else "bar"
+    return f'<div class="{kind}"><i></i></div><div class="ticks">{ticks}</div>'
+
+
+def _methods(columns: Sequence[Column]) -> str:
+    """What each method means."""
+    pairs = "".join(
+        f"<dt>{_escape(name)}</dt><dd>{_escape(column.meaning)}</dd>"
+        for name, column in zip(named(columns), columns, strict=True)
+        if column.meaning
     )
+    if not pairs:
+        return ""
+    return f"<section>\n<h2>What the methods mean</h2>\n<dl>{pairs}</dl>\n</section>\n"
 
 
 def _table(columns: Sequence[Column]) -> str:
@@ -206,18 +259,13 @@ def _table(columns: Sequence[Column]) -> str:
         f"{''.join(f'<td>{_escape(text)}</td>' for text in cells)}</tr>\n"
         for name, cells in entries
     )
+    said = "".join(f"<p>{_escape(line)}</p>\n" for line in texts.balance(columns))
     return (
-        '<section>\n<h2>Report</h2>\n<div class="scroll"><table>\n'
-        f"<thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>\n"
-        "</section>\n"
+        f"<section>\n<h2>Report</h2>\n{said}<details><summary>All numbers</summary>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="All numbers of the report">'
+        f"<table>\n<thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+        "</div></details>\n</section>\n"
     )
-
-
-def _img(pixels: np.ndarray, alt: str) -> str:
-    """An image with its PNG inside; `alt` is escaped already."""
-    height, width = pixels.shape[:2]
-    data = base64.b64encode(png(Image.fromarray(pixels))).decode()
-    return f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{alt}">'
 
 
 def _escape(text: str) -> str:

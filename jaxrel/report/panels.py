@@ -21,7 +21,12 @@ class Panel:
       map: relevance of the image, None where the method has none.
       words: the words and their relevance; empty where the method has none.
       flag: what the map says of the explained word; empty where the word is not judged.
-      flagged: the end of the target that is likely hallucinated; empty where nothing is.
+      flagged: the end of the target that is flagged; empty where nothing is.
+      about: where the input comes from, as (name, text), such as ("file", "scene.png").
+      notes: what to know before reading the map, such as that the image is unlike those the
+        model was trained on.
+      word: the explained word of a caption; "" where no word is explained.
+      caption: panels of one number stand for the words of one caption, one after the other.
     """
 
     title: str
@@ -33,6 +38,10 @@ class Panel:
     words: Sequence[tuple[str, float]] = ()
     flag: str = ""
     flagged: str = ""
+    about: Sequence[tuple[str, str]] = ()
+    notes: Sequence[str] = ()
+    word: str = ""
+    caption: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,12 +52,14 @@ class Column:
       panels: at least one, all with the same title.
       model: the name of the model; may be empty.
       settings: the settings of the method, in words; may be empty.
+      meaning: what its relevance means, in a sentence; may be empty.
       report: entries for the table below the panels; dictionaries may be nested.
     """
 
     panels: tuple[Panel, ...]
     model: str = ""
     settings: str = ""
+    meaning: str = ""
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -95,6 +106,32 @@ def rows(side_by_side: Sequence[Column]) -> list[tuple[Panel, ...]]:
 def shown_image(row: Sequence[Panel]) -> UInt8[np.ndarray, "height width 3"] | None:
     """The image of one example, from the first panel that has one."""
     return next((panel.image for panel in row if panel.image is not None), None)
+
+
+Row = Sequence[Panel]
+
+
+def views(side_by_side: Sequence[Column]) -> list[list[Row]]:
+    """The rows that are shown together: the words of a caption, or one example alone."""
+    together: list[list[Row]] = []
+    for row in rows(side_by_side):
+        caption = row[0].caption
+        if together and caption is not None and together[-1][0][0].caption == caption:
+            together[-1].append(row)
+        else:
+            together.append([row])
+    return together
+
+
+def named(side_by_side: Sequence[Column]) -> list[str]:
+    """The name of each column: its method, with its settings where others share the method."""
+    titles = [column.title for column in side_by_side]
+    return [
+        f"{column.title} ({column.settings})"
+        if titles.count(column.title) > 1 and column.settings
+        else column.title
+        for column in side_by_side
+    ]
 
 
 def _difference(a: Column, b: Column) -> str | None:

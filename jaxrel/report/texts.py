@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrel.report.panels import Column, Panel
+from jaxrel.report.panels import Column, Panel, views
 
 
 def clean(text: str) -> str:
@@ -31,8 +31,95 @@ def ticks(limit: float, *, signed: bool) -> list[str]:
 def legend(columns: Sequence[Column]) -> str:
     """How to read the colours."""
     signed = any(panel.signed for column in columns for panel in column.panels)
-    signs = "Red speaks for the target, blue against it. " if signed else ""
-    return f"{signs}Each map has its own scale."
+    if not signed:
+        return "The darker, the more relevant."
+    return "Red speaks for the target; blue, hatched, speaks against it."
+
+
+OWN_SCALE = "Each map has its own scale."
+
+
+def title(columns: Sequence[Column]) -> str:
+    """What a report is of: what is explained, in which file, by which model."""
+    shown = views(columns)
+    by = models(columns)
+    if len(shown) > 1:
+        what = f"{len(shown)} examples explained"
+    else:
+        panel = shown[0][-1][0]
+        about = dict(panel.about)
+        of = about.get("question", "")
+        if panel.caption is not None:
+            what = "A caption explained word by word"
+        elif of:
+            what = f"Why the answer to “{of}” is {panel.target}"
+        else:
+            what = f"Relevance for “{about.get('sentence', panel.target)}”"
+        what += f" in {about['file']}" if about.get("file") else ""
+    return clean(f"{what} by {by}" if by else what)
+
+
+def cut(shown: int, every: int) -> str:
+    """What to say where only the first of many examples are drawn."""
+    return (
+        f"These are the first {shown} of {every} examples. jaxrel batch explains many images and "
+        "writes all their numbers into a folder."
+    )
+
+
+def overview(shown: int, every: int, method: str) -> str:
+    """What to say above small maps of many examples."""
+    some = "" if shown == every else f", the first {shown}"
+    return (
+        f"An overview of {every} examples{some}, by {method}. The page has more of the first; "
+        "jaxrel batch explains many images and writes all their numbers into a folder."
+    )
+
+
+def shown_word(row: Sequence[Panel]) -> str:
+    """The word of a caption that a row explains."""
+    return clean(row[0].word.removeprefix("##"))
+
+
+def flags(view: Sequence[Sequence[Panel]]) -> list[str]:
+    """What is said of the flagged words of a caption, once for all of which the same is said."""
+    words: dict[str, dict[str, None]] = {}
+    for row in view:
+        for panel in row:
+            if panel.flagged:
+                said = clean(panel.flag.partition("; flagged by")[0])
+                words.setdefault(said, {})[shown_word(row)] = None
+    return [f"{', '.join(of)}: {said}" for said, of in words.items()]
+
+
+def balance(columns: Sequence[Column]) -> list[str]:
+    """How much of the score arrives as relevance, in words, of methods that measure it."""
+    return [said for column in columns if (said := _balance(column))]
+
+
+def _balance(column: Column) -> str:
+    found = column.report.get("relevance")
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name), int | float) for name in ("output", "input")
+    ):
+        return ""
+    output, arrived = found["output"], found["input"]
+    share = f" ({arrived / output:.0%})" if output else ""
+    taken = ", ".join(
+        f"{called} take {number(found[name], 3)}"
+        for name, called in (("bias", "biases"), ("stabiliser", "stabilisers"), ("rule", "rules"))
+        if isinstance(found.get(name), int | float)
+    )
+    said = (
+        f"{column.title}: of the relevance {number(output, 4)} of all scores, "
+        f"{number(arrived, 4)}{share} arrives at the image and the words"
+        f"{f'; {taken}' if taken else ''}."
+    )
+    rules = column.report.get("rules")
+    if isinstance(rules, dict) and rules:
+        said += " Every operation on the way has a rule: "
+        said += ", ".join(f"{count} x {name}" for name, count in rules.items()) + "."
+    return clean(said)
 
 
 def models(columns: Sequence[Column]) -> str:

@@ -19,6 +19,7 @@ from jaxrel.models.captioner.config import MODEL_TYPE, CaptionerConfig
 from jaxrel.models.captioner.inputs import check_inputs, check_seen, region_features
 from jaxrel.models.captioner.reference import ENCODER_PREFIX, read_reference
 from jaxrel.models.checkpoint import fill, find_folder, read_config, read_values, shapes_of
+from jaxrel.models.familiarity import read_familiarity
 from jaxrel.models.inputs import Inputs, words_before
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.processor import Processor
@@ -462,6 +463,7 @@ class Captioner(Model):
         config = replace(config, dtype=dtype or config.dtype)
         model = empty(cls, config, Processor.from_folder(folder))
         fill(model, read_values(folder, model, allow_pickle=allow_pickle))
+        model.familiar = read_familiarity(folder)
         return model
 
     @classmethod

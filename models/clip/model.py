@@ -19,6 +19,7 @@ from jaxrel.models.clip.hugging_face import PARAMETERS, interpolate_positions
 from jaxrel.models.clip.tokens import content, end_of_text, token_ids
 from jaxrel.models.clip.towers import TextTower, VisionTower
 from jaxrel.models.display import SPELLING
+from jaxrel.models.familiarity import read_familiarity
 from jaxrel.models.inputs import (
     Inputs,
     as_list,
@@ -102,6 +103,7 @@ class CLIP(Model):
             where = ("vision", "position_embedding")
             parameters[where] = interpolate_positions(parameters[where], native, config.vision.grid)
         fill(model, parameters)
+        model.familiar = read_familiarity(folder) if image_size is None else None
         return model
 
     @property

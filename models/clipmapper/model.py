@@ -16,6 +16,7 @@ from jaxrel.models.clip.tokens import content, end_of_text
 from jaxrel.models.clip.towers import Kept, TextTower, VisionTower
 from jaxrel.models.clipmapper.config import MODEL_TYPE, CLIPMapperConfig
 from jaxrel.models.clipmapper.mapper import Mapper, Maps
+from jaxrel.models.familiarity import read_familiarity
 from jaxrel.models.inputs import Inputs, check_floats, check_held, check_text
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.processor import Processor
@@ -193,6 +194,7 @@ class CLIPMapper(Model):
             )
         model = empty(kind, config, Processor.from_folder(folder))
         fill(model, read_values(folder, model, allow_pickle=allow_pickle))
+        model.familiar = read_familiarity(folder)
         return model
 
     def init_from(self, other: "CLIP | CLIPMapper") -> None:

@@ -82,6 +82,43 @@ def test_explain_writes_an_image_and_a_page(run, scene, tmp_path):
     assert "a red circle" in (tmp_path / "out" / "explanation.html").read_text()
 
 
+def test_nothing_is_overwritten_unless_asked(run, scene, tmp_path):
+    asked = (scene, "--text", "a circle", "--method", "raw")
+    _, printed, _ = run(*asked)
+    assert "explanation.png" in printed
+    before = (tmp_path / "out" / "explanation.png").read_bytes()
+    _, printed, _ = run(*asked, "--format", "png,svg,pdf")
+    assert "explanation-2.png" in printed
+    _, printed, _ = run(*asked, "--format", "html")
+    assert "explanation-3.html" not in printed  # explanation-2.html is free
+    names = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert names == [
+        *("explanation-2.html", "explanation-2.pdf", "explanation-2.png", "explanation-2.svg"),
+        *("explanation.html", "explanation.png"),
+    ]
+    (tmp_path / "out" / "explanation.png").write_bytes(b"old")
+    run(*asked, "--overwrite", "--format", "png")
+    assert (tmp_path / "out" / "explanation.png").read_bytes() == before
+    assert len([*(tmp_path / "out").iterdir()]) == 6
+
+
+def test_what_is_unusual_is_said_everywhere(scene, tmp_path, capsys):
+    """A noisy image, and a word that the bundled model does not know."""
+    out = ["--method", "raw", "--out", str(tmp_path / "out")]
+    assert cli.main(["explain", str(scene), "--text", "a red banana", *out]) == 0
+    printed = capsys.readouterr().out
+    assert "  note: This image is unlike those the model was trained on (Shapes)" in printed
+    assert "  note: The model does not know 'banana'." in printed
+    page = (tmp_path / "out" / "explanation.html").read_text()
+    assert 'role="note">This image is unlike' in page
+    assert "scene.png" in page
+    assert cli.main(["explain", str(scene), "--text", "a red banana", *out, "--json"]) == 0
+    (example,) = json.loads(capsys.readouterr().out)["explanations"][0]["examples"]
+    assert example["familiarity"]["unlike"] is True
+    assert example["unknown_words"] == ["banana"]
+    assert len(example["notes"]) == 2
+
+
 def test_all_methods_side_by_side_as_json(run, scene):
     status, printed, _ = run(scene, "--text", "a red circle", "--method", "all", "--json")
     assert status == 0
@@ -324,6 +361,7 @@ OPTIONS = {
     "head": (("--text", "a", "--heads", "5"), "5"),
     "importance": (("--text", "a", "--importance", "size"), "grad_value"),
     "no text": ((), "--text"),
+    "format": (("--text", "a", "--format", "gif"), "unknown format 'gif'; there are png, html"),
 }
 
 

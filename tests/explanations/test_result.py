@@ -277,18 +277,20 @@ def test_load_refuses_inconsistent_content(tmp_path, edit, text):
         Explanation.load(path)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".html"])
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".html"])
 def test_save_draws_by_suffix(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     make().save(path)
-    start = {".png": b"\x89PNG", ".html": b"<!DOCTYPE html>"}[suffix]
+    start = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<svg", ".html": b"<!DOCTYPE html>"}[
+        suffix
+    ]
     assert path.read_bytes().startswith(start)
     assert os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "a.npz.gz"])
 def test_save_names_the_three_suffixes(tmp_path, name):
-    with pytest.raises(ValueError, match=r"use \.png .*\.html .*\.npz"):
+    with pytest.raises(ValueError, match=r"use \.png .*\.pdf .*\.html .*\.npz"):
         make().save(tmp_path / name)
     assert os.listdir(tmp_path) == []
 
@@ -321,15 +323,24 @@ def test_show_displays_in_a_notebook(monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     assert make().show() is None
-    assert isinstance(displayed[0], Image.Image)
+    assert isinstance(displayed[0], Explanation)  # its page, by _repr_html_
     # IPython in a terminal has a shell without a kernel: nothing is displayed there.
     ipython.get_ipython = lambda: types.SimpleNamespace()
     assert isinstance(make().show(), Image.Image)
     assert len(displayed) == 1
 
 
-def test_notebook_html_is_a_fragment():
+def test_notebook_html_is_the_page_in_a_frame_of_its_own():
     html = make()._repr_html_()
-    assert html.startswith('<div class="jaxrel">')
+    assert html.startswith('<div class="jaxrel"><iframe title="')
     assert "<html" not in html
+    assert "&lt;html" in html
     assert "weighted" in html
+
+
+def test_what_is_told_of_examples_goes_with_them():
+    one = make(report={"examples": [{"file": "a.png"}, {"file": "b.png"}], "seconds": 1.0})
+    assert one[1].report == {"examples": [{"file": "b.png"}], "seconds": 1.0}
+    assert one[1].column().panels[0].about == (("file", "b.png"),)
+    with pytest.raises(ValueError, match=r"report\['examples'\] must be a list of 2 dictionaries"):
+        make(report={"examples": [{}]})
