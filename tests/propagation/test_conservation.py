@@ -1,5 +1,7 @@
 """`conservation`: where relevance is lost."""
 
+import logging
+
 import jax
 import numpy as np
 from jax import numpy as jnp
@@ -49,3 +51,14 @@ def test_conservation_shows_what_stops(x64):
     )
     assert [one.row.kind for one in table if one.row] == ["dense", "softmax", "dense"]
     assert "to stabiliser" in str(table)
+
+
+def test_conservation_is_one_program(caplog):
+    params, x = dense_params(), normal(2, 4)
+    rules = AlphaBeta()
+    want = jaxrel.conservation(dense, rules, argnums=1)(params, x)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        found = jaxrel.conservation(dense, rules, argnums=1)(params, x)
+    compiled = [record for record in caplog.records if "Finished XLA" in record.message]
+    assert len(compiled) == 1
+    assert found.summary() == want.summary()
