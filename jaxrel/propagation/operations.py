@@ -77,7 +77,7 @@ class Linear(Operation):
         """What linear maps have in common that are one function of input and weight, or None."""
         nodes = (self.core, *self.moves)
         same = [primitives.same_as(node.equation) for node in nodes]
-        return None if None in same else (type(self), self.core.ins.index(self.x), *same)
+        return None if None in same else (self.core.ins.index(self.x), *same)
 
     @property
     def folded(self) -> bool:
@@ -91,6 +91,10 @@ class BatchNorm(Linear):
 
     `bias` lists all that scales and shifts, in order; `core` and `w` are the first that scales.
     """
+
+    def key(self) -> Any:
+        """All are a product of input and weight."""
+        return (type(self),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
