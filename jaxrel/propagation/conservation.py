@@ -349,6 +349,8 @@ def _weigher(prepared: Prepared, node: Node, choice: Choice | None, step: Step) 
         shared = after
         if (bare := variants.get(False)) is not None:
             shared = passed(bare, values, lambda out: quotient(value * c, out))
+            # An output that is its bias alone has nothing else to share.
+            shared += _total(value, jnp.where(call(bare, values) == 0, c, 0))
         return jnp.stack([received, through, shared - after, after - through, received - shared])
 
     return weigh

@@ -44,6 +44,19 @@ def test_conservation_tells_bias_from_stabiliser(x64):
     assert one.row.kind == "dense"
 
 
+def test_an_output_that_is_its_bias_alone_loses_to_the_bias(x64):
+    w, b, x = jnp.array([[1.0], [2.0]]), jnp.array([3.0]), jnp.array([[1.0, 1.0], [0.0, 0.0]])
+    for rule in (Epsilon(0.0), Gamma(0.25, 0.0), ZPlus(0.0)):
+        (one,) = jaxrel.conservation(lambda p, x: x @ p[0] + p[1], rule, argnums=1)((w, b), x)
+        # All contributions are positive: the shares are 3 and 3 of 6, and 0 and 3 of 3.
+        np.testing.assert_allclose(
+            [one.received, one.passed, one.bias, one.stabiliser, one.rule],
+            [9, 3, 6, 0, 0],
+            rtol=1e-6,
+            atol=1e-6,
+        )
+
+
 def test_conservation_shows_what_stops(x64):
     fun = lambda p, x: jax.nn.softmax(x @ p) @ p.T
     table = jaxrel.conservation(fun, [(jaxrel.everything(), Epsilon())], argnums=1)(
