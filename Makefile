@@ -49,13 +49,18 @@ test: $(VENV)/.installed
 EXECUTE = $(BIN)/jupyter execute --timeout=600 --output='$(abspath $(OUT))/{notebook_name}'
 NOTEBOOKS := $(filter-out colab/batch_tpu.ipynb,$(wildcard colab/*.ipynb))
 
-notebooks: batch_tpu
+notebooks: batch_tpu $(VENV)/.photographs
 	$(EXECUTE) $(NOTEBOOKS)
 
 # The one that shares its work among devices has eight of them.
 batch_tpu: $(VENV)/.installed
 	mkdir -p $(OUT)
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(EXECUTE) colab/batch_tpu.ipynb
+
+# One explains a published network on photographs.
+$(VENV)/.photographs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[photographs]'
+	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

@@ -20,7 +20,7 @@ from jaxrel.propagation.rules import (
     Rule,
     Stop,
 )
-from jaxrel.propagation.steps import share_sum, step_for
+from jaxrel.propagation.steps import Shared, share_sum, step_for
 from jaxrel.propagation.zero_inputs import Probe, add_probes
 from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.facts import Fact, Facts, active_ins, analyse, is_elementwise
@@ -221,6 +221,7 @@ def _opened(
 
 def _steps(choices: Iterable[Choice], weights: bool) -> dict[Node, Step]:
     steps: dict[Node, Step] = {}
+    shared: Shared = {}
     for choice in choices:
         operation, rule = choice.operation, choice.rule
         if rule is None:
@@ -229,7 +230,7 @@ def _steps(choices: Iterable[Choice], weights: bool) -> dict[Node, Step]:
             # A sum that a linear operation has taken in shares by its own rule.
             steps[operation.node] = _then_shared(steps[operation.node], rule)
             continue
-        step = step_for(operation, rule, probe=choice.probe, weights=weights)
+        step = step_for(operation, rule, probe=choice.probe, weights=weights, shared=shared)
         if step is not None:
             steps[step[0]] = step[1]
     return steps

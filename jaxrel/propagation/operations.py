@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrel.tracing import primitives
 from jaxrel.tracing.facts import is_relu
-from jaxrel.tracing.graph import Atom, Constant, Node, Value
+from jaxrel.tracing.graph import Atom, Constant, Node, Value, identity
 from jaxrel.tracing.primitives import CUSTOM_JVP, SCALES
 
 
@@ -73,6 +73,12 @@ class Linear(Operation):
         """The primitive of the linear map itself."""
         return self.core.name
 
+    def key(self) -> Any:
+        """What linear maps have in common that are one function of input and weight, or None."""
+        nodes = (self.core, *self.moves)
+        same = [primitives.same_as(node.equation) for node in nodes]
+        return None if None in same else (self.core.ins.index(self.x), *same)
+
     @property
     def folded(self) -> bool:
         """Whether a normalisation with constant statistics is part of it."""
@@ -86,6 +92,10 @@ class BatchNorm(Linear):
     `bias` lists all that scales and shifts, in order; `core` and `w` are the first that scales.
     """
 
+    def key(self) -> Any:
+        """All are a product of input and weight."""
+        return (type(self),)
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Block(Operation):
@@ -94,6 +104,16 @@ class Block(Operation):
     start: Value
     nodes: tuple[Node, ...]
     consts: tuple[Value, ...]
+
+    def key(self) -> Any:
+        """What blocks have in common that are one function of `start` and `consts`, or None."""
+        values = (self.start, *self.consts, *(out for node in self.nodes for out in node.outs))
+        place = {value: i for i, value in enumerate(values)}
+        parts = []
+        for node in self.nodes:
+            ins = (place[a] if isinstance(a, Value) else identity(a) for a in node.ins)
+            parts.append((primitives.same_as(node.equation), *ins))
+        return None if any(part[0] is None for part in parts) else tuple(parts)
 
     def function(self) -> Callable:
         """(start, consts) -> output."""

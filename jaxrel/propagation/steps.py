@@ -26,6 +26,9 @@ from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.graph import Node
 from jaxrel.tracing.primitives import DIV, MUL, REDUCE_PROD, SCALES, SUB
 
+# A backward pass, by what it is of: a rule and an operation.
+Shared = dict[Any, Callable]
+
 
 def step_for(
     operation: Operation,
@@ -34,6 +37,7 @@ def step_for(
     probe: Probe | None = None,
     weights: bool = False,
     biased: bool = True,
+    shared: Shared | None = None,
 ) -> tuple[Node, Step] | None:
     """The node that an operation's rule changes, and how; None if its derivative is the rule.
 
@@ -43,16 +47,17 @@ def step_for(
       probe: what takes the relevance of a rule that gives it directly.
       weights: relevance of the weights is wanted too.
       biased: whether a linear operation has its bias (without it, to see what the bias takes).
+      shared: the backward passes of other operations, which an equal one takes over.
     """
-    node = operation.node
+    node, shared = operation.node, {} if shared is None else shared
     if isinstance(rule, Gradient):
         return None
     if isinstance(rule, Stop):
         return node, Step(node.ins, lambda *ins: _stopped(node.bind(*ins)))
     if isinstance(operation, Linear):
-        return _linear(operation, rule, probe, weights, biased)
+        return _linear(operation, rule, probe, weights, biased, shared)
     if isinstance(operation, Elementwise) and isinstance(rule, ActivationRule):
-        step = _elementwise(operation, rule)
+        step = _elementwise(operation, rule, shared)
         return None if step is None else (node, step)
     if isinstance(operation, Product) and isinstance(rule, ProductRule):
         return node, _product(operation, rule)
@@ -69,7 +74,12 @@ def _stopped(outs: list) -> list:
 
 
 def _linear(
-    operation: Linear, rule: Rule, probe: Probe | None, weights: bool, biased: bool
+    operation: Linear,
+    rule: Rule,
+    probe: Probe | None,
+    weights: bool,
+    biased: bool,
+    shared: Shared,
 ) -> tuple[Node, Step]:
     node, pairs, beside = operation.node, operation.bias, operation.beside
     if getattr(rule, "bias", "fused") == "separate" and not operation.folded:
@@ -78,7 +88,7 @@ def _linear(
         pairs, beside = (), None
     extras = tuple(atom for atom in (beside, *(probe or ())) if atom is not None)
     ins = (operation.x, operation.w, *(operand for _, operand in pairs), *extras)
-    apply = _apply(operation, rule, weights)
+    apply = _apply(operation, rule, weights, shared)
     dtype = operation.core.outs[0].aval.dtype
 
     def function(x, w, *rest):
@@ -139,7 +149,7 @@ def _to_weight(operation: Linear, scale: Any, w: Any) -> Any:
     return scale.reshape(shape)
 
 
-def _apply(operation: Linear, rule: Rule, weights: bool) -> Callable[..., Array]:
+def _apply(operation: Linear, rule: Rule, weights: bool, shared: Shared) -> Callable[..., Array]:
     """z = op(x, w) + b, whose derivative by x is the rule, and by w its relevance.
 
     A weight's relevance is the sum of the messages through it: the rule with the roles of input
@@ -147,6 +157,17 @@ def _apply(operation: Linear, rule: Rule, weights: bool) -> Callable[..., Array]
     """
     function = without_bias(operation)
     flags = {"nonneg": operation.nonneg, "relu_after": operation.relu_after}
+
+    def found(x, w, b, z, c, present):
+        op = Bilinear(function, x, **flags, present=present)
+        r = jnp.asarray(rule.bwd(op, x, w, b, z, c))
+        # Of weights that are explained, the relevance through them is that of the swapped map.
+        swapped = Bilinear(function, x).swapped(w) if weights else None
+        through = rule.bwd(swapped, w, x, b, z, c).astype(w.dtype) if swapped else None
+        return r, op.ones(r) if rule.direct else None, through
+
+    key = (rule, operation.key(), *flags.values(), weights)
+    backward = _shared(found, None if operation.key() is None else key, shared)
 
     @jax.custom_vjp
     def apply(x, w, b, probe, present):
@@ -160,39 +181,57 @@ def _apply(operation: Linear, rule: Rule, weights: bool) -> Callable[..., Array]
         *arrays, probe, present = residuals
         # Constants of a scan come as NumPy arrays.
         x, w, b, z = map(jnp.asarray, arrays)
-        op = Bilinear(function, x, **flags, present=present)
-        found = jnp.asarray(rule.bwd(op, x, w, b, z, c))
-        if found.shape != x.shape:
+        r, ones, through = backward(x, w, b, z, c, present)
+        if r.shape != x.shape:
             raise ValueError(
-                f"lrp: {rule}.bwd returned shape {found.shape} for an input of shape {x.shape} at "
+                f"lrp: {rule}.bwd returned shape {r.shape} for an input of shape {x.shape} at "
                 f"{operation.where()}; return relevance / x, in the shape of x, such as op.T(w, s)"
             )
-        found = found.astype(x.dtype)
+        r = r.astype(x.dtype)
         if rule.direct and probe is not None:
-            return None, None, None, found * op.ones(found), None
+            return None, None, None, r * ones, None
         if rule.direct:
             # Not at an input: relevance / value, as good as the value is far from zero.
-            return found / stabilise(x, 1e-9), None, None, None, None
-        through = None
-        if weights:
-            swapped = Bilinear(function, x).swapped(w)
-            through = rule.bwd(swapped, w, x, b, z, c).astype(w.dtype)
-        return found, through, None, None, None
+            return r / stabilise(x, 1e-9), None, None, None, None
+        return r, through, None, None, None
 
     apply.defvjp(fwd, bwd)
     return apply
 
 
+def _shared(function: Callable, key: Any, shared: Shared) -> Callable:
+    """A function, traced once for all operations of this key and shape; None has no equals.
+
+    Outside of a trace it runs as it is: there, each key would be a program to compile.
+    """
+    try:
+        traced = jax.jit(function) if key is None else shared.setdefault(key, jax.jit(function))
+    except TypeError:  # a rule that holds arrays, and cannot be compared
+        return function
+
+    def call(*args: Any) -> Any:
+        known = key is None or not any(isinstance(arg, jax.core.Tracer) for arg in args)
+        return function(*args) if known else traced(*args)
+
+    return call
+
+
 # Everything else.
 
 
-def _elementwise(operation: Elementwise, rule: ActivationRule) -> Step | None:
+def _elementwise(operation: Elementwise, rule: ActivationRule, shared: Shared) -> Step | None:
     if operation.is_relu and isinstance(rule, Pass):
         return None
     f = operation.function()
-    shared: Callable = rule.elementwise
+    passed: Callable = rule.elementwise
     if type(rule) is Pass:
-        shared = functools.partial(rule.elementwise, scalar=operation.scalar())
+        passed = functools.partial(rule.elementwise, scalar=operation.scalar())
+
+    def found(x, consts, c):
+        return passed(lambda x: f(x, consts), x, c).astype(x.dtype)
+
+    key = None if operation.key() is None else (rule, operation.key())
+    backward = _shared(found, key, shared)
 
     @jax.custom_vjp
     def apply(x, consts):
@@ -200,7 +239,7 @@ def _elementwise(operation: Elementwise, rule: ActivationRule) -> Step | None:
 
     def bwd(residuals, c):
         x, consts = residuals
-        return shared(lambda x: f(x, consts), x, c).astype(x.dtype), None
+        return backward(x, consts, c), None
 
     apply.defvjp(lambda x, consts: (f(x, consts), (x, consts)), bwd)
     return Step((operation.start, *operation.consts), lambda x, *consts: [apply(x, consts)])

@@ -230,7 +230,7 @@ def build(program: Program, callers: tuple[Any, ...] = ()) -> Graph:
             outs = tuple(Value(var.aval) for var in equation.outvars)
             same = primitives.same_as(equation)
             if same is not None:
-                earlier = computed.setdefault((same, *map(_identity, ins)), outs)
+                earlier = computed.setdefault((same, *map(identity, ins)), outs)
                 if earlier is not outs:
                     env.update(zip(equation.outvars, earlier, strict=True))
                     continue
@@ -245,7 +245,7 @@ def build(program: Program, callers: tuple[Any, ...] = ()) -> Graph:
     return Graph(ins, tuple(nodes), tuple(outs), constants)
 
 
-def _identity(atom: Atom) -> Any:
+def identity(atom: Atom) -> Any:
     """What two inputs have in common that are the same value or number."""
     if isinstance(atom, Value):
         return atom

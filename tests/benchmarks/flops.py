@@ -1,5 +1,6 @@
-"""Floating-point operations of a function, as XLA counts them before it optimises."""
+"""What a function costs, as XLA counts it before it optimises."""
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,12 @@ from jaxrel.tracing.graph import Graph
 
 
 def flops(fun: Callable, *args: Any) -> float:
-    """Operations of `fun(*args)`, the body of a scan counted once per step.
+    """Floating-point operations of `fun(*args)`; see `counted`."""
+    return counted(fun, *args)["flops"]
+
+
+def counted(fun: Callable, *args: Any) -> collections.Counter[str]:
+    """All that XLA counts of `fun(*args)`, the body of a scan counted once per step.
 
     XLA's cost analysis counts the body of a loop once, whatever its length, and counts nothing
     inside a library's matrix product. So the program is lowered for the CPU, where there is no
@@ -21,18 +27,20 @@ def flops(fun: Callable, *args: Any) -> float:
         return _count(trace(fun, *args).graph)
 
 
-def _count(graph: Graph) -> float:
+def _count(graph: Graph) -> collections.Counter[str]:
     total = _lowered(graph)
     for node in graph.nodes:
         times = node.scan.length if node.scan else 1
         for body in node.bodies:
             if times > 1 or any(inner.scan for inner in body.walk()):
-                total += times * _count(body) - _lowered(body)
+                once, within = _lowered(body), _count(body)
+                for what in within:
+                    total[what] += times * within[what] - once[what]
     return total
 
 
-def _lowered(graph: Graph) -> float:
+def _lowered(graph: Graph) -> collections.Counter[str]:
     shapes = [jax.ShapeDtypeStruct(value.shape, value.aval.dtype) for value in graph.ins]
     lowered = jax.jit(lambda *ins: evaluate(graph, ins).outs).lower(*shapes)
     analysis: Any = lowered.cost_analysis()
-    return analysis.get("flops", 0.0)
+    return collections.Counter(analysis)

@@ -1,5 +1,7 @@
 """`conservation`: where relevance is lost."""
 
+import logging
+
 import jax
 import numpy as np
 from jax import numpy as jnp
@@ -42,6 +44,19 @@ def test_conservation_tells_bias_from_stabiliser(x64):
     assert one.row.kind == "dense"
 
 
+def test_an_output_that_is_its_bias_alone_loses_to_the_bias(x64):
+    w, b, x = jnp.array([[1.0], [2.0]]), jnp.array([3.0]), jnp.array([[1.0, 1.0], [0.0, 0.0]])
+    for rule in (Epsilon(0.0), Gamma(0.25, 0.0), ZPlus(0.0)):
+        (one,) = jaxrel.conservation(lambda p, x: x @ p[0] + p[1], rule, argnums=1)((w, b), x)
+        # All contributions are positive: the shares are 3 and 3 of 6, and 0 and 3 of 3.
+        np.testing.assert_allclose(
+            [one.received, one.passed, one.bias, one.stabiliser, one.rule],
+            [9, 3, 6, 0, 0],
+            rtol=1e-6,
+            atol=1e-6,
+        )
+
+
 def test_conservation_shows_what_stops(x64):
     fun = lambda p, x: jax.nn.softmax(x @ p) @ p.T
     table = jaxrel.conservation(fun, [(jaxrel.everything(), Epsilon())], argnums=1)(
@@ -49,3 +64,14 @@ def test_conservation_shows_what_stops(x64):
     )
     assert [one.row.kind for one in table if one.row] == ["dense", "softmax", "dense"]
     assert "to stabiliser" in str(table)
+
+
+def test_conservation_is_one_program(caplog):
+    params, x = dense_params(), normal(2, 4)
+    rules = AlphaBeta()
+    want = jaxrel.conservation(dense, rules, argnums=1)(params, x)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        found = jaxrel.conservation(dense, rules, argnums=1)(params, x)
+    compiled = [record for record in caplog.records if "Finished XLA" in record.message]
+    assert len(compiled) == 1
+    assert found.summary() == want.summary()
