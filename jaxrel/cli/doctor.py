@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> None:
     from jaxrel.models.checkpoint import bundled
 
     print(f"bundled models: {', '.join(bundled()) or 'none'}")
-    print(f"compiled programs: {jax.config.jax_compilation_cache_dir or 'not kept'}")
+    kept = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
+    print(f"compiled programs: {kept or 'not kept'}")
     # The last, since JAX raises an error where there is no such device.
     devices = ", ".join(f"{device.device_kind} ({device.platform})" for device in jax.devices())
     print(f"devices: {devices}")

@@ -153,7 +153,8 @@ def keep_programs() -> None:
         return
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        folder = (base if base.is_absolute() else Path.home() / ".cache") / "jaxrel" / "programs"
+        base = base if base.is_absolute() else Path.home() / ".cache"
+        folder = base / "jaxrel" / "programs" / _machine()
         folder.mkdir(parents=True, exist_ok=True)
         usable = os.access(folder, os.W_OK | os.X_OK)
     except (OSError, RuntimeError):  # no such place, or no home
@@ -163,6 +164,19 @@ def keep_programs() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     # Many small programs take as long as a large one.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def _machine() -> str:
+    """A name of this kind of processor: a program of another may use instructions it lacks."""
+    import platform
+    import zlib
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        able = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, ValueError, StopIteration):
+        able = platform.processor()
+    return f"{platform.machine()}-{zlib.crc32(able.encode()):08x}"
 
 
 @contextlib.contextmanager
