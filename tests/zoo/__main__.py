@@ -9,14 +9,14 @@ from pathlib import Path
 from jaxrel.files import write_atomically
 from tests.benchmarks.table import hardware
 from tests.zoo.packages import load
-from tests.zoo.packages.table import markdown, row
+from tests.zoo.packages.table import markdown, read, row
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- zoo: begin -->\n", "<!-- zoo: end -->\n"
 
 
 def main(argv: list[str]) -> None:
-    """Measure the named models, or all; the table of all goes into the README beside this file."""
+    """Measure the named models, or all, and put their rows into the README beside this file."""
     exhibits = load()
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(exhibits)}")
@@ -31,14 +31,19 @@ def main(argv: list[str]) -> None:
         waiting = {pool.submit(row, name): name for name in args.names or exhibits}
         for done in concurrent.futures.as_completed(waiting):
             print(done.exception() or done.result(), flush=True)
-    rows = [done.result() for done in waiting]
-    table = f"{markdown(rows)}\n{hardware()}.\n"
-    if args.names:
-        print(table)
-        return
+    failed = [name for done, name in waiting.items() if done.exception()]
+    write([done.result() for done in waiting if not done.exception()])
+    sys.exit(f"not measured: {', '.join(failed)}" if failed else 0)
+
+
+def write(rows: list[dict[str, str]]) -> None:
+    """Put rows into the table, in the order of the exhibits; others of that order stay."""
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    write_atomically(README, f"{before}{BEGIN}\n{table}\n{END}{after}".encode())
+    table, after = rest.split(END)
+    known = {(row["package"].split()[0], row["model"]): row for row in [*read(table), *rows]}
+    order = [(exhibit.package, exhibit.name) for exhibit in load().values()]
+    text = markdown([known[key] for key in order if key in known])
+    write_atomically(README, f"{before}{BEGIN}\n{text}\n{hardware()}.\n\n{END}{after}".encode())
 
 
 if __name__ == "__main__":

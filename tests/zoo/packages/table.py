@@ -108,3 +108,9 @@ def markdown(rows: list[dict[str, str]]) -> str:
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def read(text: str) -> list[dict[str, str]]:
+    """The rows of a Markdown table."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]

@@ -35,7 +35,9 @@ def of_nnx(module: Any, x: Any, out: Callable, table: str | None = None) -> Mode
     """An NNX module as a function of its state; `out` calls it."""
     module.eval()
     graph, state = nnx.split(module)
-    return Model(lambda state, x: out(nnx.merge(graph, state), x), random_like(state), x, table)
+    # A copy at the caller's trace level, which a scan over layers may change.
+    copied = lambda state: nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
+    return Model(lambda state, x: out(copied(state), x), random_like(state), x, table)
 
 
 def resnet18() -> Model:
