@@ -219,6 +219,7 @@ class _Finder:
         self.data = data
         arrays = (id(graph.constants[value]) for value in constants if value in graph.constants)
         self.constants = {*constants, *arrays}
+        self.given = {value for value in graph.ins if value in data}
         self.axes = Axes(graph, data)
         self.starts = find_starts(graph, data, self.axes)
         shape = graph.outs[0].shape if graph.outs else ()
@@ -332,7 +333,9 @@ class _Finder:
         other = bool(batched) and same(axes[batched[0]], self.examples) is False
         if other:
             first = self.axes.lineage(axes[batched[0]])
-            other = not any(root.source in self.constants for root in first)
+            # Several arguments hold the same examples, each by axes of its own.
+            firsts = all(root.source in self.given and root.axis == 0 for root in first)
+            other = not firsts and not any(root.source in self.constants for root in first)
         if batched and value.shape[batched[0]] == self.batch and not other:
             return batched[0], batched[1:]
         folded = self.examples and set(self.examples) <= {f for a in axes for f in a}
@@ -380,8 +383,9 @@ class _Finder:
         sizes = [size for size in value.shape[:-1] if size != 1]
         if sizes == [size for size in (batch, tokens) if size != 1]:
             return True
-        axes = token_axes(value, self.examples, self.axes)
-        whole = axes is not None and same(flat(axes, self.examples), site.tokens)
+        examples = self._examples_of(site)
+        axes = token_axes(value, examples, self.axes)
+        whole = axes is not None and same(flat(axes, examples), site.tokens)
         return bool(whole) and math.prod(sizes) == batch * tokens
 
     def _in_loops(self, site: Site, residual: Residual | None, graphs: tuple[Graph, ...]) -> Site:
@@ -398,24 +402,30 @@ class _Finder:
         site = dataclasses.replace(site, mapped=mapped)
         return self._in_windows(site, loops, residual, graphs[-1].nodes[site.place[-1].number])
 
+    def _examples_of(self, site: Site) -> Axis:
+        """The identity of a map's examples: of several examples its batch axis, if it has one."""
+        if self.batch in (None, 1) or site.batch is None:
+            return self.examples
+        return self.axes.of(site.value)[site.batch]
+
     def _in_windows(
         self, site: Site, loops: list[Axis], residual: Residual | None, product: Node
     ) -> Site:
         """Find what the map is of all tokens, where it is of a part of them or in another order."""
-        axes = self.axes.of(site.value)
+        axes, examples = self.axes.of(site.value), self._examples_of(site)
         folded = site.batch is None and self.batch not in (None, 1)
         parts = [*loops, *(axes[axis] for axis in site.heads)]
-        if site.batch is not None and same(axes[site.batch], self.examples) is not True:
+        if site.batch is not None and axes[site.batch] != examples:
             parts.append(axes[site.batch])
         stream = None
         if residual is not None:
-            stream = token_axes(residual.before, self.examples, self.axes)
+            stream = token_axes(residual.before, examples, self.axes)
             # Tokens are not last, unless the channels come first.
             if self.axes.lineage(self.axes.of(residual.before)[-1]) & self.axes.lineage(
                 site.tokens
             ):
                 stream = None
-        tokens = flat(stream, self.examples) if stream else site.tokens
+        tokens = flat(stream, examples) if stream else site.tokens
         family = self.axes.lineage(tokens) | self.axes.lineage(site.tokens)
         in_parts = any(self.axes.lineage(part) & family for part in parts) and not folded
         moved = bool(roots(tokens) and site.tokens) and not roots(tokens) & roots(site.tokens)
@@ -424,7 +434,7 @@ class _Finder:
         if not (folded or in_parts or moved or apart) or site.own_keys:
             return site
         places = (site.query + len(loops), site.key + len(loops))
-        windows = find_windows([*loops, *axes], *places, self.examples, stream, self.axes)
+        windows = find_windows([*loops, *axes], *places, examples, stream, self.axes)
         if windows is None and folded:
             raise self._no_examples(site.value, product)
         if windows is None:

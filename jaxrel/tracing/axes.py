@@ -232,9 +232,11 @@ class Axes(Forward[tuple[Axis, ...]]):
         chosen = self._chosen(node, ins, out, [i for i, j in enumerate(by_index) if j is not None])
         found = []
         for number, (i, j) in enumerate(zip(places, by_index, strict=True)):
-            told = j is not None and node.ins[1] in self.data and roots(ins[1][j])
             known = ins[0][i] if i is not None else chosen.get(number)
-            known = ins[1][j] if known is None and j is not None and told else known
+            if known is None and j is not None and roots(ins[1][j]) and node.ins[1] in self.data:
+                # Rows of a table are their indices'; what data pick of data is another order.
+                known = ins[1][j] if node.ins[0] not in self.data else None
+                self._made_of[Root(out, number, known=False)] = roots(ins[1][j])
             found.append(fresh[number] if known is None else known)
         return tuple(found)
 
