@@ -9,7 +9,7 @@ from tests.zoo.packages.exhibit import Exhibit
 # The modules beside this one, and what each needs.
 MODULES = {
     "with_equinox": ("eqx_zoo", "equimo"),
-    "with_flax": ("flaxmodels", "jimm", "mamba2_jax", "nanodl"),
+    "with_flax": ("flaxmodels", "mamba2_jax", "nanodl"),
     "with_haiku": ("haiku", "jraph"),
     "with_keras": ("keras",),
 }

@@ -1,4 +1,4 @@
-"""Models of flaxmodels, jax-image-models (jimm), mamba2-jax and nanodl."""
+"""Models of flaxmodels, mamba2-jax and nanodl."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,6 @@ from jaxrel import op, rules
 from tests.zoo.packages.exhibit import (
     BATCH,
     CLASSES,
-    Attention,
     Exhibit,
     Model,
     Slopes,
@@ -69,38 +68,6 @@ def mixer() -> Model:
     return linen(module, normal(BATCH, 8, 8, 3), lambda found: found[0])
 
 
-def mesh() -> Any:
-    """jimm annotates its parameters with the axes of a mesh; here, of one device."""
-    auto = jax.sharding.AxisType.Auto
-    one = jax.make_mesh((1, 1), ("data", "fsdp"), (auto, auto), devices=jax.devices()[:1])
-    return jax.set_mesh(one)
-
-
-def vit() -> Model:
-    import jimm
-
-    module = jimm.VisionTransformer(
-        num_classes=CLASSES,
-        img_size=16,
-        patch_size=8,
-        num_layers=2,
-        num_heads=2,
-        mlp_dim=12,
-        hidden_size=WIDTH,
-        dtype=jnp.result_type(float),
-    )
-    return of_nnx(module, normal(BATCH, 16, 16, 3), lambda module, x: module(x))
-
-
-def clip() -> Model:
-    """Images against three fixed texts."""
-    import jimm
-
-    module = jimm.CLIP(16, 2, 64, 8, 6, WORDS, WIDTH, 2, 2, dtype=jnp.result_type(float))
-    texts = jnp.asarray([[1, 2, 10, 0, 0, 0], [3, 10, 0, 0, 0, 0], [4, 5, 6, 10, 0, 0]])
-    return of_nnx(module, normal(BATCH, 16, 16, 3), lambda module, x: module(x, texts))
-
-
 def mamba2() -> Model:
     import mamba2_jax
 
@@ -118,14 +85,11 @@ def mamba2() -> Model:
     return of_nnx(module, tokens(WORDS, TOKENS), out, "backbone/embedder/embedding/value")
 
 
-ENCODER = Attention(2, calls=(0,), dtype="float32")
 LINEN = Slopes().of("flax.linen")
 EXHIBITS = [
     Exhibit("ResNet-18", "flaxmodels", resnet18, "epsilon_plus_flat", slopes=LINEN),
     Exhibit("Diffusion U-Net", "nanodl", diffusion, slopes=LINEN),
     Exhibit("MLP-Mixer", "nanodl", mixer, slopes=LINEN),
-    Exhibit("ViT", "jax-image-models", vit, attention=ENCODER, around=mesh),
-    Exhibit("CLIP", "jax-image-models", clip, attention=ENCODER, around=mesh),
     # The decay of a state is exp of the data, which no rule passes on: its derivative, said so.
     Exhibit(
         "Mamba 2",

@@ -65,9 +65,10 @@ def transformer() -> Model:
     return stateless(keras.Model(inputs, out), normal(BATCH, TOKENS, WIDTH))
 
 
+F32 = "float32"  # what Keras computes softmaxes and means in
 # Its hard sigmoid, and hard swish, are ReLU6 of x + 3, and times x.
 HARD = Slopes(gate="sigmoid").plus("jax.nn.relu6")
 EXHIBITS = [
     Exhibit("MobileNet v3", "keras", mobilenet_v3, "epsilon_plus", slopes=HARD, dtype="float32"),
-    Exhibit("Transformer", "keras", transformer, attention=Attention(2, dtype="float32")),
+    Exhibit("Transformer", "keras", transformer, attention=Attention(2, dtype=F32), dtype=F32),
 ]
