@@ -102,9 +102,11 @@ def prepare(
         graph = cut_scans(graph, cuts)
         facts = known(graph)
 
+    sampled: dict[Any, Any] = {}
+
     def choose(cut: Mapping[Node, frozenset[Value]] | None = None) -> tuple[set[Value], list]:
         carrying = carriers(graph, facts, cut)
-        found = operations(graph, facts, carrying, composite.names)
+        found = operations(graph, facts, carrying, composite.names, sampled)
         return carrying, [(one, *composite.choose(one)) for one in found]
 
     carrying, found = choose()

@@ -109,13 +109,19 @@ def _scales(value: Value, users: dict[Value, list[Node]], facts: Facts, sizes: s
 
 
 def operations(
-    graph: Graph, facts: Facts, carrying: set[Value], apart: Callable[[Operation], bool]
+    graph: Graph,
+    facts: Facts,
+    carrying: set[Value],
+    apart: Callable[[Operation], bool],
+    known: dict[Any, Any] | None = None,
 ) -> Iterator[Operation]:
     """Every operation that carries relevance, bodies included, in order of execution.
 
-    `apart` says of a batch normalisation whether it is an operation of its own.
+    `apart` says of a batch normalisation whether it is an operation of its own; `known` are
+    functions that have been sampled before.
     """
-    yield from _Finder(graph, facts, carrying, None, apart=apart).find()
+    known = {} if known is None else known
+    yield from _Finder(graph, facts, carrying, None, apart=apart, known=known).find()
 
 
 def stacked(node: Node, facts: Facts) -> bool:
@@ -127,19 +133,20 @@ def stacked(node: Node, facts: Facts) -> bool:
 
 
 class _Finder(LinearMaps):
-    """A graph whose operations are found."""
+    """A graph whose operations are found; `known` are the functions that have been sampled."""
 
-    def __init__(self, *body: Any, apart: Callable[[Operation], bool]):
+    def __init__(self, *body: Any, apart: Callable[[Operation], bool], known: dict[Any, Any]):
         super().__init__(*body, apart=apart)
+        self.known = known
         self.softmaxes = softmax_nodes(self.graph, self.facts)
-        known = set().union(*(inside for _, inside in self.softmaxes.values()))
+        parts = set().union(*(inside for _, inside in self.softmaxes.values()))
         logs = logsumexp_nodes(self.graph, self.facts)
         # One inside of a softmax, exp(s - logsumexp(s)), is a part of that.
-        self.logsumexps = {last: one for last, one in logs.items() if last not in known}
+        self.logsumexps = {last: one for last, one in logs.items() if last not in parts}
         self.norms, sizes = norm_nodes(self.graph, self.facts)
         self._shifts: dict[Node, bool] = {}
-        parts = (inside for _, inside in self.logsumexps.values())
-        self.inside = known.union(*parts, sizes, *map(self._statistic, self.norms))
+        logged = (inside for _, inside in self.logsumexps.values())
+        self.inside = parts.union(*logged, sizes, *map(self._statistic, self.norms))
 
     def find(self) -> Iterator[Operation]:
         for node in self.graph.nodes:
@@ -153,7 +160,8 @@ class _Finder(LinearMaps):
         parts = node.segments() if node.scan else [(0, 1, body) for body in node.bodies]
         for start, stop, body in parts:
             stack = (start, stop, layers.length) if layers else self.stack
-            inner = _Finder(body, self.facts, self.carrying, stack, apart=self.apart)
+            whole = self.facts, self.carrying
+            inner = _Finder(body, *whole, stack, apart=self.apart, known=self.known)
             yield from inner.find()
 
     def _of(self, node: Node) -> Iterator[Operation]:
@@ -195,6 +203,9 @@ class _Finder(LinearMaps):
         elif node.name not in EXACT and not self._is_scaling(node, active):
             yield self.make(Operation, node, kind=node.name)
 
+    def _sampled(self, start: Value, out: Value) -> Samples:
+        return Samples(self.producers, start, out, self.known)
+
     def _gate(self, value: Value) -> str:
         """What kind of gate a factor is: a sigmoid in any spelling, another activation, or none."""
         gate = self.facts[value].gate
@@ -207,7 +218,7 @@ class _Finder(LinearMaps):
         root = self.facts[value].root
         if root is None or root is value:
             return "activation"
-        if Samples(self.producers, root, value).is_gate:
+        if self._sampled(root, value).is_gate:
             return "sigmoid"
         # One minus a gate is a gate, wherever that was cut out.
         return "activation" if self.facts[value].nonlinear else self._gate(root) or "activation"
@@ -319,7 +330,7 @@ class _Finder(LinearMaps):
         if shift is not None and self.shifts_gate(shift):
             (start,), nodes = self.active(shift), [shift, *nodes]
         nodes = self._without_sum(start, nodes)
-        samples = Samples(self.producers, start, nodes[-1].outs[0])
+        samples = self._sampled(start, nodes[-1].outs[0])
         return self.block(Elementwise, "activation", nodes[-1], start, nodes, samples=samples)
 
     def _without_sum(self, start: Value, nodes: list[Node]) -> list[Node]:
@@ -328,7 +339,7 @@ class _Finder(LinearMaps):
         if last.name not in SUMS or len(self.active(last)) != 1 or len(nodes) == 1:
             return nodes
         (before,) = self.active(last)
-        whole, bare = (Samples(self.producers, start, out) for out in (last.outs[0], before))
+        whole, bare = (self._sampled(start, out) for out in (last.outs[0], before))
         added = before is nodes[-2].outs[0] and bare.keeps_zero
         added = added and not (whole.keeps_zero or whole.is_gate)
         return self._without_sum(start, nodes[:-1]) if added else nodes
@@ -353,7 +364,7 @@ class _Finder(LinearMaps):
                 made.update(one.outs)
                 ends += [one.outs[0]] if self._leaves(one) else []
         bent = all(self.facts[end].nonlinear for end in ends)
-        gates = (Samples(self.producers, out, end).is_gate for end in ends)
+        gates = (self._sampled(out, end).is_gate for end in ends)
         return bool(ends) and bent and all(gates)
 
     def _root_of(self, node: Node) -> Value | None:

@@ -7,6 +7,7 @@ be shifted, clipped, masked, and to any base.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -70,12 +71,14 @@ def logsumexps(graph: Graph, varies: Varies | None = None) -> Iterator[tuple[Nod
 def between(graph: Graph, start: Value, last: Node) -> set[Node]:
     """The nodes on all ways from a value to a node."""
     reached, inside = {start}, set()
-    for node in graph.nodes:
+    producers = graph.producers()
+    first = producers.get(start)
+    after = itertools.dropwhile(lambda node: first not in (None, node), graph.nodes)
+    for node in after:
         if any(atom in reached for atom in node.ins):
             reached.update(node.outs)
         if node is last:
             break
-    producers = graph.producers()
     todo = [last]
     while todo:
         node = todo.pop()
