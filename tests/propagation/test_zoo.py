@@ -152,6 +152,7 @@ def test_per_layer_rules_change_the_relevance(x64):
     assert error(jit(lrp(a, PER_LAYER + PRESETS["attn_lrp"]))(a.params, a.x), plain) > 1e-2
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", LIGHT)
 def test_bfloat16(name):
     a = case(name, "bfloat16")
@@ -172,6 +173,7 @@ SMOOTH = {
 }
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize(
     "name",
     ["deep_mlp", "group_norm", "gru_rnn", "linen", "llama", "lstm", "vit"],
@@ -256,6 +258,7 @@ def test_zplus_sums_to_the_positive_logits(x64, name):
     assert lost(a, rules.ZPlus(1e-12), seed) < 1e-10
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize(
     "name", ["clip_image", "deep_mlp", "equinox", "group_norm", "gru_rnn", "llama", "vit"]
 )
