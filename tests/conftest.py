@@ -1,10 +1,17 @@
 """The tests' world is stricter than a user's: types are checked, warnings are errors."""
 
+import contextlib
 import gc
 import importlib.util
 import os
+import signal
 import tempfile
 from pathlib import Path
+
+# A shell that starts the tests in the background has Ctrl-C ignored, which they and the processes
+# that they start would inherit.
+with contextlib.suppress(ValueError):  # outside of the main thread
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -487,7 +487,7 @@ def test_explain_shares_its_rows(name, kind, monkeypatch):
     with jax.set_mesh(by_row.mesh):
         (found,) = jaxrel.explain(model, **asked)
         # The same arrays again, which are sharded, in the function for arrays.
-        ((inputs, of_row),) = rows
+        ((inputs, of_row, *_),) = rows
         if name == "gridtd-shapes":
             options = {"method": asked["method"], "at_once": 32 // BATCH}
             relevance = word_relevance(model, inputs, of_row, **options)

@@ -65,7 +65,12 @@ def test_no_other_file_names_a_primitive():
 
 
 # What else these words mean, by room.
-PLAIN = {"cli": ("split",), "explanations": ("composite",), "metrics": ("max", "pad")}
+PLAIN = {
+    "cli": ("split",),
+    "explanations": ("composite",),
+    "metrics": ("max", "pad"),
+    "report": ("name",),
+}
 
 
 def room_of(path):
