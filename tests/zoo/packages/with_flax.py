@@ -68,6 +68,9 @@ def mixer() -> Model:
     return linen(module, normal(BATCH, 8, 8, 3), lambda found: found[0])
 
 
+STEP = "max+sub+add+abs+neg+exp+log1p+add+select_n+max+min"
+
+
 def mamba2() -> Model:
     import mamba2_jax
 
@@ -90,12 +93,13 @@ EXHIBITS = [
     Exhibit("ResNet-18", "flaxmodels", resnet18, "epsilon_plus_flat", slopes=LINEN),
     Exhibit("Diffusion U-Net", "nanodl", diffusion, slopes=LINEN),
     Exhibit("MLP-Mixer", "nanodl", mixer, slopes=LINEN),
-    # The decay of a state is exp of the data, which no rule passes on: its derivative, said so.
+    # The decay of a state is exp of the data, and its step a clipped softplus, which no rule passes
+    # on: their derivatives, said so.
     Exhibit(
         "Mamba 2",
         "mamba2-jax",
         mamba2,
-        entries=((op("exp"), rules.Gradient()),),
+        entries=((op("exp"), rules.Gradient()), (op(STEP), rules.Gradient())),
         slopes=None,
         dtype="float32",
     ),
