@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from jaxrel.attention.maps import indices
+from jaxrel.attention.maps import as_indices, indices, is_mask
 from jaxrel.attention.methods import Method
 from jaxrel.attention.stacks import Site, Stack
 
@@ -65,11 +64,9 @@ def of_stacks(
 
 def _count(layers: Any, stack: Stack) -> Any:
     """How many layers a choice names, by indices or by a bool array, which may be traced."""
-    if isinstance(layers, jax.Array):
-        return layers.sum()
-    if isinstance(layers, np.ndarray):
-        return int(layers.sum())
-    return len(indices(layers, stack.layers, "layers"))
+    if is_mask(layers):
+        return layers.sum() if isinstance(layers, jax.core.Tracer) else int(layers.sum())
+    return len(indices(as_indices(layers, "layers"), stack.layers, "layers"))
 
 
 def of_streams(method: Method, kinds: Sequence[str], left_out: Sequence[Site] | None) -> Coverage:

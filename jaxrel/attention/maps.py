@@ -126,6 +126,25 @@ def require_finite(name: str, array: Any, *, layers: Selection = None) -> None:
         )
 
 
+def is_mask(selection: Any) -> bool:
+    """Whether a choice of layers or heads is a bool array, and not indices."""
+    return isinstance(selection, jax.Array | np.ndarray) and selection.dtype == bool
+
+
+def as_indices(selection: Any, what: str) -> Any:
+    """A choice that is no mask: an array of indices as a list, all others as they are.
+
+    Raises:
+      TypeError: the indices are traced, so that how many they are of is not known.
+    """
+    if isinstance(selection, jax.core.Tracer):
+        raise TypeError(
+            f"{what}: indices cannot be traced; choose inside jit with a bool array that has an "
+            f"entry for each of the {what}, or pass indices as static values"
+        )
+    return selection.tolist() if isinstance(selection, jax.Array | np.ndarray) else selection
+
+
 def only(
     stacked: Mapping[str, Any], layers: Any = None, heads: Any = None
 ) -> tuple[dict[str, Any], Any]:
@@ -145,7 +164,7 @@ def only(
       The same in this order, and by place whether the layer counts; None where all do.
 
     Raises:
-      ValueError: a choice has another length.
+      ValueError: a choice has another length, or chooses none (not seen under `jax.jit`).
     """
     attn = stacked["attn"]
     for what, chosen, count in (("layers", layers, len(attn)), ("heads", heads, attn.shape[2])):
@@ -154,6 +173,8 @@ def only(
                 f"{what}: a choice as a bool array has an entry for each of the {count} {what}, "
                 f"got shape {chosen.shape}"
             )
+        if chosen is not None and not isinstance(chosen, jax.core.Tracer) and not chosen.any():
+            raise ValueError(f"{what}: the bool array selects none of the {count} {what}")
     if heads is not None:
         share = jnp.where(heads, len(heads) / jnp.maximum(heads.sum(), 1), 0)
         stacked = {**stacked, "attn": attn * share.astype(attn.dtype)[:, None, None]}

@@ -20,7 +20,7 @@ from jaxrel.attention.discovery import (
 from jaxrel.attention.followed import of_stacks
 from jaxrel.attention.importance import measure
 from jaxrel.attention.lrp_of_maps import lrp_of_maps
-from jaxrel.attention.maps import only, relevance_dtype, row, token_index
+from jaxrel.attention.maps import as_indices, is_mask, only, relevance_dtype, row, token_index
 from jaxrel.attention.methods import METHODS, TABLE, Method, check_methods
 from jaxrel.attention.streaming import accumulate, seed, weigh_sum
 from jaxrel.propagation.composites import as_composite, attn_lrp
@@ -514,8 +514,8 @@ def _matrix(
     method: Method, maps: Any, grad: Any, values: Mapping, importance: Any, chosen: Mapping
 ) -> Any:
     """A method's relevance matrix, of layers and heads that are named or masked."""
-    masks = {what: x for what, x in chosen.items() if isinstance(x, jax.Array | np.ndarray)}
-    named = {what: x for what, x in chosen.items() if what not in masks}
+    masks = {what: x for what, x in chosen.items() if is_mask(x)}
+    named = {what: as_indices(x, what) for what, x in chosen.items() if what not in masks}
     counts = None
     if masks:
         kept, counts = only({"attn": maps, "grad": grad, **values}, **masks)

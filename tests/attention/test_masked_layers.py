@@ -46,6 +46,30 @@ def test_masks_are_the_choice_by_index(model, layers, heads):
         np.testing.assert_allclose(found[name], wanted, rtol=2e-5, atol=2e-6 * np.abs(wanted).max())
 
 
+def test_an_array_of_indices_is_no_mask(model):
+    fun, x = model
+    by_index = attention.relevance(fun, method="equal", layers=[0, 1, 2])(x)
+    for array in (np.array([0, 1, 2]), jnp.array([0, 1, 2])):
+        found = attention.relevance(fun, method="equal", layers=array)(x)
+        np.testing.assert_array_equal(found, by_index)
+        assert attention.layers_followed(fun, method="equal", layers=array)(x).followed == 3
+    mask = np.array([True, False, True])
+    assert attention.layers_followed(fun, method="equal", layers=mask)(x).followed == 2
+
+
+def test_indices_that_are_traced(model):
+    fun, x = model
+    explain = jax.jit(lambda x, i: attention.relevance(fun, method="raw", layers=i)(x))
+    with pytest.raises(TypeError, match="layers: indices cannot be traced; choose inside jit with"):
+        explain(x, jnp.array([0, 1, 2]))
+
+
+def test_a_mask_that_chooses_none(model):
+    fun, x = model
+    with pytest.raises(ValueError, match="the bool array selects none of the 3 layers"):
+        attention.relevance(fun, method="raw", layers=np.zeros(3, bool))(x)
+
+
 def test_a_mask_of_another_length(model):
     fun, x = model
     with pytest.raises(ValueError, match=r"an entry for each of the 3 layers, got shape \(2,\)"):
