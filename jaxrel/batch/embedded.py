@@ -89,7 +89,7 @@ def explain_shard(
             start += len(loaded.rows)
             advance(len(loaded.rows))
     whole = stacked(parts)
-    folder.write(shard, whole, precision=precision)
+    folder.write(shard, whole, shapes=explainer.shapes, precision=precision)
     return sum(error is not None for error in whole["error"])
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -87,6 +88,11 @@ class Explainer:
         self._target = getattr(model.layout, "target", "example")
         way(model).check(model, self.request)
 
+    @functools.cached_property
+    def shapes(self) -> set[tuple[int, ...]]:
+        """Rows and columns of the image's relevance, of all methods."""
+        return way(self.model).map_shapes(self.model, self.request.methods)
+
     def __call__(self, rows: Any) -> Any:
         """Explain rows.
 
@@ -103,7 +109,7 @@ class Explainer:
         Raises:
           TypeError, ValueError: the rows are none of these, or lack a column.
         """
-        given, back = as_rows(rows)
+        given, back = as_rows(rows, lambda: self.shapes)
         loaded = map(self.prepare, self.split(given))
         return back(stacked([self.results(part)[1] for part in loaded]))
 

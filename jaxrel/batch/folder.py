@@ -78,14 +78,14 @@ class Folder:
         for left in self.path.glob("*.tmp"):
             left.unlink(missing_ok=True)
 
-    def write(self, shard: int, found: Columns, *, precision: str) -> None:
-        """Write a shard.
+    def write(self, shard: int, found: Columns, **options: Any) -> None:
+        """Write a shard; options as of `explanations.tables.table`.
 
         Raises:
           OSError: it cannot be written; what is there stays.
         """
         metadata = {"jaxrel": json.dumps(self._manifest())}
-        self._write(self.part(shard), parquet(found, precision=precision, metadata=metadata))
+        self._write(self.part(shard), parquet(found, metadata=metadata, **options))
 
     def _manifest(self) -> dict[str, Any]:
         return {

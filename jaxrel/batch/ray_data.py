@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from jaxrel.batch.embedded import explain_shard
+from jaxrel.batch.embedded import Draw, explain_shard
 from jaxrel.batch.explainer import Explainer
 from jaxrel.batch.folder import Folder
 from jaxrel.batch.sources import Source
@@ -26,17 +26,17 @@ class _Worker:
         make_explainer: Callable[[], Explainer],
         open_source: Callable[[], Source],
         folder: Folder,
-        precision: str,
+        options: Mapping[str, Any],
     ) -> None:
         self.explainer = make_explainer()
         self.source = open_source()
         self.folder = folder
-        self.precision = precision
+        self.options = options
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
         shards = [int(shard) for shard in batch["shard"]]
         errors = [
-            explain_shard(self.explainer, self.source, self.folder, shard, precision=self.precision)
+            explain_shard(self.explainer, self.source, self.folder, shard, **self.options)
             for shard in shards
         ]
         return {"shard": shards, "errors": errors}
@@ -48,6 +48,8 @@ def run(
     folder: Folder,
     *,
     precision: str = "float32",
+    threads: int = 2,
+    draw: Draw | None = None,
     address: str | None = None,
     actors: int = 1,
     num_cpus: float | None = None,
@@ -60,7 +62,7 @@ def run(
       make_explainer: makes what explains them, in every actor; it is pickled.
       open_source: opens the rows, in every actor.
       folder: where to; it is open.
-      precision: of the image's relevance in the files, "float32" or "float16".
+      precision, threads, draw: as of `embedded.run`, of every actor; `draw` is pickled.
       address: of a Ray cluster; None: Ray runs on this machine.
       actors: how many, each with its own model.
       num_cpus, num_gpus, resources: what Ray reserves for an actor, such as {"TPU": 4}.
@@ -72,6 +74,7 @@ def run(
       ModuleNotFoundError: Ray is missing.
       RuntimeError: an actor failed in a way that trying again does not mend.
     """
+    options = {"precision": precision, "threads": threads, "draw": draw}
     ray = required("ray", extra="ray")
     data = required("ray.data", extra="ray")
     missing = folder.missing()
@@ -83,7 +86,7 @@ def run(
     shards = data.from_items([{"shard": i} for i in missing], override_num_blocks=len(missing))
     explained = shards.map_batches(
         _Worker,
-        fn_constructor_args=(make_explainer, open_source, folder, precision),
+        fn_constructor_args=(make_explainer, open_source, folder, options),
         batch_size=1,
         compute=data.ActorPoolStrategy(size=min(actors, len(missing))),
         **{name: value for name, value in reserved.items() if value},

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,31 @@ Row = dict[str, Any]
 NAMES = ("id", "image", "text", "target")
 
 
-def as_rows(given: Any) -> tuple[list[Row], Callable[[Columns], Any]]:
+def as_rows(
+    given: Any, shapes: Callable[[], Collection[tuple[int, ...]]]
+) -> tuple[list[Row], Callable[[Columns], Any]]:
     """Rows as a list of dictionaries, and what brings columns into the form that they came in.
 
     Args:
       given: a `pyarrow.Table`, a pandas DataFrame, a mapping from names to columns, or a list of
         mappings.
+      shapes: tells those of maps, as of `schema`, where a table is made.
 
     Raises:
       TypeError: something else.
       ValueError: no rows, columns of different lengths, or no column "image".
     """
+
+    def as_table(found: Columns) -> Any:
+        return table(found, shapes=shapes())
+
     if isinstance(given, Mapping):
         rows = _from_columns({name: list(column) for name, column in given.items()})
         back: Callable = dict
     elif hasattr(given, "to_pylist") and hasattr(given, "column_names"):
-        rows, back = given.to_pylist(), table
+        rows, back = given.to_pylist(), as_table
     elif hasattr(given, "to_dict") and hasattr(given, "columns"):
-        rows, back = given.to_dict("records"), lambda found: table(found).to_pandas()
+        rows, back = given.to_dict("records"), lambda found: as_table(found).to_pandas()
     elif isinstance(given, list | tuple) and all(isinstance(row, Mapping) for row in given):
         rows, back = [dict(row) for row in given], _as_list
     else:

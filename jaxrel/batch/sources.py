@@ -26,10 +26,12 @@ class Source:
     Attributes:
       ids: all ids, in order.
       read: `(start, stop) -> rows`.
+      are_questions: whether the texts are questions, as the file says.
     """
 
     ids: Sequence[str]
     read: Callable[[int, int], list[Row]]
+    are_questions: bool = False
 
     @property
     def digest(self) -> str:
@@ -61,24 +63,28 @@ def open_source(
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder; check the name")
+    suffix = path.suffix.lower()
+    if columns and (path.is_dir() or suffix == ".json"):
+        raise ValueError(
+            f"{path} has no columns to be named ({', '.join(columns)}); those of .csv, .jsonl and "
+            ".parquet files have names"
+        )
     if path.is_dir():
         return _listed(path, _folder_rows(path), text)
-    readers: dict[str, Callable] = {
-        ".csv": _table_rows,
-        ".jsonl": _table_rows,
-        ".json": _annotation_rows,
-    }
-    suffix = path.suffix.lower()
     root = path.parent if images is None else images
     if suffix == ".parquet":
         return _parquet(path, dict(columns or {}), root, text)
-    if suffix not in readers:
+    if suffix not in (".csv", ".jsonl", ".json"):
         raise ValueError(
             f"{path}: a folder of images, .csv, .jsonl, .parquet or .json (COCO captions, VQA v2 "
             f"questions, Flickr30k) can be read, not {suffix or 'a file without suffix'}"
         )
-    rows = readers[suffix](path, dict(columns or {}))
-    return _listed(path, [_placed(row, root) for row in rows], text)
+    if suffix == ".json":
+        rows, are_questions = _annotation_rows(path)
+    else:
+        rows, are_questions = _table_rows(path, dict(columns or {})), False
+    source = _listed(path, [_placed(row, root) for row in rows], text)
+    return dataclasses.replace(source, are_questions=are_questions)
 
 
 def _listed(path: Path, rows: list[Row], text: str | None) -> Source:
@@ -170,19 +176,19 @@ def _columns(path: Path, there: Sequence[str], names: dict[str, str]) -> dict[st
     return chosen
 
 
-def _annotation_rows(path: Path, names: dict[str, str]) -> list[Row]:
-    """The rows of a JSON file, by what it holds."""
+def _annotation_rows(path: Path) -> tuple[list[Row], bool]:
+    """The rows of a JSON file, by what it holds, and whether they are questions."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
     try:
         if isinstance(held, dict) and "questions" in held:
-            return _vqa(path, held)
+            return _vqa(path, held), True
         if isinstance(held, dict) and "annotations" in held and "images" in held:
-            return _coco(held)
+            return _coco(held), False
         if isinstance(held, dict) and "images" in held:
-            return _karpathy(held)
+            return _karpathy(held), False
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: an entry lacks {error}; fetch the file again") from None
     raise ValueError(

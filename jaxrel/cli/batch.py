@@ -179,6 +179,7 @@ def run(options: argparse.Namespace) -> None:
     folder = _folder(options, source, made)
     folder.open()
     print(f"{folder.rows} rows in {found}", file=sys.stderr)
+    draw = functools.partial(_draw, options) if options.save_images else None
     if options.engine == "ray":
         from jaxrel.batch import ray_data
 
@@ -187,6 +188,8 @@ def run(options: argparse.Namespace) -> None:
             functools.partial(_source, options),
             folder,
             precision=options.precision,
+            threads=options.threads,
+            draw=draw,
             address=options.ray_address,
             actors=options.actors,
             num_cpus=options.num_cpus,
@@ -194,7 +197,6 @@ def run(options: argparse.Namespace) -> None:
             resources=options.resources,
         )
     else:
-        draw = functools.partial(_draw, options) if options.save_images else None
         errors = embedded.run(
             made, source, folder, precision=options.precision, threads=options.threads, draw=draw
         )
@@ -215,8 +217,7 @@ def _asked(options: argparse.Namespace, source: Any) -> Asked:
         return "question"
     if options.caption:
         return "caption"
-    questions = options.input.suffix == ".json" and "question" in options.input.name
-    if questions:
+    if source.are_questions:
         return "question"
     has_text = source.read(0, 1)[0]["text"] is not None
     if not has_text and options.model is None:
@@ -273,9 +274,8 @@ def _folder(options: argparse.Namespace, source: Any, made: Any) -> Any:
         "heads": options.heads and list(options.heads),
         "importance": options.importance,
         "precision": options.precision,
-        "engine": options.engine,
     }
-    provenance = {"command": options.command, "versions": versions()}
+    provenance = {"engine": options.engine, "command": options.command, "versions": versions()}
     return Folder(options.out, len(source.ids), options.shard_rows, settings, provenance)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Int
+from PIL import Image
 
 from jaxrel.explanations.examples import Rows, rows_of
 from jaxrel.explanations.methods import Request, computed
@@ -95,6 +96,17 @@ def relevance(
             maps = in_pixels(of_image, prepared["image"].shape[1])
             fields[one]["flags"] = judge.flags(one, asked, maps)
     yield batch, score[example, column], fields
+
+
+def map_shapes(model: Any, methods: Sequence[str]) -> set[tuple[int, ...]]:
+    """Rows and columns of the image's relevance: of pixels, and of the features' grid."""
+    by_grid = {"grad_cam", "attention"} & {*methods}
+    shapes = {model.layout.streams[0].grid} if by_grid else set()
+    if set(methods) - by_grid:
+        # How large an image is, the model's own preprocessing says.
+        prepared = model.prepare(image=Image.new("RGB", (8, 8)), text=None)
+        shapes.add(tuple(prepared["image"].shape[1:3]))
+    return shapes
 
 
 def program(model: Any, prepared: Any, rows: Any, request: Request) -> jax.stages.Lowered:

@@ -6,7 +6,7 @@ pyarrow and pandas are optional (`pip install 'jaxrel[batch]'`), and are importe
 import importlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,42 +109,50 @@ def stacked(parts: Sequence[Columns]) -> Columns:
     return {name: [value for part in parts for value in part[name]] for name in COLUMNS}
 
 
-def schema(grid: Sequence[int] | None, *, precision: str = "float32") -> Any:
+def schema(shapes: Collection[tuple[int, ...]], *, precision: str = "float32") -> Any:
     """The `pyarrow.Schema` of a table.
 
     Args:
-      grid: rows and columns of the image's relevance, which its field's metadata says as
-        `shape`; None where there is none.
+      shapes: (rows, columns) of the image's relevance by any method. Where there is one, lists have
+        a fixed length, and the field's metadata says it as `shape`.
       precision: of the image's relevance, "float32" or "float16".
     """
     pa = required("pyarrow")
     number = {"float32": pa.float32(), "float16": pa.float16()}[precision]
-    size = 1 if grid is None else int(np.prod(grid))
-    shape = None if grid is None else {"shape": json.dumps(list(grid))}
+    maps, shape = pa.list_(number), None
+    if len(shapes) == 1:
+        ((rows, columns),) = shapes
+        maps, shape = pa.list_(number, rows * columns), {"shape": json.dumps([rows, columns])}
     fields = {
         "id": pa.field("id", pa.string(), nullable=False),
         "row": pa.field("row", pa.int32(), nullable=False),
         "score": pa.field("score", pa.float32()),
         "tokens": pa.field("tokens", pa.list_(pa.string())),
         "text_relevance": pa.field("text_relevance", pa.list_(pa.float32())),
-        "image_relevance": pa.field("image_relevance", pa.list_(number, size), metadata=shape),
+        "image_relevance": pa.field("image_relevance", maps, metadata=shape),
     }
     return pa.schema([fields.get(name, pa.field(name, pa.string())) for name in COLUMNS])
 
 
 def table(
-    found: Columns, *, precision: str = "float32", metadata: Mapping[str, str] | None = None
+    found: Columns,
+    *,
+    shapes: Collection[tuple[int, ...]] | None = None,
+    precision: str = "float32",
+    metadata: Mapping[str, str] | None = None,
 ) -> Any:
     """Columns as a `pyarrow.Table`.
 
     Args:
       found: the columns.
+      shapes: as in `schema`; by default those of the maps that are there.
       precision: as in `schema`.
       metadata: what the file says of itself.
     """
     pa = required("pyarrow")
-    grid = next((x.shape for x in found["image_relevance"] if x is not None), None)
-    types = schema(grid, precision=precision)
+    if shapes is None:
+        shapes = {x.shape for x in found["image_relevance"] if x is not None}
+    types = schema(shapes, precision=precision)
     arrays = [
         _maps(found[field.name], field.type)
         if field.name == "image_relevance"
@@ -155,8 +163,11 @@ def table(
 
 
 def _maps(maps: Sequence[np.ndarray | None], kind: Any) -> Any:
-    """Maps as an array of lists of one size, missing ones as null."""
+    """Maps as an array of lists, missing ones as null."""
     pa = required("pyarrow")
+    if not pa.types.is_fixed_size_list(kind):
+        dtype = kind.value_type.to_pandas_dtype()
+        return pa.array([None if x is None else x.ravel().astype(dtype) for x in maps], kind)
     missing = np.asarray([one is None for one in maps], bool)
     flat = np.zeros((len(maps), kind.list_size), kind.value_type.to_pandas_dtype())
     for i in np.flatnonzero(~missing).tolist():

@@ -103,6 +103,12 @@ def _fields(
     }
 
 
+def map_shapes(model: Any, methods: Sequence[str]) -> set[tuple[int, ...]]:
+    """Rows and columns of the image's relevance; empty where the model sees none."""
+    del methods
+    return {stream.grid for stream in model.layout.streams if stream.grid is not None}
+
+
 def program(model: Any, prepared: Any, rows: Any, request: Request) -> jax.stages.Lowered:
     """The program that explains such rows, not yet compiled.
 

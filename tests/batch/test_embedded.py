@@ -29,6 +29,8 @@ ROWS, SHARD, BATCH = 60, 8, 3
 class Squares(Explainer):
     """An explainer whose relevance of row i is i squared; every fifth row is bad."""
 
+    shapes = {(2, 2)}
+
     def __init__(self):
         pass
 

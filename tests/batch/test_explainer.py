@@ -77,7 +77,7 @@ def test_forms(explainer, tmp_path):
     assert isinstance(frame, pandas.DataFrame)
     np.testing.assert_array_equal(frame.score, plain["score"][:2])
     table = explainer(pa.table({"image": [png(x) for x in seen], "text": TEXTS[:3]}))
-    assert table.schema.equals(jaxrel.batch.schema((2, 2)))
+    assert table.schema.equals(jaxrel.batch.schema({(2, 2)}))
     np.testing.assert_array_equal(table["score"].to_numpy(), np.float32(plain["score"]))
 
 
@@ -193,6 +193,25 @@ def test_a_function_of_ones_own():
     np.testing.assert_allclose(rows["score"], score, rtol=1e-6)
     maps = np.stack(rows["image_relevance"]).reshape(3, 4)
     np.testing.assert_allclose(maps, found, rtol=1e-6)
+
+
+def test_tables_of_a_job_have_one_schema(explainer):
+    """Also where no row could be explained, and where methods have maps of two sizes."""
+    pa = pytest.importorskip("pyarrow")
+    bad = explainer(pa.table({"image": [b"no image"], "text": ["red"]}))
+    good = explainer(pa.table({"image": [png(images(1)[0])], "text": ["red"]}))
+    assert bad.schema.equals(good.schema, check_metadata=True)
+    assert bad["image_relevance"].to_pylist() == [None]
+
+    model = captioner("gridtd")
+    seen = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    both = Explainer(model, ("gradient", "grad_cam"), batch_size=1)
+    table = both(pa.table({"image": [png(seen)]}))
+    assert both.shapes == {(16, 16), model.layout.streams[0].grid}
+    assert table.schema.equals(jaxrel.batch.schema(both.shapes))
+    for one in jaxrel.explain(model, image=seen, method=("gradient", "grad_cam")):
+        maps = [r["image_relevance"] for r in table.to_pylist() if r["method"] == one.method]
+        np.testing.assert_array_equal(np.float32(maps), one.image.reshape(len(one), -1))
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_job_goes_on_after_the_driver_was_killed(images, wanted, tmp_path):
     assert len([*out.glob("*.parquet")]) < 8
     subprocess.run(command(images, out), check=True)
     assert_same(out, wanted)
-    assert read_manifest(out)["settings"]["engine"] == "embedded"
+    assert read_manifest(out)["provenance"]["engine"] == "embedded"
 
 
 def test_the_explainer_in_ray_data_and_in_a_function_of_ones_own(images, wanted):

@@ -86,6 +86,10 @@ def test_published_annotations(tmp_path):
     assert read(tmp_path / "vqa.json", images=tmp_path / "val2014") == [
         ("420001", str(tmp_path / "val2014/COCO_val2014_000000000042.jpg"), "what?", None)
     ]
+    assert open_source(tmp_path / "vqa.json").are_questions
+    assert not open_source(tmp_path / "coco.json").are_questions
+    with pytest.raises(ValueError, match="has no columns to be named"):
+        open_source(tmp_path / "coco.json", columns={"text": "caption"})
     assert [row[:1] + row[2:3] for row in read(tmp_path / "flickr.json")] == [
         ("0", "a"),
         ("1", "b"),
