@@ -14,7 +14,7 @@ from PIL import Image
 from jaxrel.explanations.examples import Rows, rows_of
 from jaxrel.explanations.methods import Request, computed
 from jaxrel.explanations.words import in_pixels, word_program, word_relevance
-from jaxrel.tracing.sharding import shard_rows
+from jaxrel.tracing.sharding import fetch, shard_rows
 
 # So many backward passes of one image go together: more would need more memory, not less time.
 _TOGETHER = 32
@@ -140,7 +140,7 @@ def _by_word(
         lrp=request.lrp,
         at_once=max(1, _TOGETHER // len(places)),
     )
-    return jax.device_get(explained)
+    return fetch(explained)
 
 
 def _padded(of_text: np.ndarray, tokens: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxrel.explanations.examples import Rows, rows_of
 from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, computed, family
 from jaxrel.propagation.composites import Composite, as_composite
 from jaxrel.propagation.conservation import value_and_measured_lrp
-from jaxrel.tracing.sharding import compiler_sharded, shard_rows
+from jaxrel.tracing.sharding import compiler_sharded, fetch, shard_rows
 
 
 def check(model: Any, request: Request) -> None:
@@ -73,7 +73,7 @@ def relevance(
         inputs = computed(batch.inputs)
         given = shard_rows((inputs, model.target_tokens(inputs), batch.asked))
         chosen = _chosen(model, inputs, request)
-        score, found, reports, covered = jax.device_get(
+        score, found, reports, covered = fetch(
             _explained(model, *given, chosen, **_options(model, request))
         )
         content = jax.device_get(model.content(inputs))

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -81,6 +82,17 @@ def shard_rows(tree: Any) -> Any:
         return x if np.ndim(x) == 0 or len(x) % mesh.shape[axis] else jax.device_put(x, by_row)
 
     return jax.tree.map(place, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as NumPy's, whole on every process; those of other processes' devices are gathered."""
+
+    def whole(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return x
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def compiler_sharded(fun: Callable, rows: Any, out_axes: Any = 0) -> Callable:
