@@ -25,11 +25,9 @@ PROGRAM = """
 
 def explained(mesh):
     rng = np.random.default_rng(0)
-    rows = {
-        "image": [*rng.integers(0, 256, (5, 16, 16, 3), np.uint8)],
-        "text": ["a red circle"] * 5,
-    }
-    found = Explainer(small_clip(), ("equal", "lrp"), batch_size=8, mesh=mesh)(rows)
+    seen = [*rng.integers(0, 256, (5, 16, 16, 3), np.uint8)]
+    explain = Explainer(small_clip(), "equal", batch_size=8, mesh=mesh)
+    found = explain({"image": seen, "text": ["a red circle"] * 5})
     return [found["score"], [x.tolist() for x in found["image_relevance"]]]
 
 

@@ -8,22 +8,9 @@ from PIL import Image
 
 import jaxrel
 from jaxrel import cli
-from tests.zoo.clips import small_clip
 
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_clip()
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "small"
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -17,19 +17,6 @@ from jaxrel import attention, cli
 from jaxrel.cli import doctor
 from jaxrel.explanations.explain import METHODS
 from jaxrel.models import CLIP
-from tests.zoo.clips import small_clip
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_clip()
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "small"
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
