@@ -27,9 +27,9 @@ _SMALL = 1e-3
 _RIDGE = 0.01
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Familiarity:
-    """What images like those of the training look like; compared by identity, as a Processor is.
+    """What images like those of the training look like.
 
     Attributes:
       data: the name of the data set.
@@ -46,7 +46,7 @@ class Familiarity:
     data: str
     scenes: int
     mean: tuple[float, ...]
-    whitening: tuple[Sequence[float], ...]
+    whitening: tuple[tuple[float, ...], ...]
     usual: float
     share: float
     score: float
@@ -111,11 +111,7 @@ def read_familiarity(folder: Path) -> Familiarity | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("protocol") != PROTOCOL:
             raise ValueError(f"expected protocol {PROTOCOL!r}")
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in content.items()
-        }
-        found = Familiarity(**fields)
+        found = Familiarity(**{name: _frozen(value) for name, value in content.items()})
         if np.shape(found.whitening) != (_COUNT, _COUNT) or np.shape(found.mean) != (_COUNT,):
             raise ValueError(f"expected {_COUNT} statistics, got {len(found.mean)}")
         return found
@@ -124,6 +120,11 @@ def read_familiarity(folder: Path) -> Familiarity | None:
             f"{path} does not tell which images are familiar: {error!r}. Delete the file, or "
             "measure again with jaxrel evaluate RECIPE --familiarity"
         ) from error
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, which can be compared and hashed."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def fit(

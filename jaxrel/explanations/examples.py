@@ -48,8 +48,8 @@ def by_example(model: Any, image: Any, text: Any, target: Any) -> Mapping[str, A
             f"{len(images)} images and {len(texts)} texts make no pairs: give as many images as "
             "texts, one image, or one text"
         )
-    if not isinstance(target, list) or len(target) != count:
-        target = tuple(target) if isinstance(target, list) else target
+    if isinstance(target, list) and len(target) != count:
+        target = tuple(target)
     whole = {"image": images, "text": texts}
     lists = {name: x * count if len(x) == 1 else x for name, x in whole.items()}
     return lists | {"text": None if text is None else lists["text"], "target": target}

@@ -55,15 +55,22 @@ def part(report: Any, chosen: slice, count: int) -> Any:
     return report[chosen] if isinstance(report, list) and len(report) == count else report
 
 
-def _reports(reports: Sequence[tuple[Any, int]]) -> Any:
-    """One report of several, each of so many examples; an entry that not all have is left out."""
+def _reports(reports: Sequence[tuple[Any, int]], *, totals: bool = False) -> Any:
+    """One report of several, each of so many examples.
+
+    Numbers of an account of relevance (`totals`) are sums over examples, and are added up. Of
+    others those stay that all have in common.
+    """
     entries = [entry for entry, _ in reports]
     first = entries[0]
     if all(isinstance(entry, dict) for entry in entries):
         shared = [name for name in first if all(name in entry for entry in entries)]
-        return {name: _reports([(x[name], n) for x, n in reports]) for name in shared}
+        return {
+            name: _reports([(x[name], n) for x, n in reports], totals=name == "relevance" or totals)
+            for name in shared
+        }
     if all(isinstance(entry, list) and len(entry) == count for entry, count in reports):
         return [one for entry in entries for one in entry]
-    if all(isinstance(entry, float) for entry in entries):
+    if totals and all(isinstance(entry, float) for entry in entries):
         return sum(entries)
     return first if all(entry == first for entry in entries) else None

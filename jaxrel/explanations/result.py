@@ -163,7 +163,8 @@ class Explanation:
 
         Returns:
           All of their examples, in order. Entries of the reports with a value per example are
-          joined; numbers with a point are sums over examples, and are added up.
+          joined, and the account of the relevance (`report["relevance"]`) is added up; of others
+          those stay that all have in common.
 
         Raises:
           ValueError: there are none, or they differ in method, settings, model or size.

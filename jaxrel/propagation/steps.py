@@ -204,14 +204,16 @@ def _shared(function: Callable, key: Any, shared: Shared) -> Callable:
 
     Outside of a trace it runs as it is: there, each key would be a program to compile.
     """
+    if key is None:
+        return function
     try:
-        traced = jax.jit(function) if key is None else shared.setdefault(key, jax.jit(function))
+        traced = shared.setdefault(key, jax.jit(function))
     except TypeError:  # a rule that holds arrays, and cannot be compared
         return function
 
     def call(*args: Any) -> Any:
-        known = key is None or not any(isinstance(arg, jax.core.Tracer) for arg in args)
-        return function(*args) if known else traced(*args)
+        inside = any(isinstance(arg, jax.core.Tracer) for arg in args)
+        return (traced if inside else function)(*args)
 
     return call
 

@@ -77,6 +77,7 @@ def test_the_account_of_lrp_counts_each_example_once(clip):
     full = jaxrel.explain(clip, image=seen, text=list(TEXTS), method="lrp", batch_size=5)
     filled = jaxrel.explain(clip, image=seen, text=list(TEXTS), method="lrp", batch_size=3)
     assert filled.report["rules"] == full.report["rules"]
+    assert filled.report["coverage"] == full.report["coverage"]
     account = full.report["relevance"]
     np.testing.assert_allclose(account["output"], full.score.sum(), rtol=1e-5)
     scale = np.abs(list(account.values())).max()
@@ -162,6 +163,11 @@ def test_a_bad_answer_is_refused_before_any_image_is_read():
     answers = [model.config.answers[0]] * 40 + ["platypus"]
     with pytest.raises(ValueError, match="this model has no answer 'platypus'"):
         jaxrel.explain(model, image=[unread] * 41, text="a red square", target=answers)
+
+
+def test_coverage_is_that_of_each_batch(clip):
+    found = jaxrel.explain(clip, image=images(5), text="red", method="equal", batch_size=2)
+    assert found.report["coverage"]["share"] == 1.0
 
 
 def test_taken_apart_and_put_together(clip):

@@ -1,12 +1,13 @@
 """The models that ship do what their cards say, on a few held-out scenes."""
 
+import jax
 import pytest
 
 import jaxrel
 from jaxrel.metrics import chance, relevance_mass_accuracy
 from jaxrel.metrics.detector import Detector
-from jaxrel.models import Captioner, CLIPMapper
-from jaxrel.models.checkpoint import find_folder
+from jaxrel.models import Captioner, CLIPMapper, from_pretrained
+from jaxrel.models.checkpoint import bundled, find_folder
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.data.shapes.claims import facts
 
@@ -87,3 +88,11 @@ def test_captioners_come_with_what_tells_hallucinated_words(name):
     detector = Detector.load(find_folder(name), Captioner.from_pretrained(name))
     assert detector is not None
     assert "lrp" in detector.groups["shape"].methods
+
+
+@pytest.mark.parametrize("name", bundled())
+def test_a_model_that_is_loaded_again_is_the_same_to_jax(name):
+    """Its programs are compiled once: what is static in it is compared by value."""
+    first, second = (jax.tree.structure(from_pretrained(name)) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
