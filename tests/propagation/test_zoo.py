@@ -13,11 +13,13 @@ import jaxrel
 from jaxrel import composites, everything, layer, op, rules
 from tests.zoo import BIAS_FREE, ZOO
 
+# Many models: of a stage of .ci/run, and not of `make test`.
+pytestmark = pytest.mark.zoo
+
 # Two networks take as long to compile as all others together. They are in the tests that ask
 # whether relevance is right, and not in those that ask whether JAX's transformations agree.
 HEAVY = {"vgg16", "resnet50"}
 LIGHT = sorted(set(ZOO) - HEAVY)
-ALL = [*LIGHT, *(pytest.param(name, marks=pytest.mark.zoo) for name in sorted(HEAVY))]
 
 # `epsilon_plus` and `epsilon_alpha2_beta1` are parts of those with Flat.
 PRESETS = {
@@ -82,7 +84,7 @@ def rounding(a, operations):
     return operations * float(jnp.finfo(a.dtype).eps)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sorted(ZOO))
 def test_gradient_rule_is_the_gradient(x64, name):
     a = case(name)
 
@@ -152,7 +154,6 @@ def test_per_layer_rules_change_the_relevance(x64):
     assert error(jit(lrp(a, PER_LAYER + PRESETS["attn_lrp"]))(a.params, a.x), plain) > 1e-2
 
 
-@pytest.mark.zoo
 @pytest.mark.parametrize("name", LIGHT)
 def test_bfloat16(name):
     a = case(name, "bfloat16")
@@ -173,7 +174,6 @@ SMOOTH = {
 }
 
 
-@pytest.mark.zoo
 @pytest.mark.parametrize(
     "name",
     ["deep_mlp", "group_norm", "gru_rnn", "linen", "llama", "lstm", "vit"],
@@ -200,7 +200,6 @@ def test_gradient_of_relevance(x64, name):
 
 
 # `clip_text` and `lstm_rnn` are other spellings of what `clip_image` and `lstm` are.
-@pytest.mark.zoo
 @pytest.mark.parametrize("name", sorted(set(ZOO) - {"clip_text", "lstm_rnn"}))
 def test_all_presets_are_finite(name):
     a = case(name, "float32")
@@ -258,7 +257,6 @@ def test_zplus_sums_to_the_positive_logits(x64, name):
     assert lost(a, rules.ZPlus(1e-12), seed) < 1e-10
 
 
-@pytest.mark.zoo
 @pytest.mark.parametrize(
     "name", ["clip_image", "deep_mlp", "equinox", "group_norm", "gru_rnn", "llama", "vit"]
 )
