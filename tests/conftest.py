@@ -31,14 +31,16 @@ from jaxtyping import install_import_hook
 
 # A borrowed machine may lack beartype; the tests then run with types unchecked, and say so.
 TYPES_CHECKED = importlib.util.find_spec("beartype") is not None
-PARTS = {path.stem for path in (Path(__file__).parents[1] / "jaxrel").glob("[a-z]*")} - {"tracing"}
+PARTS = {path.stem for path in (Path(__file__).parents[1] / "jaxrel").glob("[a-z]*")} - {"tracing", "propagation"}
 if TYPES_CHECKED:
     from beartype import BeartypeConf
     from beartype.claw import beartype_package
 
-    # Every call is checked. In `tracing`, which is called thousands of times for a model and names
-    # no shapes, beartype checks alone: jaxtyping's search for shapes took most of a trace's time.
-    beartype_package("jaxrel.tracing", conf=BeartypeConf(claw_is_pep526=False))
+    # Every call is checked. In `tracing` and `propagation`, which make thousands of functions for a
+    # model and name no shapes, beartype checks alone: jaxtyping's search for shapes took most of a
+    # trace's time.
+    for part in ("tracing", "propagation"):
+        beartype_package(f"jaxrel.{part}", conf=BeartypeConf(claw_is_pep526=False))
     parts = [f"jaxrel.{part}" for part in (*PARTS, "models", "train")]
     install_import_hook(parts, "beartype.beartype")
 
