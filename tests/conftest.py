@@ -31,18 +31,24 @@ from jaxtyping import install_import_hook
 
 # A borrowed machine may lack beartype; the tests then run with types unchecked, and say so.
 TYPES_CHECKED = importlib.util.find_spec("beartype") is not None
-PARTS = {path.stem for path in (Path(__file__).parents[1] / "jaxrel").glob("[a-z]*")} - {"tracing", "propagation"}
+JAXREL = Path(__file__).parents[1] / "jaxrel"
+# These make thousands of functions for a model and name no shapes, so that beartype checks alone:
+# jaxtyping's search for shapes took most of a trace's time.
+QUICK = ("jaxrel.tracing", "jaxrel.propagation.steps", "jaxrel.propagation.conservation")
+
+
+def _modules() -> list[str]:
+    """The modules of the package, without those in `QUICK`."""
+    files = (path.relative_to(JAXREL.parent).with_suffix("") for path in JAXREL.rglob("[a-z]*.py"))
+    return [name for file in files if not (name := ".".join(file.parts)).startswith(QUICK)]
+
+
 if TYPES_CHECKED:
     from beartype import BeartypeConf
-    from beartype.claw import beartype_package
+    from beartype.claw import beartype_packages
 
-    # Every call is checked. In `tracing` and `propagation`, which make thousands of functions for a
-    # model and name no shapes, beartype checks alone: jaxtyping's search for shapes took most of a
-    # trace's time.
-    for part in ("tracing", "propagation"):
-        beartype_package(f"jaxrel.{part}", conf=BeartypeConf(claw_is_pep526=False))
-    parts = [f"jaxrel.{part}" for part in (*PARTS, "models", "train")]
-    install_import_hook(parts, "beartype.beartype")
+    beartype_packages(QUICK, conf=BeartypeConf(claw_is_pep526=False))
+    install_import_hook([*_modules(), "jaxrel.models", "jaxrel.train"], "beartype.beartype")
 
 import jax
 import pytest

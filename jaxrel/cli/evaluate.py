@@ -82,12 +82,10 @@ def _add_perturbation(judged: Any) -> None:
 
 
 def _add_weighting(judged: Any) -> None:
-    meaning = "take the weights of weighted accumulation apart"
-    test = _add_mapper_test(judged, "weighting", _weighting, 512, meaning, split="val")
+    meaning = "compare rules of weighted accumulation"
+    test = _add_mapper_test(judged, "weighting", _weighting, 1024, meaning, split="val")
     test.add_argument(
-        "--variant",
-        default="all",
-        help="one or several, with commas; a comma in a name is written ':' (default: all)",
+        "--rule", default="all", help="one or several, with commas (default: all of the family)"
     )
     _add_removal(test)
 
@@ -225,15 +223,17 @@ def _familiarity(model: Any, folder: Path, scenes: int) -> None:
     )
 
 
-def _record(options: argparse.Namespace, protocol: str, tables: Sequence, result: Any) -> None:
-    """Keep a result if `--record` asks for it."""
+def _record(
+    options: argparse.Namespace, protocol: str, tables: Sequence, result: Any, name: str = ""
+) -> None:
+    """Keep a result if `--record` asks for it; of a model's test by both names."""
     if options.record is None:
         return
     from jaxrel.train.evaluate import record
 
-    name = "-".join(dict.fromkeys((options.judged, Path(getattr(options, "model", "")).name)))
+    tested = "-".join(dict.fromkeys((options.judged, Path(getattr(options, "model", "")).name)))
     files = record.record(
-        name.rstrip("-"),
+        name or tested.rstrip("-"),
         protocol,
         tables,
         command=options.command,
@@ -285,23 +285,28 @@ def _perturbation(options: argparse.Namespace) -> None:
 
 
 def _weighting(options: argparse.Namespace) -> None:
-    from jaxrel.train.evaluate import tables, weighting
+    from jaxrel.train.evaluate import record, weighting
 
-    result = weighting.evaluate(
-        _mapper(options),
-        modality=shared.names(options.modality),
-        variants=shared.names(options.variant, tuple(weighting.VARIANTS)),
-        split=options.split,
-        examples=options.examples,
-        batch=options.batch,
-        seed=options.seed,
-    )
-    result = {name: {"model": options.model, **found} for name, found in result.items()}
-    files = weighting.save(result, options.out)
-    found = [table for one in result.values() for table in weighting.tables(one)]
-    print(tables.markdown(found))
+    rules = shared.names(options.rule, tuple(weighting.FAMILY))
+    result = {}
+    for model in shared.names(options.model):
+        options.model = model
+        found = weighting.evaluate(
+            _mapper(options),
+            modality=shared.names(options.modality),
+            rules=rules,
+            split=options.split,
+            examples=options.examples,
+            batch=options.batch,
+            seed=options.seed,
+        )
+        result |= {f"{model}, {name}": {"model": model, **one} for name, one in found.items()}
+    (table,) = weighting.tables(list(result.values()))
+    name = f"{options.split}-{next(iter(result.values()))['layers']}-layers"
+    files = record.save(result, table.markdown(), options.out / f"rules-{name}")
+    print(table.markdown())
     print("wrote " + ", ".join(map(str, files)))
-    _record(options, weighting.PROTOCOL, found, result)
+    _record(options, weighting.PROTOCOL, [table], result, name=f"weighting-{name}")
 
 
 def _sanity(options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 import jaxrel
 from jaxrel import cli
 from jaxrel.batch import Explainer
-from jaxrel.models import CLIP, CLIPConfig, Processor, image_processing, word_tokenizer
+from jaxrel.models import CLIP, CLIPConfig, Processor, TextConfig, image_processing, word_tokenizer
 from tests.benchmarks.table import Table
 
 BATCH = 32
@@ -79,7 +79,9 @@ def _model_folder(model: str, scratch: Path) -> str:
     if model == "clip-shapes":
         return model
     words = word_tokenizer(TEXT.split(), 77)
-    made = CLIP(CLIPConfig(), rngs=nnx.Rngs(0), processor=Processor(words, image_processing(224)))
+    text = TextConfig(eos_token_id=words.eos_token_id)
+    processor = Processor(words, image_processing(224))
+    made = CLIP(CLIPConfig(text=text), rngs=nnx.Rngs(0), processor=processor)
     made.save_pretrained(scratch / "model", dtype="float16")
     return str(scratch / "model")
 

@@ -14,7 +14,7 @@ Of methods that explain:
 - `caption_explanations`: which one explains the words of captions? (`explained_words` is the
   device's part, `caption_explanation_tables` shows the result, and `detector` keeps what tells
   hallucinated words.)
-- `weighting`: what do the weights of weighted accumulation do? (A finished study.)
+- `weighting`: which rule of weighted accumulation is best? (Its docstring has the study's plan.)
 
 Beside them stand what they are judged on (`captioned_images`, `mapper_examples`), and how a result
 is shown and kept (`tables`, `record`).
