@@ -193,15 +193,17 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(weighting, "evaluate", evaluate)
     arguments = ["evaluate", "weighting", "--out", str(tmp_path)]
-    both = ["--model", "vqa-shapes,caption-shapes", "--record", str(tmp_path)]
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    both = ["--model", "vqa-shapes,caption-shapes", "--record", str(kept)]
     assert cli.main([*arguments, *both, "--examples", "3", "--modality", "text"]) == 0
     assert [one.pop("task") for one in asked] == ["vqa", "caption"]
     expected = {"modality": ("text",), "rules": tuple(FAMILY), "split": "val"}
     assert asked[0] == asked[1] == expected | {"examples": 3, "batch": 32, "seed": 0}
-    recorded = json.loads((tmp_path / "weighting-val-2-layers.json").read_text())
+    recorded = json.loads((kept / "weighting-val-2-layers.json").read_text())
     assert recorded["protocol"] == weighting.PROTOCOL
     assert list(recorded["result"]) == ["vqa-shapes, text", "caption-shapes, text"]
-    assert "| norm | **+3.00" in (tmp_path / "weighting-val-2-layers.md").read_text()
+    assert "| norm | **+3.00" in (kept / "weighting-val-2-layers.md").read_text()
     chosen = ["--model", "vqa-shapes", "--rule", "grad_value, rest,norm relative, values"]
     assert cli.main([*arguments, *chosen]) == 0
     assert asked[-1]["rules"] == ("grad_value, rest", "norm relative, values")
