@@ -1,6 +1,6 @@
 """How good an explanation or a caption is, and how sure we are of it."""
 
-from jaxrel.metrics import caption_scores, perturbation, randomisation
+from jaxrel.metrics import caption_scores, faithfulness, perturbation, randomisation
 from jaxrel.metrics.caption_scores import CiderD, bleu, cider_d, rouge_l, tokenise
 from jaxrel.metrics.detector import Detector
 from jaxrel.metrics.hallucination import Chair, chair
@@ -28,6 +28,7 @@ __all__ = [
     "chair",
     "chance",
     "cider_d",
+    "faithfulness",
     "perturbation",
     "pointing_game",
     "randomisation",
