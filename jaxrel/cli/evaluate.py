@@ -288,7 +288,7 @@ def _weighting(options: argparse.Namespace) -> None:
     from jaxrel.train.evaluate import record, weighting
 
     rules = shared.names(options.rule, tuple(weighting.FAMILY))
-    result = {}
+    result: dict[str, Any] = {}
     for model in shared.names(options.model):
         options.model = model
         found = weighting.evaluate(

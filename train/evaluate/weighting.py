@@ -94,16 +94,16 @@ class Rule:
 
 
 BASELINE = "equal"
-_QUERIES = [
-    {},
-    *({"query": one, "residual": residual} for one in SHARES for residual in ("one", "rest")),
-    *({"query": one, "relative": True} for one in (*SHARES, "length", "turn")),
-    {"query": "length"},
-]
+_QUERIES = (
+    Rule(),
+    *(Rule(query, residual=residual) for query in SHARES for residual in ("one", "rest")),
+    *(Rule(query, relative=True) for query in (*SHARES, "length", "turn")),
+    Rule("length"),
+)
 FAMILY = {
     rule.name: rule
     for rule in (
-        Rule(value=value, **query)
+        dataclasses.replace(query, value=value)
         for query in _QUERIES
         for value in ("none", "values", "root values")
     )
