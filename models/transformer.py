@@ -109,14 +109,19 @@ class Attention(nnx.Module):
         mask: Mask | None,
         name: str,
     ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens keys"]]:
-        """Attend from x to a memory; maps are float32, tagged before they multiply values."""
-        query, (key, value) = self._by_head(self.query(x)), memory
+        """Attend from x to a memory; maps are float32, tagged before they multiply values.
+
+        The tags `name/query`, `/key`, `/value` and `/mixed` are [batch, tokens, heads, features].
+        """
+        query = tag(self._by_head(self.query(x)), f"{name}/query")
+        key, value = tag(memory.key, f"{name}/key"), tag(memory.value, f"{name}/value")
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         logits = logits * query.shape[-1] ** -0.5
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
         maps = tag(jax.nn.softmax(logits, axis=-1), name)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(value.dtype), value)
+        mixed = tag(mixed, f"{name}/mixed")
         return self.out(mixed.reshape(x.shape)), maps
 
     def _by_head(self, x: Float[Array, "batch tokens width"]) -> Array:
@@ -221,6 +226,32 @@ class Transformer(nnx.Module):
         def layer(block, x, _):
             x, maps = block(x, mask, self.name)
             return x, maps if return_attention else None
+
+        return scan_layers(layer, self.blocks, x, remat=remat)
+
+    def each_layer(
+        self,
+        x: Float[Array, "batch tokens width"],
+        mask: Mask | None,
+        read: Callable,
+        *,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "layers batch features"]]:
+        """Run all layers, and read the tokens after each; a gradient goes through one layer alone.
+
+        Args:
+          x: the residual stream.
+          mask: as in `__call__`.
+          read: from tokens [batch, tokens, width] to [batch, features].
+          remat: as in `__call__`.
+
+        Returns:
+          The residual stream after the last layer, and what was read after each.
+        """
+
+        def layer(block, x, _):
+            x, _ = block(jax.lax.stop_gradient(x), mask, self.name)
+            return x, read(x)
 
         return scan_layers(layer, self.blocks, x, remat=remat)
 

@@ -46,6 +46,9 @@ class Explainable(Protocol):
     given ("" where the model wrote them) and the scores, it returns by row what the report tells
     of the example: "familiarity", numbers that say how far the input is from what the model was
     trained on, "unknown words", and "notes", what is to be known, in words.
+
+    The method 'legrad' asks for `layer_scores(inputs)`, see `attention.relevance`, and 'grad_eclip'
+    for the tags "<stream>/query", "/key", "/value" and "/mixed", [batch, tokens, heads, features].
     """
 
     @property

@@ -17,7 +17,7 @@ BY_RULES = {
     "input_x_gradient": Composite([(everything(), rules.Gradient())]),
 }
 # Of models whose streams attend to themselves alone.
-METHODS = (*attention.METHODS, *BY_RULES)
+METHODS = (*attention.METHODS, *attention.ENCODER_METHODS, *BY_RULES)
 # Of models whose streams attend to each other.
 BIMODAL_METHODS = (*attention.BIMODAL_METHODS, *BY_RULES)
 SIGNED = frozenset({*(one.name for one in TABLE.values() if one.signed), *BY_RULES})
@@ -51,6 +51,12 @@ MEANINGS = {
     "of the attention.",
     "equal_lrp": "As equal, with the relevance of the attention by LRP in its place.",
     "partial_lrp": "The relevance of the last layer's attention by LRP, averaged over its heads.",
+    "token_tm": "The attention of all layers, times the gradient of the score, accumulated from "
+    "layer to layer; each layer counts as much as it changes the tokens in length and direction.",
+    "legrad": "Where the score that each layer's own tokens would get is sensitive to the layer's "
+    "attention, averaged over layers; what speaks against the score is left out.",
+    "grad_eclip": "What the last layer's attention could take of each token for the score, by the "
+    "gradient, weighted by how alike its key and the reading token's query are.",
     "lrp": "The score itself, handed back from operation to operation to the input by the rules of "
     "layer-wise relevance propagation; positive parts raise the score, negative ones lower it.",
     "cp_lrp": "As lrp, but attention maps count as constants.",

@@ -13,13 +13,15 @@ from jaxrel.attention.discovery import sites
 from jaxrel.attention.followed import Coverage
 from jaxrel.attention.importance import measure
 from jaxrel.attention.maps import indices
-from jaxrel.attention.methods import check_methods
+from jaxrel.attention.methods import TABLE, check_methods
 from jaxrel.attention.unimodal_relevance import covered_relevance
 from jaxrel.explanations.examples import Rows, rows_of
 from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, computed, family
 from jaxrel.propagation.composites import Composite, as_composite
 from jaxrel.propagation.conservation import value_and_measured_lrp
 from jaxrel.tracing.sharding import compiler_sharded, fetch, shard_rows
+
+NEEDING_SCORES = frozenset(one.name for one in TABLE.values() if "layer scores" in one.needs)
 
 
 def check(model: Any, request: Request) -> None:
@@ -31,6 +33,12 @@ def check(model: Any, request: Request) -> None:
             f"have, such as Captioner; {name} does not"
         )
     measure(request.importance)
+    needing = NEEDING_SCORES & {*request.methods}
+    if needing and not hasattr(model, "layer_scores"):
+        raise ValueError(
+            f"method {min(needing)!r} scores the tokens of every layer by the model's head, and "
+            f"{name} has no layer_scores(inputs); see jaxrel.models.CLIP.layer_scores"
+        )
     if request.layers is None and request.heads is None:
         return
     if _schedule(model):
@@ -221,6 +229,7 @@ def _explained_rows(
             layers=chosen.get("layers"),
             heads=chosen.get("heads"),
             importance=importance,
+            layer_scores=_layer_scores if NEEDING_SCORES & {*methods} else None,
         )
         score, relevance, coverage = explained(model, inputs)
     for name, composite in propagated:
@@ -274,6 +283,10 @@ def _counts(model: Any, inputs: Any) -> Any:
 
 def _score(model: Any, inputs: Any) -> Any:
     return model.score(inputs)
+
+
+def _layer_scores(model: Any, inputs: Any) -> Any:
+    return model.layer_scores(inputs)
 
 
 def _asked_score(model: Any, inputs: Any, asked: Any) -> Any:

@@ -219,6 +219,26 @@ class CLIP(Model):
         text, _ = self._encode_text(inputs["text"], False)
         return jnp.exp(self.logit_scale[...]) * jnp.sum(image * text, axis=-1)
 
+    def layer_scores(self, inputs: Inputs) -> Float[Array, " batch"]:
+        """Return the sum over all layers of both towers of the score of each layer's own tokens.
+
+        It is what LeGrad differentiates (Bousselham et al. 2025): the similarity of the mean token
+        after a layer, embedded as the last layer's are, with the embedding of the pair's other
+        part. A gradient goes through a layer's own score alone. For texts, of which the paper does
+        not speak, the mean is over the tokens up to the end.
+
+        Args:
+          inputs: pairs, as `pairs` returns them.
+        """
+        image, text = self._check(inputs)
+        end = end_of_text(text, self.config.text.eos_token_id)
+        remat = self.config.remat
+        of_image, image_layers = self.vision.each_layer(image, remat=remat)
+        of_text, text_layers = self.text.each_layer(text, end, remat=remat)
+        of_image, of_text = jax.lax.stop_gradient((of_image, of_text))
+        similarities = (image_layers * of_text).sum((0, 2)) + (text_layers * of_image).sum((0, 2))
+        return jnp.exp(self.logit_scale[...]) * similarities
+
     def predict(self, inputs: Inputs) -> Float[Array, "images texts"]:
         """Return the probability of each text for each image, among the texts given."""
         return jax.nn.softmax(self(inputs)["logits_per_image"], axis=-1)
