@@ -14,7 +14,7 @@ _CLASSES: dict[str, Any] = {
 
 
 def from_pretrained(name_or_folder: str | os.PathLike, **options: Any) -> Any:
-    """Load a model of the class that its config.json names.
+    """Load a model of the class that its config.json names; a folder of OpenCLIP as CLIP.
 
     Args:
       name_or_folder: a bundled model, a folder or a hub name.
@@ -28,6 +28,8 @@ def from_pretrained(name_or_folder: str | os.PathLike, **options: Any) -> Any:
       ValueError: see `CLIP.from_pretrained`; also a type of model that is not known.
     """
     folder = find_folder(name_or_folder)
+    if clip.open_clip.is_one(folder):
+        return clip.CLIP.from_pretrained(folder, **options)
     found = read_any_config(folder).get("model_type")
     if found not in tuple(_CLASSES):
         raise ValueError(

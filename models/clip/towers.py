@@ -1,12 +1,14 @@
 """CLIP's two towers: from an image and from a text to tokens."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrel import tag
-from jaxrel.models.clip.config import TextConfig, VisionConfig
+from jaxrel.models.clip.config import VisionConfig
 from jaxrel.models.transformer import (
     Mask,
     Memory,
@@ -14,6 +16,7 @@ from jaxrel.models.transformer import (
     causal_mask,
     key_mask,
     layer_norm,
+    linear,
     look_up,
     read_at,
 )
@@ -89,19 +92,28 @@ class VisionTower(nnx.Module):
 
     def embed(self, tokens: Float[Array, "batch tokens features"]) -> Float[Array, "batch embed"]:
         """Return the normalised embedding read from the class token."""
-        return _normalise(self.projection(self.post_norm(tokens[:, 0])))
+        return normalise(self.projection(self.post_norm(tokens[:, 0])))
 
 
 class TextTower(nnx.Module):
-    """Token ids to text tokens, each of which sees those before it.
+    """Token ids to text tokens, each of which sees those before it if `causal`, else all.
 
-    With a `projection` it also embeds them; None leaves those parameters out.
+    With a `projection` it also embeds them, with a bias if `use_bias`; None leaves those
+    parameters out. `config` has the fields of `TextConfig` but eos_token_id.
     """
 
     def __init__(
-        self, config: TextConfig, projection: int | None, dtype: jnp.dtype, *, rngs: nnx.Rngs
+        self,
+        config: Any,
+        projection: int | None,
+        dtype: jnp.dtype,
+        *,
+        causal: bool = True,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
     ) -> None:
         width = config.width
+        self.causal = causal
         self.token_embedding = nnx.Embed(
             config.vocab_size,
             width,
@@ -115,7 +127,7 @@ class TextTower(nnx.Module):
         self.transformer = Transformer(config, "text", dtype=dtype, rngs=rngs)
         if projection is not None:
             self.final_norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
-            self.projection = _projection(width, projection, dtype, rngs)
+            self.projection = _projection(width, projection, dtype, rngs, use_bias=use_bias)
 
     def __call__(
         self,
@@ -133,7 +145,9 @@ class TextTower(nnx.Module):
         Tokens that are not kept are hidden from all others in every layer.
         """
         tokens = text.shape[-1]
-        mask = causal_mask(tokens) if keep is None else causal_mask(tokens) & key_mask(keep)
+        mask: Mask | None = causal_mask(tokens) if self.causal else None
+        if keep is not None:
+            mask = key_mask(keep) if mask is None else mask & key_mask(keep)
         x = tag(look_up(self.token_embedding, text), "text/tokens")
         x = x + self.position_embedding[:tokens].astype(x.dtype)
         return self.transformer(x, mask, remat=remat, return_attention=return_attention)
@@ -150,14 +164,16 @@ class TextTower(nnx.Module):
         self, tokens: Float[Array, "batch tokens features"], end: Int[Array, " batch"]
     ) -> Float[Array, "batch embed"]:
         """Return the normalised embedding read from the token at `end`."""
-        return _normalise(self.projection(self.final_norm(read_at(tokens, end))))
+        return normalise(self.projection(self.final_norm(read_at(tokens, end))))
 
 
-def _projection(width: int, features: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    init = nnx.initializers.normal(width**-0.5)
-    return nnx.Linear(width, features, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+def _projection(
+    width: int, features: int, dtype: jnp.dtype, rngs: nnx.Rngs, *, use_bias: bool = False
+) -> nnx.Linear:
+    return linear(width, features, width**-0.5, dtype, rngs, use_bias=use_bias)
 
 
-def _normalise(x: Float[Array, "batch embed"]) -> Float[Array, "batch embed"]:
+def normalise(x: Float[Array, "batch embed"]) -> Float[Array, "batch embed"]:
+    """Return embeddings of length 1, float32."""
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
