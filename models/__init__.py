@@ -12,6 +12,7 @@ from jaxrel.models.clipmapper import (
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.preprocessing import image_processing
 from jaxrel.models.processor import Processor
+from jaxrel.models.siglip import SigLIP, SigLIPConfig, SigLIPTextConfig, SigLIPVisionConfig
 from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.models.vision import (
     VGG,
@@ -36,6 +37,10 @@ __all__ = [
     "Processor",
     "ResNet",
     "ResNetConfig",
+    "SigLIP",
+    "SigLIPConfig",
+    "SigLIPTextConfig",
+    "SigLIPVisionConfig",
     "Stream",
     "TextConfig",
     "VGGConfig",

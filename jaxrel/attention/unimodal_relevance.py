@@ -22,7 +22,8 @@ from jaxrel.attention.importance import measure
 from jaxrel.attention.lrp_of_maps import lrp_of_maps
 from jaxrel.attention.maps import as_indices, is_mask, only, relevance_dtype, row, token_index
 from jaxrel.attention.methods import METHODS, TABLE, Method, check_methods
-from jaxrel.attention.streaming import accumulate, seed, weigh_sum
+from jaxrel.attention.pooling import Pooling, find_pooling, pooled_row, start_row
+from jaxrel.attention.streaming import Carrier, accumulate, seed, weigh_sum
 from jaxrel.propagation.composites import as_composite, attn_lrp
 from jaxrel.renamed import renamed_keywords
 from jaxrel.tracing.axes import same
@@ -66,7 +67,8 @@ def relevance(
         examples must be independent of each other, dropout off.
       method: one of `METHODS`, or several.
       target_token: the token whose row of the relevance matrix is returned: an int, an int array
-        `[batch]`, a mapping from stack names to these, or None for the whole matrix.
+        `[batch]`, `Pooling(tag)` where an attention with a query of its own pools the tokens, a
+        mapping from stack names to these, or None for the whole matrix.
       attention: the names of the attention stacks: tags of the maps, or the names that `sites`
         lists. By default the function's only self-attention stack.
       layers: the layers accumulated; all, by default. `slice(-1, None)` is the last alone. A bool
@@ -208,8 +210,11 @@ def covered_relevance(
         _check_scalars(traced)
         everything = find_stacks(traced, args, argnums)
         stacks = _choose(traced, everything, attention, "weighted" in methods)
-        coverage = {name: of_stacks(TABLE[name], stacks, everything, layers) for name in methods}
-        target_tokens = {s.name: _target_token(target_token, s) for s in stacks}
+        target_tokens = {s.name: _target_token(traced, target_token, s) for s in stacks}
+        pooled = {n: site for n, site in target_tokens.items() if isinstance(site, Site)}
+        coverage = {
+            name: of_stacks(TABLE[name], stacks, everything, layers, pooled) for name in methods
+        }
         mapped = _mapped(stacks)
         if mapped is not None and form == "streaming":
             raise NotImplementedError(
@@ -386,7 +391,7 @@ def _listing(found: Mapping[str, Stack]) -> str:
     return "; ".join(map(str, found.values())) or "none (see jaxrel.attention.sites)"
 
 
-def _target_token(target_token: Any, stack: Stack) -> Any:
+def _target_token(traced: Traced, target_token: Any, stack: Stack) -> Any:
     if isinstance(target_token, Mapping):
         if stack.name not in target_token:
             raise ValueError(
@@ -395,6 +400,8 @@ def _target_token(target_token: Any, stack: Stack) -> Any:
         target_token = target_token[stack.name]
     if target_token is None:
         return None
+    if isinstance(target_token, Pooling):
+        return find_pooling(traced, target_token, stack)
     batch, _, tokens, _ = stack.sites[0].shape
     if isinstance(target_token, str):
         raise ValueError(
@@ -410,6 +417,9 @@ def _stream(
 ) -> tuple[Any, dict]:
     """Walk back through the layers with one row of relevance per example."""
     interceptors: dict = {}
+    for name, target in target_tokens.items():
+        if isinstance(target, Site):
+            interceptors[target.value] = Interceptor(_start_at(name, target))
     for stack in stacks:
         for site in stack.sites:
             interceptors[site.value] = Interceptor(_accumulate_at(stack.name, site))
@@ -422,19 +432,30 @@ def _stream(
     for stack in stacks:
         site = stack.sites[0]
         batch, _, tokens, _ = site.shape
-        seeds[stack.name] = seed(
-            target_tokens[stack.name],
+        pooled = isinstance(target_tokens[stack.name], Site)
+        first = seed(
+            0 if pooled else target_tokens[stack.name],
             batch=batch,
             tokens=tokens,
             dtype=relevance_dtype(site.value.aval),
             like=shaped_like(site.value.aval, (site.batch,), shape=(batch,)),
         )
+        # Where tokens are pooled, the pooling map makes the row.
+        seeds[stack.name] = Carrier(*(jnp.zeros_like(x) for x in first)) if pooled else first
     carrier = jax.tree.map(jnp.zeros_like, seeds)
     edits = Edits(interceptors=interceptors)
     evaluated, back = pullback(traced.graph, traced.args, edits, carrier=carrier)
     (out,) = evaluated.outs
     rows = back(jnp.ones_like(out), seeds).carrier
     return traced.unflatten([out]), {stack.name: rows[stack.name].keep for stack in stacks}
+
+
+def _start_at(name: str, site: Site) -> Callable:
+    def interceptor(carriers, value):
+        carrier, attn = start_row(carriers[name], site.standard(value))
+        return {**carriers, name: carrier}, site.restore(attn, value)
+
+    return interceptor
 
 
 def _accumulate_at(name: str, site: Site) -> Callable:
@@ -483,6 +504,8 @@ def _stacked(
         for site in (site for stack in stacks for site in stack.sites):
             # One value may serve twice: a stream is often the sum of the layer before.
             taps.setdefault(_value(site, what), f"{len(taps)}:{what}")
+    for pooling in (x for x in target_tokens.values() if isinstance(x, Site)):
+        taps.setdefault(pooling.value, f"{len(taps)}:value")
     out, values, grads = taps_with_grad(traced, taps, "attention.relevance")
     found = {}
     if by_lrp is not None:
@@ -499,10 +522,17 @@ def _stacked(
             }
         index = target_tokens[stack.name]
         for method in (TABLE[name] for name in methods):
-            maps = layers(found if method.by_lrp else values, "value")
+            read = found if method.by_lrp else values
+            maps = layers(read, "value")
             chosen = {what: _of_stack(one, stack) for what, one in some.items()}
-            matrix = _matrix(method, maps, grad, given, importance, chosen)
-            result[method.name][stack.name] = matrix if index is None else row(matrix, index)
+            matrix = functools.partial(_matrix, method, maps, grad, given, importance, chosen)
+            if isinstance(index, Site):
+                pooling, by_map = (index.standard(x[taps[index.value]]) for x in (read, grads))
+                last = chosen["layers"] is None
+                relevance = pooled_row(method, matrix, pooling, by_map, last=last)
+            else:
+                relevance = matrix() if index is None else row(matrix(), index)
+            result[method.name][stack.name] = relevance
     return out, result
 
 
