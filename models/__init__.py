@@ -9,6 +9,7 @@ from jaxrel.models.clipmapper import (
     CLIPMapperConfig,
     CLIPMapperVQA,
 )
+from jaxrel.models.dino import DINO, DINOConfig
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.preprocessing import image_processing
 from jaxrel.models.processor import Processor
@@ -25,6 +26,7 @@ from jaxrel.models.vision import (
 
 __all__ = [
     "CLIP",
+    "DINO",
     "VGG",
     "CLIPConfig",
     "CLIPMapper",
@@ -33,6 +35,7 @@ __all__ = [
     "CLIPMapperVQA",
     "Captioner",
     "CaptionerConfig",
+    "DINOConfig",
     "Layout",
     "Processor",
     "ResNet",

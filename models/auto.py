@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from jaxrel.models import captioner, clip, clipmapper, siglip
+from jaxrel.models import captioner, clip, clipmapper, dino, siglip
 from jaxrel.models.checkpoint import CONFIG, find_folder, read_any_config
 
 _CLASSES: dict[str, Any] = {
@@ -11,6 +11,7 @@ _CLASSES: dict[str, Any] = {
     clip.MODEL_TYPE: clip.CLIP,
     clipmapper.MODEL_TYPE: clipmapper.CLIPMapper,
     siglip.MODEL_TYPE: siglip.SigLIP,
+    **dict.fromkeys(dino.MODEL_TYPES, dino.DINO),
 }
 
 
