@@ -9,9 +9,11 @@ from jaxrel.models.clipmapper import (
     CLIPMapperConfig,
     CLIPMapperVQA,
 )
+from jaxrel.models.dino import DINO, DINOConfig
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.preprocessing import image_processing
 from jaxrel.models.processor import Processor
+from jaxrel.models.siglip import SigLIP, SigLIPConfig, SigLIPTextConfig, SigLIPVisionConfig
 from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.models.vision import (
     VGG,
@@ -24,6 +26,7 @@ from jaxrel.models.vision import (
 
 __all__ = [
     "CLIP",
+    "DINO",
     "VGG",
     "CLIPConfig",
     "CLIPMapper",
@@ -32,10 +35,15 @@ __all__ = [
     "CLIPMapperVQA",
     "Captioner",
     "CaptionerConfig",
+    "DINOConfig",
     "Layout",
     "Processor",
     "ResNet",
     "ResNetConfig",
+    "SigLIP",
+    "SigLIPConfig",
+    "SigLIPTextConfig",
+    "SigLIPVisionConfig",
     "Stream",
     "TextConfig",
     "VGGConfig",

@@ -8,6 +8,7 @@ import numpy as np
 from jaxrel.attention.discovery import Site, Stack, tagged_stack
 from jaxrel.attention.maps import token_index
 from jaxrel.attention.methods import TABLE
+from jaxrel.attention.pooling import Pooling, find_pooling
 from jaxrel.tracing.axes import same
 from jaxrel.tracing.graph import Traced
 
@@ -142,8 +143,8 @@ def _listing(found: Mapping[str, Stack]) -> str:
     return "; ".join(map(str, found.values())) or "none (see jaxrel.attention.sites)"
 
 
-def target_token_of(target_token: Any, stack: Stack) -> Any:
-    """The target token of each example of a stack; None for all tokens.
+def target_token_of(traced: Traced, target_token: Any, stack: Stack) -> Any:
+    """The target token of each example of a stack; None for all tokens, or a pooling map's site.
 
     Raises:
       ValueError: the stack is not named, or a token does not exist.
@@ -156,6 +157,8 @@ def target_token_of(target_token: Any, stack: Stack) -> Any:
         target_token = target_token[stack.name]
     if target_token is None:
         return None
+    if isinstance(target_token, Pooling):
+        return find_pooling(traced, target_token, stack)
     batch, _, tokens, _ = stack.sites[0].shape
     if isinstance(target_token, str):
         raise ValueError(

@@ -1,6 +1,7 @@
 """Relevance from stacked maps: all maps and gradients of all layers, and every method from them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxrel.attention.discovery import Site, Stack, find_stacks, trace_attention
 from jaxrel.attention.encoder_methods import PROJECTIONS
 from jaxrel.attention.maps import as_indices, is_mask, only, row
 from jaxrel.attention.methods import TABLE, Method
+from jaxrel.attention.pooling import pooled_row
 from jaxrel.attention.reweighing import reweighed, weights_of_layers
 from jaxrel.attention.token_tm import followed_by
 from jaxrel.tracing.capture import find_tags, gather, tap_names, taps_with_grad
@@ -62,6 +64,8 @@ def stacked_relevance(
         for site in sites:
             # One value may serve twice: a stream is often the sum of the layer before.
             taps.setdefault(_value(site, what), f"{len(taps)}:{what}")
+    for pooling in (one for one in target_tokens.values() if isinstance(one, Site)):
+        taps.setdefault(pooling.value, f"{len(taps)}:value")
     tagged = _projections(traced, stacks) if "projections" in needs else []
     out, values, grads = taps_with_grad(
         traced, {**taps, **tap_names(tagged)}, "attention.relevance"
@@ -88,9 +92,15 @@ def stacked_relevance(
             own = reweighed(own, sinks[stack.name], weights)
             chosen = {what: _of_stack(getattr(how, what), stack) for what in ("layers", "heads")}
             grad = _layers(stack, taps, grads, "value")
-            matrix = _matrix(method, own, grad, given, chosen)
+            matrix = functools.partial(_matrix, method, own, grad, given, chosen)
             index = target_tokens[stack.name]
-            result[method.name][stack.name] = matrix if index is None else row(matrix, index)
+            if isinstance(index, Site):
+                read = maps["LRP" if method.by_lrp else "maps"]
+                pooling, by_map = (index.standard(x[taps[index.value]]) for x in (read, grads))
+                relevance = pooled_row(method, matrix, pooling, by_map, last=how.layers is None)
+            else:
+                relevance = matrix() if index is None else row(matrix(), index)
+            result[method.name][stack.name] = relevance
     return out, result
 
 

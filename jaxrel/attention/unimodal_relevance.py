@@ -16,9 +16,10 @@ from jaxrel.attention.importance import measure
 from jaxrel.attention.lrp_of_maps import lrp_of_maps
 from jaxrel.attention.maps import relevance_dtype
 from jaxrel.attention.methods import ENCODER_METHODS, METHODS, TABLE, check_methods
+from jaxrel.attention.pooling import start_row
 from jaxrel.attention.reweighing import sink_tokens
 from jaxrel.attention.stacked import How, layer_gradients, stacked_relevance
-from jaxrel.attention.streaming import accumulate, seed, weigh_sum
+from jaxrel.attention.streaming import Carrier, accumulate, seed, weigh_sum
 from jaxrel.propagation.composites import as_composite, attn_lrp
 from jaxrel.renamed import renamed_keywords
 from jaxrel.tracing.evaluate import Edits, Interceptor
@@ -64,7 +65,8 @@ def relevance(
         examples must be independent of each other, dropout off.
       method: one of `METHODS` or `ENCODER_METHODS`, or several.
       target_token: the token whose row of the relevance matrix is returned: an int, an int array
-        `[batch]`, a mapping from stack names to these, or None for the whole matrix.
+        `[batch]`, `Pooling(tag)` where an attention with a query of its own pools the tokens, a
+        mapping from stack names to these, or None for the whole matrix.
       attention: the names of the attention stacks: tags of the maps, or the names that `sites`
         lists. By default the function's only self-attention stack.
       layers: the layers accumulated; all, by default. `slice(-1, None)` is the last alone. A bool
@@ -230,8 +232,11 @@ def covered_relevance(
         _check_scalars(traced)
         everything = find_stacks(traced, args, argnums)
         stacks = choose_stacks(traced, everything, attention, methods)
-        coverage = {name: of_stacks(TABLE[name], stacks, everything, layers) for name in methods}
-        target_tokens = {s.name: target_token_of(target_token, s) for s in stacks}
+        target_tokens = {s.name: target_token_of(traced, target_token, s) for s in stacks}
+        pooled = {n: site for n, site in target_tokens.items() if isinstance(site, Site)}
+        coverage = {
+            name: of_stacks(TABLE[name], stacks, everything, layers, pooled) for name in methods
+        }
         rests = {s.name: sink_tokens(sinks, s) for s in stacks}
         mapped = _mapped(stacks)
         if mapped is not None and form == "streaming":
@@ -316,6 +321,9 @@ def _stream(
 ) -> tuple[Any, dict]:
     """Walk back through the layers with one row of relevance per example."""
     interceptors: dict = {}
+    for name, target in target_tokens.items():
+        if isinstance(target, Site):
+            interceptors[target.value] = Interceptor(_start_at(name, target))
     for stack in stacks:
         for site in stack.sites:
             interceptor = _accumulate_at(stack.name, site, sinks[stack.name])
@@ -329,19 +337,30 @@ def _stream(
     for stack in stacks:
         site = stack.sites[0]
         batch, _, tokens, _ = site.shape
-        seeds[stack.name] = seed(
-            target_tokens[stack.name],
+        pooled = isinstance(target_tokens[stack.name], Site)
+        first = seed(
+            0 if pooled else target_tokens[stack.name],
             batch=batch,
             tokens=tokens,
             dtype=relevance_dtype(site.value.aval),
             like=shaped_like(site.value.aval, (site.batch,), shape=(batch,)),
         )
+        # Where tokens are pooled, the pooling map makes the row.
+        seeds[stack.name] = Carrier(*(jnp.zeros_like(x) for x in first)) if pooled else first
     carrier = jax.tree.map(jnp.zeros_like, seeds)
     edits = Edits(interceptors=interceptors)
     evaluated, back = pullback(traced.graph, traced.args, edits, carrier=carrier)
     (out,) = evaluated.outs
     rows = back(jnp.ones_like(out), seeds).carrier
     return traced.unflatten([out]), {stack.name: rows[stack.name].keep for stack in stacks}
+
+
+def _start_at(name: str, site: Site) -> Callable:
+    def interceptor(carriers, value):
+        carrier, attn = start_row(carriers[name], site.standard(value))
+        return {**carriers, name: carrier}, site.restore(attn, value)
+
+    return interceptor
 
 
 def _accumulate_at(name: str, site: Site, sinks: Any) -> Callable:

@@ -58,7 +58,9 @@ class Explainable(Protocol):
         A `schedule` that is not empty says how two streams attend to each other; the score is
         read from the first of them: see `attention.value_and_bimodal_relevance`. `by_word`
         says that captions are explained word by word in the image's pixels; the model then
-        speaks the protocol `jaxrel.explanations.words.Captions` too. Either may be left out.
+        speaks the protocol `jaxrel.explanations.words.Captions` too. Either may be left out. So
+        may a stream's `pooling`: the tag of the map of an attention that pools its tokens, where
+        the score is read from no token; see `jaxrel.attention.pooling`.
         """
 
     def examples(self, *, image: Any, text: Any, target: Any) -> Mapping[str, Any]:
@@ -84,7 +86,7 @@ class Explainable(Protocol):
         """By row, what is explained, in words."""
 
     def target_tokens(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """By stream, the token each row's score is read from."""
+        """By stream, the token each row's score is read from; not of streams that are pooled."""
 
     def content(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """By stream, which tokens stand for something."""

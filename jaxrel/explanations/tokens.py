@@ -14,6 +14,7 @@ from jaxrel.attention.followed import Coverage
 from jaxrel.attention.importance import measure
 from jaxrel.attention.maps import indices
 from jaxrel.attention.methods import TABLE, check_methods
+from jaxrel.attention.pooling import Pooling
 from jaxrel.attention.unimodal_relevance import covered_relevance
 from jaxrel.explanations.examples import Rows, rows_of
 from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, computed, family
@@ -224,7 +225,7 @@ def _explained_rows(
         explained = covered_relevance(
             _score,
             method=methods,
-            target_token=target_token,
+            target_token=_targets(streams, target_token),
             attention=tuple(stream.name for stream in streams),
             layers=chosen.get("layers"),
             heads=chosen.get("heads"),
@@ -239,6 +240,12 @@ def _explained_rows(
         relevance[name] = {stream.name: _by_token(stream, found) for stream in streams}
     counts = {one: (of.followed, of.layers) for one, of in coverage.items()}
     return score, relevance, reports, counts
+
+
+def _targets(streams: tuple[Any, ...], target_token: Mapping[str, Any]) -> dict[str, Any]:
+    """What each stream's score is read from: a token, or what is pooled of all."""
+    pooled = {s.name: Pooling(s.pooling) for s in streams if getattr(s, "pooling", "")}
+    return {**target_token, **pooled}
 
 
 def _coverage(counts: Any) -> dict[str, Any]:

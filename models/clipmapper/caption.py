@@ -178,7 +178,7 @@ class CLIPMapperCaption(CLIPMapper):
           TypeError, ValueError: see `CLIP.prepare`.
         """
         sizes = self.config.clip
-        pixels = jnp.asarray(self.processor.image(image, side=sizes.vision.image_size))
+        pixels = jnp.asarray(self.processor.image(image, side=sizes.vision.sides))
         if text is None:
             return {"image": pixels, "text": _generate(self, pixels)}
         ids = token_ids(self.processor, text, sizes.text)

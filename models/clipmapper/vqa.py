@@ -84,7 +84,7 @@ class CLIPMapperVQA(CLIPMapper):
         """
         sizes = self.config.clip
         ids = token_ids(self.processor, text, sizes.text)
-        pixels = jnp.asarray(self.processor.image(image, side=sizes.vision.image_size))
+        pixels = jnp.asarray(self.processor.image(image, side=sizes.vision.sides))
         spelling = self.processor.spelling(text, sizes.text.context, known=True)
         return {"image": pixels, "text": ids, **spelling}
 
