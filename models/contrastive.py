@@ -134,19 +134,73 @@ class Contrastive(Model):
         row of the attention maps only, and the gradient of the sum is each row's own.
 
         Args:
-          inputs: images and texts.
+          inputs: images and texts; "against" as `contrasted` makes it, if there.
           target: see `pairs`.
 
         Returns:
-          `logits_per_image[i, target[i]]`, float32.
+          `logits_per_image[i, target[i]]`, float32; less that of others if there are.
 
         Raises:
           ValueError: see `pairs`.
         """
+        against = inputs.get("against")
         inputs = self.pairs(inputs, target)
         image, _ = self._embed_image(inputs["image"], False)
         text, _ = self._embed_text(inputs["text"], False)
-        return self._logit(jnp.sum(image * text, axis=-1))
+        return self._similarity(image, text, against)
+
+    def _similarity(
+        self,
+        image: Float[Array, "*layers batch embed"],
+        text: Float[Array, "batch embed"],
+        against: Float[Array | np.ndarray, "batch texts embed"] | None,
+    ) -> Float[Array, "*layers batch"]:
+        """The similarity with a text, less the log of the sum of exponentials of that with others.
+
+        One product with the difference of embeddings, so that LRP shares both parts alike between
+        image and text; the derivative is exact: see `jaxrel.contrast`.
+        """
+        if against is None:
+            return self._logit(jnp.sum(image * text, axis=-1))
+        scale = jnp.exp(self.logit_scale[...])
+        others = scale * jnp.einsum("...be,bne->...bn", image, against)
+        # Constants before the softmax, which would look like attention to the embeddings.
+        others = jax.lax.stop_gradient(others)
+        shares = jax.nn.softmax(others, axis=-1)
+        entropy = jax.nn.logsumexp(others, axis=-1) - (shares * others).sum(axis=-1)
+        other = jnp.einsum("...bn,bne->...be", shares, against)
+        return scale * jnp.sum(image * (text - other), axis=-1) - entropy
+
+    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Array]:
+        """Return pairs whose score is the similarity with their text less that with others.
+
+        The others enter as embeddings: the relevance of words is that of the pair's own text.
+
+        Args:
+          inputs: pairs, as `pairs` returns them.
+          against: a text, or a tuple of texts, for all pairs; or a list with one of these for each.
+
+        Returns:
+          The pairs with "against", [batch, texts, embed]: see `score`.
+
+        Raises:
+          TypeError: not texts.
+          ValueError: other numbers, or see `prepare`.
+        """
+        rows = len(inputs["image"])
+        each = against if isinstance(against, list) else [against]
+        groups = [one if isinstance(one, tuple) else (one,) for one in each]
+        counts = {len(group) for group in groups}
+        if len(groups) not in (1, rows) or len(counts) != 1 or not all(groups) or "*" in groups[0]:
+            raise ValueError(
+                f"against must be a text, or a tuple of texts, for all {rows} pairs, or a list "
+                f"with one of these for each, of as many texts; got {against!r:.80}"
+            )
+        texts = [text for group in groups for text in group]
+        embedded = _embedded(self, self._read_text(texts)[0])
+        by_row = embedded.reshape(len(groups), -1, embedded.shape[-1])
+        whole = jnp.broadcast_to(by_row, (rows, *by_row.shape[1:]))
+        return {**inputs, "against": whole}
 
     def predict(self, inputs: Inputs) -> Float[Array, "images texts"]:
         """Return the probability of each text for each image, among the texts given."""
@@ -270,6 +324,11 @@ def load(
         )
     fill(model, parameters)
     return model
+
+
+@jax.jit
+def _embedded(model: Contrastive, text: Array) -> Array:
+    return model.encode_text(text)
 
 
 def _check_target(target: Array | np.ndarray, texts: int) -> None:

@@ -130,3 +130,4 @@ class Request:
     importance: str = "grad_value"
     lrp: Any = None
     detector: Detector | None = None
+    sinks: Any = None

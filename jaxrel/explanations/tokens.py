@@ -40,18 +40,20 @@ def check(model: Any, request: Request) -> None:
             f"method {min(needing)!r} scores the tokens of every layer by the model's head, and "
             f"{name} has no layer_scores(inputs); see jaxrel.models.CLIP.layer_scores"
         )
-    if request.layers is None and request.heads is None:
+    if request.layers is None and request.heads is None and request.sinks is None:
         return
+    asked = "layers and heads choose" if request.sinks is None else "layers, heads and sinks choose"
     if _schedule(model):
         raise ValueError(
-            "layers and heads choose attention maps of a model whose streams attend to "
+            f"{asked} attention maps of a model whose streams attend to "
             f"themselves; in {name} they attend to each other, and all maps count"
         )
     if set(request.methods) <= set(BY_RULES):
         raise ValueError(
-            "layers and heads choose attention maps; method "
+            f"{asked} attention maps; method "
             f"{', '.join(request.methods)} goes through all of the model"
         )
+    _sinks(model, request.sinks)
 
 
 def relevance(
@@ -229,6 +231,7 @@ def _explained_rows(
             attention=tuple(stream.name for stream in streams),
             layers=chosen.get("layers"),
             heads=chosen.get("heads"),
+            sinks=chosen.get("sinks"),
             importance=importance,
             layer_scores=_layer_scores if NEEDING_SCORES & {*methods} else None,
         )
@@ -258,17 +261,22 @@ def _coverage(counts: Any) -> dict[str, Any]:
 
 
 def _chosen(model: Any, inputs: Any, request: Request) -> dict[str, Any]:
-    """Which layers and heads of each stream count, as bool arrays: one program serves all choices.
+    """Which layers and heads of each stream count, and which tokens are sinks, as bool arrays.
+
+    One program serves all choices.
 
     Raises:
       ValueError: a layer or head does not exist.
     """
     asked = {"layers": request.layers, "heads": request.heads}
     asked = {what: x for what, x in asked.items() if x is not None}
+    chosen: dict[str, Any] = {}
+    if request.sinks is not None:
+        chosen["sinks"] = _sinks(model, request.sinks)
     if not asked:
-        return {}
+        return chosen
     counts = jax.device_get(_counts(model, inputs))
-    chosen: dict[str, Any] = {what: {} for what in asked}
+    chosen |= {what: {} for what in asked}
     for what, some in asked.items():
         for stream in model.layout.streams:
             count = int(counts[stream.name][what])
@@ -276,6 +284,26 @@ def _chosen(model: Any, inputs: Any, request: Request) -> dict[str, Any]:
             mask[list(indices(some, count, what))] = True
             chosen[what][stream.name] = mask
     return chosen
+
+
+def _sinks(model: Any, sinks: Any) -> dict[str, np.ndarray]:
+    """Which tokens of each stream are sinks.
+
+    Raises:
+      ValueError: a stream or a token does not exist.
+    """
+    streams = {stream.name: stream.tokens for stream in model.layout.streams}
+    by_stream = sinks if isinstance(sinks, Mapping) else dict.fromkeys(streams, sinks)
+    for name in by_stream:
+        if name not in streams:
+            raise ValueError(f"sinks: there is no stream {name!r}; there are {', '.join(streams)}")
+    found = {}
+    for name, some in by_stream.items():
+        if len(some):
+            mask = np.zeros(streams[name], bool)
+            mask[list(indices(some, len(mask), f"tokens of {name!r}"))] = True
+            found[name] = mask
+    return found
 
 
 @jax.jit
@@ -329,6 +357,8 @@ def _settings(method: str, request: Request) -> str:
         chosen[0] = "last layer" if request.layers is None else f"last of {chosen[0]}"
     if method == "weighted":
         chosen.append(f"importance {request.importance}")
+    if request.sinks is not None:
+        chosen.append(f"without the sinks {request.sinks}")
     return ", ".join(chosen)
 
 

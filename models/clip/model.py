@@ -126,8 +126,9 @@ class CLIP(Contrastive):
         of_image, image_layers = self.vision.each_layer(image, remat=remat)
         of_text, text_layers = self.text.each_layer(text, end, remat=remat)
         of_image, of_text = jax.lax.stop_gradient((of_image, of_text))
-        similarities = (image_layers * of_text).sum((0, 2)) + (text_layers * of_image).sum((0, 2))
-        return self._logit(similarities)
+        of_layers = self._similarity(image_layers, of_text, inputs.get("against"))
+        of_words = self._similarity(text_layers, of_image, None)
+        return of_layers.sum(axis=0) + of_words.sum(axis=0)
 
     def target_tokens(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
         """Return the index of the token each embedding is read from: class and end token."""
