@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -36,8 +37,10 @@ class Contrastive(Model):
 
     `inputs` is always a dict {"image": float [batch, height, width, 3], normalised; "text": int
     [batch, tokens]}, as `prepare` makes it. A class has `_embed_image` and `_embed_text`, which
-    return embeddings of length 1 and attention maps by name, and `_logit`.
+    return embeddings of length 1 and attention maps by name, `logit_scale` and `_logit`.
     """
+
+    logit_scale: nnx.Param
 
     def _embed_image(self, image: Array, return_attention: bool) -> tuple[Array, Maps]:
         raise NotImplementedError
@@ -171,7 +174,7 @@ class Contrastive(Model):
         other = jnp.einsum("...bn,bne->...be", shares, against)
         return scale * jnp.sum(image * (text - other), axis=-1) - entropy
 
-    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Array]:
+    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Any]:
         """Return pairs whose score is the similarity with their text less that with others.
 
         The others enter as embeddings: the relevance of words is that of the pair's own text.

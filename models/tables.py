@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def fused(paths: Sequence[Path], name: str, separator: str = ".") -> list[Parame
 
 
 def layers(
-    block: Path, linears: Mapping[Path, str], norms: Mapping[Path, str], prefix: str
+    block: Path, linears: Mapping[Any, str], norms: Mapping[Any, str], prefix: str
 ) -> list[Parameter]:
     """The layers of a `Transformer`.
 

@@ -64,8 +64,8 @@ def stacked_relevance(
         for site in sites:
             # One value may serve twice: a stream is often the sum of the layer before.
             taps.setdefault(_value(site, what), f"{len(taps)}:{what}")
-    for pooling in (one for one in target_tokens.values() if isinstance(one, Site)):
-        taps.setdefault(pooling.value, f"{len(taps)}:value")
+    for pooled in (one for one in target_tokens.values() if isinstance(one, Site)):
+        taps.setdefault(pooled.value, f"{len(taps)}:value")
     tagged = _projections(traced, stacks) if "projections" in needs else []
     out, values, grads = taps_with_grad(
         traced, {**taps, **tap_names(tagged)}, "attention.relevance"

@@ -317,13 +317,14 @@ def _layers(config: DINOConfig) -> list[Parameter]:
     norms = {("norm1",): "norm1", ("norm2",): "norm2"}
     prefix = "layer.{layer}." if config.kind == DINOV3 else "encoder.layer.{layer}."
     if config.kind == DINOV3:
-        linears = {
+        linears: dict[tuple[str, ...], str] = {
             ("attention", "out"): "attention.o_proj",
             ("expand",): "mlp.up_proj",
             ("contract",): "mlp.down_proj",
         }
         inputs = {name: f"attention.{name[0]}_proj" for name in _INPUTS}
-        linears |= {("gate",): "mlp.gate_proj"} if config.gated else {}
+        if config.gated:
+            linears["gate",] = "mlp.gate_proj"
     else:
         linears = {("attention", "out"): "attention.output.dense"}
         inputs = {name: f"attention.attention.{name}" for name in _INPUTS}
