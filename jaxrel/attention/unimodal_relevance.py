@@ -1,14 +1,16 @@
 """Attention relevance of a function as it stands, over the self-attention of each stream."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array
 
+from jaxrel.attention.blocks import by_blocks
 from jaxrel.attention.discovery import (
     Site,
     Stack,
@@ -36,6 +38,8 @@ from jaxrel.tracing.sharding import shaped_like
 Choice = slice | Sequence[int] | Array | np.ndarray | Mapping[str, Any] | None
 
 STREAMING = tuple(name for name in METHODS if TABLE[name].streaming)
+Form = Literal["auto", "streaming", "stacked", "blockwise"]
+BLOCK = 128
 
 
 @renamed_keywords(readout="target_token")
@@ -48,7 +52,8 @@ def relevance(
     layers: Choice = None,
     heads: Choice = None,
     importance: str | Callable = "grad_value",
-    form: Literal["auto", "streaming", "stacked"] = "auto",
+    form: Form = "auto",
+    block: int = BLOCK,
     rules: Any = None,
     argnums: int | Sequence[int] | None = None,
 ) -> Callable:
@@ -75,7 +80,10 @@ def relevance(
       heads: the attention heads averaged; all, by default. As `layers`, `[heads]`.
       importance: the measure of the weighted method: 'grad_value', 'norm', 'abs_grad_value',
         or a function `(value, grad) -> [batch, tokens]`.
-      form: 'streaming', 'stacked', or 'auto', which streams where it can.
+      form: 'streaming', 'stacked', or 'auto', which streams where it can; 'blockwise' streams and
+        computes the attention itself by blocks of queries, forward and backward, so that memory
+        is tokens x block and no map of all tokens is ever there.
+      block: of 'blockwise', how many queries at a time.
       rules: for the methods that read the maps' relevance by LRP, 'equal_lrp' (on one stream
         the same as transformer attribution, Chefer et al. 2021 CVPR) and 'partial_lrp' (Voita
         et al. 2019, signed): see `jaxrel.lrp`; AttnLRP by default.
@@ -92,7 +100,8 @@ def relevance(
         attention stacks where one is needed; no residual stream found for 'weighted'.
       TypeError: (when called) `fun` returns something other than one real array.
       NotImplementedError: (when called) attention inside a kernel or a hand-written derivative,
-        within windows, or in a form that is not recognised, so that its layer would be missing.
+        within windows, or in a form that is not recognised, so that its layer would be missing;
+        of 'blockwise', attention whose rows are not computed apart.
     """
     explain = value_and_relevance(
         fun,
@@ -103,6 +112,7 @@ def relevance(
         heads=heads,
         importance=importance,
         form=form,
+        block=block,
         rules=rules,
         argnums=argnums,
     )
@@ -123,7 +133,8 @@ def value_and_relevance(
     layers: Choice = None,
     heads: Choice = None,
     importance: str | Callable = "grad_value",
-    form: Literal["auto", "streaming", "stacked"] = "auto",
+    form: Form = "auto",
+    block: int = BLOCK,
     rules: Any = None,
     argnums: int | Sequence[int] | None = None,
 ) -> Callable:
@@ -137,6 +148,7 @@ def value_and_relevance(
         heads=heads,
         importance=importance,
         form=form,
+        block=block,
         rules=rules,
         argnums=argnums,
     )
@@ -192,7 +204,8 @@ def covered_relevance(
     layers: Choice = None,
     heads: Choice = None,
     importance: str | Callable = "grad_value",
-    form: Literal["auto", "streaming", "stacked"] = "auto",
+    form: Form = "auto",
+    block: int = BLOCK,
     rules: Any = None,
     argnums: int | Sequence[int] | None = None,
 ) -> Callable:
@@ -202,6 +215,9 @@ def covered_relevance(
     composite = attn_lrp() if rules is None else as_composite(rules)
     some = {"layers": layers, "heads": heads}
     streaming = _choose_form(form, methods, target_token, some)
+    if operator.index(block) < 1:
+        raise ValueError(f"block must be 1 or more queries, got {block}")
+    size = operator.index(block) if form == "blockwise" else None
 
     def explained(*args):
         traced = trace_attention(fun, *args)
@@ -211,13 +227,13 @@ def covered_relevance(
         coverage = {name: of_stacks(TABLE[name], stacks, everything, layers) for name in methods}
         target_tokens = {s.name: _target_token(target_token, s) for s in stacks}
         mapped = _mapped(stacks)
-        if mapped is not None and form == "streaming":
+        if mapped is not None and form in ("streaming", "blockwise"):
             raise NotImplementedError(
-                f"form='streaming': the heads at {mapped.where} are computed one after another "
+                f"form={form!r}: the heads at {mapped.where} are computed one after another "
                 "in a loop, and relevance must see them together; use form='auto'"
             )
         if streaming and mapped is None:
-            out, result = _stream(traced, stacks, methods[0], target_tokens, importance)
+            out, result = _stream(traced, stacks, methods[0], target_tokens, importance, size)
             result = {methods[0]: result}
         else:
             _check_branches(stacks, methods, layers)
@@ -270,14 +286,15 @@ def _choose_form(form: str, methods: tuple, target_token: Any, some: Mapping[str
     rows = target_token.values() if isinstance(target_token, Mapping) else (target_token,)
     row = all(index is not None for index in rows)
     can = len(methods) == 1 and methods[0] in STREAMING and row and everything
-    if form == "streaming" and not can:
+    if form in ("streaming", "blockwise") and not can:
         raise ValueError(
-            "form='streaming' computes one target token row of one of the methods "
+            f"form={form!r} computes one target token row of one of the methods "
             f"{' and '.join(STREAMING)} over all layers and heads; got method={methods}, "
             f"target_token={target_token}, {some}. Use form='auto'"
         )
-    if form not in ("auto", "streaming", "stacked"):
-        raise ValueError(f"form must be 'auto', 'streaming' or 'stacked', got {form!r}")
+    if form not in get_args(Form):
+        names = ", ".join(map(repr, get_args(Form)))
+        raise ValueError(f"form must be one of {names}, got {form!r}")
     return can and form != "stacked"
 
 
@@ -406,13 +423,20 @@ def _target_token(target_token: Any, stack: Stack) -> Any:
 
 
 def _stream(
-    traced: Traced, stacks: list[Stack], method: str, target_tokens: Mapping, importance: Any
+    traced: Traced,
+    stacks: list[Stack],
+    method: str,
+    target_tokens: Mapping,
+    importance: Any,
+    block: int | None,
 ) -> tuple[Any, dict]:
     """Walk back through the layers with one row of relevance per example."""
     interceptors: dict = {}
+    steps = {} if block is None else by_blocks(traced.graph, stacks, block)
     for stack in stacks:
         for site in stack.sites:
-            interceptors[site.value] = Interceptor(_accumulate_at(stack.name, site))
+            if block is None:
+                interceptors[site.value] = Interceptor(_accumulate_at(stack.name, site))
             if method == "weighted" and site.residual is not None:
                 before, after, total = site.residual
                 interceptor = _weigh_at(stack.name, site, measure(importance))
@@ -430,7 +454,7 @@ def _stream(
             like=shaped_like(site.value.aval, (site.batch,), shape=(batch,)),
         )
     carrier = jax.tree.map(jnp.zeros_like, seeds)
-    edits = Edits(interceptors=interceptors)
+    edits = Edits(steps, interceptors=interceptors)
     evaluated, back = pullback(traced.graph, traced.args, edits, carrier=carrier)
     (out,) = evaluated.outs
     rows = back(jnp.ones_like(out), seeds).carrier
