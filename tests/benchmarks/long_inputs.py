@@ -1,18 +1,18 @@
 """Memory and time of long inputs, by form: `python -m tests.benchmarks.long_inputs`.
 
 Each program runs in a process of its own, so that the most memory the process held is the
-program's. `--write` puts the tables into README.md.
+program's. Figures are kept in long_inputs.json, and the tables in README.md are made of them. A
+later call measures what is missing, or with `--again` all.
 """
 
 import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from tests.benchmarks.clip_attention import CLIPConfig
 from tests.benchmarks.table import Cell, Table, hardware
 from tests.benchmarks.timing import MIB
 
-README = Path(__file__).with_name("README.md")
+README, KEPT = (Path(__file__).with_name(name) for name in ("README.md", "long_inputs.json"))
 BEGIN, END = "<!-- long inputs: begin -->", "<!-- long inputs: end -->"
 TOKENS = (257, 1025, 4097, 8193)
 METHODS = ("equal", "weighted")
@@ -44,12 +44,17 @@ A pre-norm transformer of {streaming_forms.LAYERS} layers, width {streaming_form
 {streaming_forms.HEADS} heads, each layer rematerialised in one scan, one example. "Temp" is XLA's
 temporary memory, "peak" the most that the process held while the program ran, with JAX, weights
 and arguments. Ratios are to `jax.grad` of the same tokens. A program whose temporary memory is more
-than {MOST // 2**30} GiB is not run. Blocks have {BLOCK} queries. AttnLRP is `jaxrel.lrp`, whole or
+than {MOST // 2**30} GiB is not run, and a dash is a figure that was not measured. "CPU s" are the
+seconds of all cores together, which the machine's load (of all that ran at the start) changes
+less than the seconds that went by. Blocks have {BLOCK} queries. AttnLRP is `jaxrel.lrp`, whole or
 with `block=`."""
 MODELS = """\
 CLIP has the vision tower of ViT-B/16 (4,097 tokens) and the text tower, both explained at once;
 the decoder has 12 layers of width 512 with 8 heads that share 2 keys, and rotary positions. Both
 are rematerialised; weights are random."""
+
+
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -89,22 +94,25 @@ class Program:
         explain = partial(attention.relevance, score, argnums=1, target_token=token)
         return explain(method=self.method, form=self.form), arguments
 
-    def measure(self, repeats: int) -> dict[str, float]:
-        """Temporary memory in bytes, and if it is not too much seconds and the process's peak."""
+    @property
+    def key(self) -> str:
+        """What its figures are kept under."""
+        return f"{self.network}, {self.tokens} tokens, {self.method} {self.form}".strip()
+
+    def measure(self, run: bool) -> Figures:
+        """Temporary memory in bytes; of a run also seconds, all cores' seconds and the peak."""
         fun, arguments = self.build()
         compiled = jax.jit(fun).lower(*arguments).compile()
         analysis: Any = compiled.memory_analysis()
         found = {"temp": analysis.temp_size_in_bytes}
-        if found["temp"] > MOST:
+        if not run or found["temp"] > MOST:
             return found
         reset_peak()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            out = jax.block_until_ready(compiled(*arguments))
-            seconds.append(time.perf_counter() - start)
+        load, start, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
+        out = jax.block_until_ready(compiled(*arguments))
+        found |= {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out)), self
-        return found | {"seconds": statistics.median(seconds)} | read_peak()
+        return found | {"load": load} | read_peak()
 
 
 def reset_peak() -> None:
@@ -114,16 +122,16 @@ def reset_peak() -> None:
         file.write_text("5")
 
 
-def read_peak() -> dict[str, float]:
+def read_peak() -> Figures:
     """The most memory that this process held, in bytes, where Linux says it."""
     file = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", file.read_text() if file.exists() else "")
     return {"peak": 1024 * float(found[1])} if found else {}
 
 
-def programs(tokens: Sequence[int]) -> Iterator[Program]:
+def programs() -> Iterator[Program]:
     """Those of the first table, by tokens."""
-    for count in tokens:
+    for count in TOKENS:
         yield Program(VIT, count, "jax.grad", "")
         for form in ("stacked", "streaming", "blockwise"):
             yield from (Program(VIT, count, method, form) for method in METHODS)
@@ -137,45 +145,31 @@ def models() -> Iterator[Program]:
     yield Program(DECODER, 8192, "AttnLRP", "blockwise")
 
 
-def in_its_own_process(program: Program, repeats: int) -> dict[str, float]:
+def in_its_own_process(program: Program, run: bool) -> Figures:
     """What a program measures of itself in a new process."""
     call = [sys.executable, "-m", __spec__.name, "--one", json.dumps(vars(program))]
-    done = subprocess.run(
-        [*call, "--repeats", str(repeats)], check=True, stdout=subprocess.PIPE, text=True
-    )
+    call += [] if run else ["--compile"]
+    done = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(program: Program, found: dict[str, float], base: dict[str, float]) -> dict[str, Cell]:
+def row(program: Program, kept: Mapping[str, Figures]) -> dict[str, Cell]:
     """The figures of a program, and their ratios to those of `jax.grad`."""
+    found = kept.get(program.key, {})
+    base = kept.get(replace(program, method="jax.grad", form="").key, {})
     where: dict[str, Cell] = {"network": program.network}
     if program.network == VIT:
         where = {"tokens": str(program.tokens)}
+    mib = {name: found[name] / MIB if name in found else None for name in ("temp", "peak")}
     cells = where | {"method": f"{program.method} {program.form}".strip()}
-    cells |= {"s": found.get("seconds"), "temp MiB": found["temp"] / MIB}
-    cells |= {"peak MiB": found["peak"] / MIB if "peak" in found else None}
+    cells |= {"temp MiB": mib["temp"]}
     if program.network == VIT:
-        timed = "seconds" in found and "seconds" in base
-        cells["x time"] = found["seconds"] / base["seconds"] if timed else None
-        cells["x temp"] = found["temp"] / base["temp"]
-    return cells
-
-
-def tables(tokens: Sequence[int], repeats: int) -> Iterator[list[Table]]:
-    """Both tables, after each program."""
-    both = [
-        Table("Models of long inputs", MODELS, []),
-        Table("Forms by number of tokens", NOTE, []),
-    ]
-    base: dict[str, float] = {}
-    for number, chosen in enumerate((models(), programs(tokens))):
-        for program in chosen:
-            found = in_its_own_process(program, repeats)
-            base = found if program.method == "jax.grad" else base
-            rows = [*both[number].rows, row(program, found, base)]
-            both[number] = replace(both[number], rows=rows)
-            print(rows[-1], flush=True)
-            yield both
+        cells["x temp"] = found["temp"] / base["temp"] if "temp" in found and base else None
+    cells |= {"peak MiB": mib["peak"], "s": found.get("seconds"), "CPU s": found.get("cpu")}
+    if program.network == VIT:
+        timed = "cpu" in found and "cpu" in base
+        cells["x CPU s"] = found["cpu"] / base["cpu"] if timed else None
+    return cells | {"load": found.get("load")}
 
 
 def write(text: str) -> None:
@@ -187,28 +181,37 @@ def write(text: str) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure all, or one program in this process."""
+    """Measure what is not kept yet, or one program in this process."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.long_inputs", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
-    parser.add_argument("--repeats", type=int, default=1, help="runs, of which the median (1)")
-    parser.add_argument("--write", action="store_true", help="write the tables to README.md")
+    parser.add_argument("--again", action="store_true", help="measure what is kept too")
+    parser.add_argument("--seconds", type=float, default=7200, help="later, compile only (7200)")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
-        print(json.dumps(Program(**args.one).measure(args.repeats)))
+        print(json.dumps(Program(**args.one).measure(not args.compile)))
         return
-    busy: list[float] = []
-    for both in tables(args.tokens, args.repeats):
-        busy.append(os.getloadavg()[0])
-        load = (
-            f"The machine's load was {min(busy):.1f} to {max(busy):.1f}, these programs included."
-        )
-        text = "\n".join([f"{hardware()}. {load}\n", *(one.markdown() for one in both)])
-        if args.write:
-            write(text)
-    print(text)
+    start, machine = time.perf_counter(), hardware()
+    figures = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    if args.again or figures.get("hardware") != machine:
+        figures = {"hardware": machine, "programs": {}}
+    kept = figures["programs"]
+    every = sorted([*models(), *programs()], key=lambda one: one.tokens)
+    for program in every:
+        known = kept.get(program.key, {})
+        run = time.perf_counter() - start < args.seconds
+        if "seconds" in known or known.get("temp", 0) > MOST or (known and not run):
+            continue
+        kept[program.key] = in_its_own_process(program, run)
+        print(program.key, kept[program.key], flush=True)
+        KEPT.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    tables = [
+        Table("Forms by number of tokens", NOTE, [row(one, kept) for one in programs()]),
+        Table("Models of long inputs", MODELS, [row(one, kept) for one in models()]),
+    ]
+    write("\n".join([f"{machine}.\n", *(one.markdown() for one in tables)]))
 
 
 if __name__ == "__main__":
