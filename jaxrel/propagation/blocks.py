@@ -94,13 +94,15 @@ def _axes_of(product: Node, value: Value, block: int) -> tuple[Value, int, int] 
 def _node_of(choice: Choice) -> Node:
     """The node that an operation's step replaces."""
     operation = choice.operation
-    whole = not isinstance(operation, Linear) or getattr(choice.rule, "bias", "") != "separate"
-    return operation.node if whole else (operation.moves or (operation.core,))[-1]
+    apart = getattr(choice.rule, "bias", "fused") == "separate"
+    if isinstance(operation, Linear) and apart and not operation.folded:
+        return operation.moves[-1] if operation.moves else operation.core
+    return operation.node
 
 
 def _by_rows(rule: Rule | None) -> bool:
     """Whether a rule shares each output's relevance by itself, whatever the others are."""
-    if isinstance(rule, Epsilon):
+    if type(rule) is Epsilon:
         return not callable(rule.epsilon)
     return rule is None or isinstance(rule, Gradient | Stop | ProductRule | ActivationRule)
 

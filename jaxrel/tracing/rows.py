@@ -252,7 +252,7 @@ class _Finder:
         made = self._made(product)
         while small:
             atom, at = small.pop()
-            if atom not in made:
+            if not isinstance(atom, Value) or atom not in made:
                 self.ins[atom, at] = Operand(atom, at, False)
             elif at is None:
                 raise self._unknown(self.places.producers[atom], "takes its queries together")
@@ -283,10 +283,10 @@ class _Finder:
                 if value not in step.ins:
                     raise self._unknown(node)
                 side = step.ins.index(value)
-            moved = [_leads_to(node, side, axis, step) for axis in (query, key)]
-            if len(node.outs) != 1 or None in moved:
+            rows, columns = (_leads_to(node, side, axis, step) for axis in (query, key))
+            if len(node.outs) != 1 or rows is None or columns is None:
                 raise self._unknown(node)
-            value, (query, key) = node.outs[0], moved
+            value, query, key = node.outs[0], rows, columns
 
     def _walk(self, whole: list, small: list) -> None:
         """Expand values with both axes until none is left; others are put aside."""

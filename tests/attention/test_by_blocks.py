@@ -140,6 +140,14 @@ def grouped(x, w):
     return x + out.reshape(x.shape) @ w[3]
 
 
+def beside(x, w):
+    """Two keys and values that are no tokens, before those of the tokens."""
+    q, k, v = (heads_of(jnp.sin(x), part) for part in w[:3])
+    more = np.random.default_rng(8).normal(size=(2, BATCH, HEADS, 2, WIDTH // HEADS))
+    k, v = (jnp.concatenate([a, b], 2) for a, b in zip(more, (k, v), strict=True))
+    return jnp.tanh(x + joined(softmax(q @ k.mT) @ v) @ w[3])
+
+
 # ---- how layers come one after the other
 
 
@@ -186,6 +194,7 @@ PROGRAMS = {
     "mask outside, unrolled": mask_outside_unrolled,
     "cond": in_cond,
     "grouped": functools.partial(scanned, layer=grouped),
+    "keys beside": functools.partial(scanned, layer=beside),
 }
 
 
