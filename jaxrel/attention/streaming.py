@@ -144,6 +144,47 @@ def _accumulate_backward(kept, cotangents):
 _accumulate.defvjp(_accumulate_forward, _accumulate_backward)
 
 
+@jax.custom_vjp
+def joined(carrier: Carrier) -> Float[Array, "batch tokens"]:
+    """One value for both parts: what relevance it gets backward, both get."""
+    return carrier.keep
+
+
+joined.defvjp(
+    lambda carrier: (carrier.keep, None), lambda _, relevance: (Carrier(relevance, relevance),)
+)
+
+
+@jax.custom_vjp
+def accumulate_rows(
+    row: Float[Array, "batch tokens"], attn: Float[Array, "batch heads rows tokens"]
+) -> tuple[Float[Array, "batch rows"], Float[Array, "batch heads rows tokens"]]:
+    """`accumulate` for some of a map's rows.
+
+    Args:
+      row: the carrier of all tokens (`joined`).
+      attn: these rows of the softmax output.
+
+    Returns:
+      The part of `Carrier.move` that goes through these rows, and the rows. Backward the relevance
+      of that part moves through them to all tokens.
+    """
+    return row[:, : attn.shape[2]], attn
+
+
+def _rows_forward(row, attn):
+    return accumulate_rows(row, attn), attn
+
+
+def _rows_backward(attn, cotangents):
+    move, attn_grad = cotangents
+    abar = head_mean(attn, attn_grad).astype(move.dtype)
+    return matmul(move[:, None], abar)[:, 0], attn_grad
+
+
+accumulate_rows.defvjp(_rows_forward, _rows_backward)
+
+
 def weigh(
     carrier: Carrier,
     before: Float[Array, "batch tokens width"],

@@ -1,14 +1,16 @@
 """Attention relevance of a function as it stands, over the self-attention of each stream."""
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array
 
+from jaxrel.attention.blocks import by_blocks
 from jaxrel.attention.choice import check_branches, choose_stacks, target_token_of
 from jaxrel.attention.discovery import Site, Stack, data_values, find_stacks, trace_attention
 from jaxrel.attention.followed import of_stacks
@@ -32,6 +34,8 @@ Choice = slice | Sequence[int] | Array | np.ndarray | Mapping[str, Any] | None
 
 STREAMING = tuple(name for name in METHODS if TABLE[name].streaming)
 EVERY_METHOD = (*METHODS, *ENCODER_METHODS)
+Form = Literal["auto", "streaming", "stacked", "blockwise"]
+BLOCK = 128
 
 
 @renamed_keywords(readout="target_token")
@@ -46,7 +50,8 @@ def relevance(
     sinks: Any = None,
     layer_weights: Any = None,
     importance: str | Callable = "grad_value",
-    form: Literal["auto", "streaming", "stacked"] = "auto",
+    form: Form = "auto",
+    block: int = BLOCK,
     rules: Any = None,
     layer_scores: Callable | None = None,
     argnums: int | Sequence[int] | None = None,
@@ -81,7 +86,10 @@ def relevance(
         or more, which may be traced; a mapping gives them by stack. All 1, by default.
       importance: the measure of the weighted method: 'grad_value', 'norm', 'abs_grad_value',
         or a function `(value, grad) -> [batch, tokens]`.
-      form: 'streaming', 'stacked', or 'auto', which streams where it can.
+      form: 'streaming', 'stacked', or 'auto', which streams where it can; 'blockwise' streams and
+        computes the attention itself by blocks of queries, forward and backward, so that memory
+        is tokens x block and no map of all tokens is ever there.
+      block: of 'blockwise', how many queries at a time.
       rules: for the methods that read the maps' relevance by LRP, 'equal_lrp' (on one stream
         the same as transformer attribution, Chefer et al. 2021 CVPR) and 'partial_lrp' (Voita
         et al. 2019, signed): see `jaxrel.lrp`; AttnLRP by default.
@@ -102,7 +110,8 @@ def relevance(
         no tags for 'grad_eclip', or no `layer_scores` for 'legrad'.
       TypeError: (when called) `fun` returns something other than one real array.
       NotImplementedError: (when called) attention inside a kernel or a hand-written derivative,
-        within windows, or in a form that is not recognised, so that its layer would be missing.
+        within windows, or in a form that is not recognised, so that its layer would be missing;
+        of 'blockwise', attention whose rows are not computed apart.
     """
     explain = value_and_relevance(
         fun,
@@ -115,6 +124,7 @@ def relevance(
         layer_weights=layer_weights,
         importance=importance,
         form=form,
+        block=block,
         rules=rules,
         layer_scores=layer_scores,
         argnums=argnums,
@@ -138,7 +148,8 @@ def value_and_relevance(
     sinks: Any = None,
     layer_weights: Any = None,
     importance: str | Callable = "grad_value",
-    form: Literal["auto", "streaming", "stacked"] = "auto",
+    form: Form = "auto",
+    block: int = BLOCK,
     rules: Any = None,
     layer_scores: Callable | None = None,
     argnums: int | Sequence[int] | None = None,
@@ -155,6 +166,7 @@ def value_and_relevance(
         layer_weights=layer_weights,
         importance=importance,
         form=form,
+        block=block,
         rules=rules,
         layer_scores=layer_scores,
         argnums=argnums,
@@ -213,7 +225,8 @@ def covered_relevance(
     sinks: Any = None,
     layer_weights: Any = None,
     importance: str | Callable = "grad_value",
-    form: Literal["auto", "streaming", "stacked"] = "auto",
+    form: Form = "auto",
+    block: int = BLOCK,
     rules: Any = None,
     layer_scores: Callable | None = None,
     argnums: int | Sequence[int] | None = None,
@@ -226,6 +239,14 @@ def covered_relevance(
     some = {"layers": layers, "heads": heads, "layer_weights": layer_weights}
     streaming = _choose_form(form, methods, target_token, some)
     how = How(methods, layers, heads, layer_weights, importance)
+    if operator.index(block) < 1:
+        raise ValueError(f"block must be 1 or more queries, got {block}")
+    if form == "blockwise" and sinks is not None:
+        raise ValueError(
+            "form='blockwise' reads whole maps a block at a time, and sinks= is not among what it "
+            "can leave out of them; use form='streaming'"
+        )
+    size = operator.index(block) if form == "blockwise" else None
 
     def explained(*args):
         traced = trace_attention(fun, *args)
@@ -239,13 +260,15 @@ def covered_relevance(
         }
         rests = {s.name: sink_tokens(sinks, s) for s in stacks}
         mapped = _mapped(stacks)
-        if mapped is not None and form == "streaming":
+        if mapped is not None and form in ("streaming", "blockwise"):
             raise NotImplementedError(
-                f"form='streaming': the heads at {mapped.where} are computed one after another "
+                f"form={form!r}: the heads at {mapped.where} are computed one after another "
                 "in a loop, and relevance must see them together; use form='auto'"
             )
         if streaming and mapped is None:
-            out, result = _stream(traced, stacks, methods[0], target_tokens, rests, importance)
+            out, result = _stream(
+                traced, stacks, methods[0], target_tokens, rests, importance, size
+            )
             result = {methods[0]: result}
         else:
             check_branches(stacks, methods, layers)
@@ -300,14 +323,15 @@ def _choose_form(form: str, methods: tuple, target_token: Any, some: Mapping[str
     rows = target_token.values() if isinstance(target_token, Mapping) else (target_token,)
     row = all(index is not None for index in rows)
     can = len(methods) == 1 and methods[0] in STREAMING and row and everything
-    if form == "streaming" and not can:
+    if form in ("streaming", "blockwise") and not can:
         raise ValueError(
-            "form='streaming' computes one target token row of one of the methods "
+            f"form={form!r} computes one target token row of one of the methods "
             f"{' and '.join(STREAMING)} over all layers and heads; got method={methods}, "
             f"target_token={target_token}, {some}. Use form='auto'"
         )
-    if form not in ("auto", "streaming", "stacked"):
-        raise ValueError(f"form must be 'auto', 'streaming' or 'stacked', got {form!r}")
+    if form not in get_args(Form):
+        names = ", ".join(map(repr, get_args(Form)))
+        raise ValueError(f"form must be one of {names}, got {form!r}")
     return can and form != "stacked"
 
 
@@ -318,16 +342,19 @@ def _stream(
     target_tokens: Mapping,
     sinks: Mapping,
     importance: Any,
+    block: int | None,
 ) -> tuple[Any, dict]:
     """Walk back through the layers with one row of relevance per example."""
     interceptors: dict = {}
+    steps = {} if block is None else by_blocks(traced.graph, stacks, block)
     for name, target in target_tokens.items():
         if isinstance(target, Site):
             interceptors[target.value] = Interceptor(_start_at(name, target))
     for stack in stacks:
         for site in stack.sites:
-            interceptor = _accumulate_at(stack.name, site, sinks[stack.name])
-            interceptors[site.value] = Interceptor(interceptor)
+            if block is None:
+                interceptor = _accumulate_at(stack.name, site, sinks[stack.name])
+                interceptors[site.value] = Interceptor(interceptor)
             if method == "weighted" and site.residual is not None:
                 before, after, total = site.residual
                 interceptor = _weigh_at(stack.name, site, measure(importance))
@@ -348,7 +375,7 @@ def _stream(
         # Where tokens are pooled, the pooling map makes the row.
         seeds[stack.name] = Carrier(*(jnp.zeros_like(x) for x in first)) if pooled else first
     carrier = jax.tree.map(jnp.zeros_like, seeds)
-    edits = Edits(interceptors=interceptors)
+    edits = Edits(steps, interceptors=interceptors)
     evaluated, back = pullback(traced.graph, traced.args, edits, carrier=carrier)
     (out,) = evaluated.outs
     rows = back(jnp.ones_like(out), seeds).carrier

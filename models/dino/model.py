@@ -329,7 +329,9 @@ def _layers(config: DINOConfig) -> list[Parameter]:
         linears = {("attention", "out"): "attention.output.dense"}
         inputs = {name: f"attention.attention.{name}" for name in _INPUTS}
         last = "mlp.weights_out" if config.gated else "mlp.fc2"
-        linears |= {("contract",): last} | ({} if config.gated else {("expand",): "mlp.fc1"})
+        linears["contract",] = last
+        if not config.gated:
+            linears["expand",] = "mlp.fc1"
     table = layers(block, linears, norms, prefix)
     table += [Parameter((*block, *path), prefix + name) for path, name in scales.items()]
     if config.gated and config.kind != DINOV3:
