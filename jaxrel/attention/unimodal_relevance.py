@@ -289,8 +289,12 @@ def _choose(
         names = [name for name, stack in found.items() if stack.is_self]
         for name in names:
             _check_tokens(name, found[name])
-        if len(names) != 1:
+        # Parts of tokens that are not known may be another stream's self-attention.
+        parts = [name for name, stack in found.items() if name not in names and _in_parts(stack)]
+        if len(names) != 1 or parts:
             problem = "no self-attention was found" if not names else "several were found"
+            if len(names) == 1:
+                problem = f"whether {parts[0]!r} is self-attention beside {names[0]!r} is not known"
             two = (
                 ". For two streams of which one reads the other use "
                 "attention.value_and_bimodal_relevance(fun, method=..., target_token=...)"
@@ -327,6 +331,11 @@ def _choose(
     if weighted:
         _check_sums(stacks)
     return stacks
+
+
+def _in_parts(stack: Stack) -> bool:
+    """Whether its maps may be self-attention within parts of the tokens that are not known."""
+    return any(site.in_parts and site.shape[-1] == site.shape[-2] for site in stack.sites)
 
 
 def _check_tokens(name: str, stack: Stack) -> None:

@@ -271,6 +271,24 @@ def test_heads_that_are_cut_across_tokens_are_refused(tokens):
         attention.relevance(model, method="equal")(x)
 
 
+def test_parts_of_unknown_tokens_beside_self_attention_are_no_silent_choice():
+    """An encoder whose heads are cut across tokens, and a decoder of learned queries."""
+
+    def across(x):
+        return x.reshape(BATCH, HEADS, -1, WIDTH // HEADS)
+
+    def fun(x):
+        q, k, v = (across(x @ w) for w in W[:3])
+        x = x + (maps(q, k) @ v).reshape(x.shape)
+        y = jnp.broadcast_to(QUERIES, x.shape)
+        y = y + attend(y, x, i=4)
+        return (y + attend(y, i=8))[:, 0].sum(-1)
+
+    with pytest.raises(ValueError, match=r"'attention' is self-attention beside .* is not known"):
+        equal(fun, X)
+    assert equal(fun, X, attention="attention_2").shape == (BATCH, TOKENS, TOKENS)
+
+
 def test_scores_that_are_shifted_by_a_reshape_are_of_their_tokens():
     """Relative positions as in Transformer-XL (Dai et al. 2019): padded, cut anew and sliced."""
     heads, width = 2, 4
