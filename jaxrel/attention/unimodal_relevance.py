@@ -1,7 +1,7 @@
 """Attention relevance of a function as it stands, over the self-attention of each stream."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -295,14 +295,9 @@ def _choose(
             problem = "no self-attention was found" if not names else "several were found"
             if len(names) == 1:
                 problem = f"whether {parts[0]!r} is self-attention beside {names[0]!r} is not known"
-            two = (
-                ". For two streams of which one reads the other use "
-                "attention.value_and_bimodal_relevance(fun, method=..., target_token=...)"
-            )
-            across = any(not stack.is_self for stack in found.values())
             raise ValueError(
                 f"attention.relevance: {problem}; name what is meant with attention=..., a tag of "
-                f"the maps or one of these: {_listing(found)}{two if across else ''}"
+                f"the maps or one of these: {_listing(found)}{_hints(found.values())}"
             )
     else:
         names = [attention] if isinstance(attention, str) else list(attention)
@@ -331,6 +326,23 @@ def _choose(
     if weighted:
         _check_sums(stacks)
     return stacks
+
+
+def _hints(stacks: Collection[Stack]) -> str:
+    """What else is to be done where no stack can be chosen for the user."""
+    hints = ""
+    totals = [site.residual.total for stack in stacks for site in stack.sites if site.residual]
+    if len({*totals}) < len(totals):
+        hints += (
+            ". Those that meet in one sum may be heads of one layer, and one of them is not the "
+            "layer: compute the heads together, with einsum or jax.vmap"
+        )
+    if any(not stack.is_self for stack in stacks):
+        hints += (
+            ". For two streams of which one reads the other use "
+            "attention.value_and_bimodal_relevance(fun, method=..., target_token=...)"
+        )
+    return hints
 
 
 def _in_parts(stack: Stack) -> bool:

@@ -271,6 +271,35 @@ def test_heads_that_are_cut_across_tokens_are_refused(tokens):
         attention.relevance(model, method="equal")(x)
 
 
+@pytest.mark.parametrize("join", ["concatenate", "sum"])
+def test_heads_one_by_one_are_no_layers(join):
+    """Their outputs side by side, or each through its rows of the last weight; advice is right."""
+    cuts = [slice(4 * i, 4 * i + 4) for i in range(HEADS)]
+
+    def head(x, cut):
+        q, k, v = (x @ w[:, cut] for w in W[:3])
+        return maps(q, k) @ v
+
+    def apart(x):
+        heads = [head(x, cut) for cut in cuts]
+        if join == "sum":
+            return (x + sum(h @ W[3][cut] for h, cut in zip(heads, cuts, strict=True)))[:, 0].sum(
+                -1
+            )
+        return (x + jnp.concatenate(heads, -1) @ W[3])[:, 0].sum(-1)
+
+    def together(x):
+        whole = W[:3].reshape(3, WIDTH, HEADS, 4)
+        q, k, v = (jnp.einsum("btd,dhe->bhte", x, w) for w in whole)
+        heads = maps(q, k) @ v
+        return (x + heads.swapaxes(1, 2).reshape(x.shape) @ W[3])[:, 0].sum(-1)
+
+    np.testing.assert_allclose(apart(X), together(X), **CLOSE)
+    with pytest.raises(ValueError, match=r"one sum may be heads of one layer.*jax\.vmap"):
+        equal(apart, X)
+    assert equal(together, X).shape == (BATCH, TOKENS, TOKENS)
+
+
 def test_parts_of_unknown_tokens_beside_self_attention_are_no_silent_choice():
     """An encoder whose heads are cut across tokens, and a decoder of learned queries."""
 
