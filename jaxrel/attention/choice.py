@@ -1,6 +1,6 @@
 """Which stacks of attention are explained, and which cannot be."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,16 +46,15 @@ def choose_stacks(
         names = [name for name, stack in found.items() if stack.is_self]
         for name in names:
             _check_tokens(name, found[name])
-        if len(names) != 1:
+        # Parts of tokens that are not known may be another stream's self-attention.
+        parts = [name for name, stack in found.items() if name not in names and _in_parts(stack)]
+        if len(names) != 1 or parts:
             problem = "no self-attention was found" if not names else "several were found"
-            two = (
-                ". For two streams of which one reads the other use "
-                "attention.value_and_bimodal_relevance(fun, method=..., target_token=...)"
-            )
-            across = any(not stack.is_self for stack in found.values())
+            if len(names) == 1:
+                problem = f"whether {parts[0]!r} is self-attention beside {names[0]!r} is not known"
             raise ValueError(
                 f"attention.relevance: {problem}; name what is meant with attention=..., a tag of "
-                f"the maps or one of these: {_listing(found)}{two if across else ''}"
+                f"the maps or one of these: {_listing(found)}{_hints(found.values())}"
             )
     else:
         names = [attention] if isinstance(attention, str) else list(attention)
@@ -84,6 +83,28 @@ def choose_stacks(
     if needing:
         _check_sums(stacks, needing)
     return stacks
+
+
+def _hints(stacks: Collection[Stack]) -> str:
+    """What else is to be done where no stack can be chosen for the user."""
+    hints = ""
+    totals = [site.residual.total for stack in stacks for site in stack.sites if site.residual]
+    if len({*totals}) < len(totals):
+        hints += (
+            ". Those that meet in one sum may be heads of one layer, and one of them is not the "
+            "layer: compute the heads together, with einsum or jax.vmap"
+        )
+    if any(not stack.is_self for stack in stacks):
+        hints += (
+            ". For two streams of which one reads the other use "
+            "attention.value_and_bimodal_relevance(fun, method=..., target_token=...)"
+        )
+    return hints
+
+
+def _in_parts(stack: Stack) -> bool:
+    """Whether its maps may be self-attention within parts of the tokens that are not known."""
+    return any(site.in_parts and site.shape[-1] == site.shape[-2] for site in stack.sites)
 
 
 def _check_tokens(name: str, stack: Stack) -> None:
