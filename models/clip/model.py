@@ -224,7 +224,7 @@ class CLIP(Model):
         self,
         image: Float[Array, "*layers batch embed"],
         text: Float[Array, "batch embed"],
-        against: Float[Array, "batch texts embed"] | None,
+        against: Float[Array | np.ndarray, "batch texts embed"] | None,
     ) -> Float[Array, "*layers batch"]:
         """The similarity with a text, less the log of the sum of exponentials of that with others.
 
@@ -242,7 +242,7 @@ class CLIP(Model):
         other = jnp.einsum("...bn,bne->...be", shares, against)
         return scale * jnp.sum(image * (text - other), axis=-1) - entropy
 
-    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Array]:
+    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Array | np.ndarray]:
         """Return pairs whose score is the similarity with their text less that with others.
 
         The others enter as embeddings: the relevance of words is that of the pair's own text.
