@@ -174,7 +174,7 @@ class Contrastive(Model):
         other = jnp.einsum("...bn,bne->...be", shares, against)
         return scale * jnp.sum(image * (text - other), axis=-1) - entropy
 
-    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Any]:
+    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Array | np.ndarray]:
         """Return pairs whose score is the similarity with their text less that with others.
 
         The others enter as embeddings: the relevance of words is that of the pair's own text.

@@ -22,7 +22,7 @@ from jaxrel.attention.maps import head_mean, row
 from jaxrel.attention.methods import BIMODAL_METHODS, ENCODER_METHODS, METHODS
 from jaxrel.attention.pooling import Pooling
 from jaxrel.attention.streaming import Carrier
-from jaxrel.attention.token_tm import token_tm
+from jaxrel.attention.token_changes import token_tm
 from jaxrel.attention.unimodal_relevance import layers_followed, relevance, value_and_relevance
 from jaxrel.renamed import renamed
 

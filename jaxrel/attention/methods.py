@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jaxrel.attention.accumulate import equal, weighted
 from jaxrel.attention.baselines import grad_cam, no_aggregation, raw, rollout
 from jaxrel.attention.encoder_methods import grad_eclip, legrad
-from jaxrel.attention.token_tm import token_tm
+from jaxrel.attention.token_changes import token_tm
 
 Need = Literal["maps", "gradients", "values", "LRP", "projections", "layer scores"]
 

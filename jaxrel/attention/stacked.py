@@ -16,7 +16,7 @@ from jaxrel.attention.maps import as_indices, is_mask, only, row
 from jaxrel.attention.methods import TABLE, Method
 from jaxrel.attention.pooling import pooled_row
 from jaxrel.attention.reweighing import reweighed, weights_of_layers
-from jaxrel.attention.token_tm import followed_by
+from jaxrel.attention.token_changes import followed_by
 from jaxrel.tracing.capture import find_tags, gather, tap_names, taps_with_grad
 from jaxrel.tracing.graph import Traced, Value, tag_name
 

@@ -272,23 +272,24 @@ def covered_relevance(
             result = {methods[0]: result}
         else:
             check_branches(stacks, methods, layers)
-            by_lrp = by_layer = None
+            passes: dict[str, Any] = {}
             if any(TABLE[name].by_lrp for name in methods):
-                data = data_values(traced, args, argnums)
-                paths = [path for _, path in leaf_paths(fun, args)]
-                by_lrp = functools.partial(
-                    lrp_of_maps, traced, rules=composite, data=data, paths=paths
-                )
+                passes["by_lrp"] = _by_lrp(traced, fun, args, argnums, composite)
             if layer_scores is not None:
-                by_layer = functools.partial(layer_gradients, layer_scores, args, argnums)
-            out, result = stacked_relevance(
-                traced, stacks, target_tokens, rests, how, by_lrp=by_lrp, by_layer=by_layer
-            )
+                passes["by_layer"] = functools.partial(layer_gradients, layer_scores, args, argnums)
+            out, result = stacked_relevance(traced, stacks, target_tokens, rests, how, **passes)
         if attention is None or isinstance(attention, str):
             result = {name: found[stacks[0].name] for name, found in result.items()}
         return out, result[method] if isinstance(method, str) else result, coverage
 
     return explained
+
+
+def _by_lrp(traced: Traced, fun: Callable, args: tuple, argnums: Any, rules: Any) -> Callable:
+    """The pass by the rules of LRP: from taps to the relevance of the maps."""
+    data = data_values(traced, args, argnums)
+    paths = [path for _, path in leaf_paths(fun, args)]
+    return functools.partial(lrp_of_maps, traced, rules=rules, data=data, paths=paths)
 
 
 def _mapped(stacks: list[Stack]) -> Site | None:

@@ -53,7 +53,8 @@ def check(model: Any, request: Request) -> None:
             f"{asked} attention maps; method "
             f"{', '.join(request.methods)} goes through all of the model"
         )
-    _sinks(model, request.sinks)
+    if request.sinks is not None:
+        _sinks(model, request.sinks)
 
 
 def relevance(

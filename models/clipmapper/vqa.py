@@ -76,7 +76,7 @@ class CLIPMapperVQA(CLIPMapper):
             return contrast(logits, chosen, inputs["against"])
         return read_at(logits, chosen)
 
-    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Any]:
+    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Array | np.ndarray]:
         """Return rows whose score is their answer's logit less that of others: see `score`.
 
         Args:

@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from jaxrel import attention
-from jaxrel.attention.token_tm import token_change
+from jaxrel.attention.token_changes import token_change
 from tests.attention.naive import random_maps
 from tests.attention.small_models import MODEL, X
 

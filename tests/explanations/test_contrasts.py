@@ -9,7 +9,7 @@ from PIL import Image
 import jaxrel
 from jaxrel.models import CLIP, from_pretrained
 
-SOME = ("token_tm", "grad_eclip", "no_aggregation", "equal_lrp", "cp_lrp")
+SOME = ("token_tm", "legrad", "grad_eclip", "no_aggregation", "equal_lrp", "cp_lrp")
 # float32, and programs that are fused otherwise.
 CLOSE = {"rtol": 5e-4, "atol": 1e-6}
 
