@@ -527,9 +527,9 @@ def _stacked(
             chosen = {what: _of_stack(one, stack) for what, one in some.items()}
             matrix = functools.partial(_matrix, method, maps, grad, given, importance, chosen)
             if isinstance(index, Site):
-                pooling, by_map = (index.standard(x[taps[index.value]]) for x in (read, grads))
+                map_of, grad_of = (index.standard(x[taps[index.value]]) for x in (read, grads))
                 last = chosen["layers"] is None
-                relevance = pooled_row(method, matrix, pooling, by_map, last=last)
+                relevance = pooled_row(method, matrix, map_of, grad_of, last=last)
             else:
                 relevance = matrix() if index is None else row(matrix(), index)
             result[method.name][stack.name] = relevance

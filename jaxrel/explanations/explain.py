@@ -133,8 +133,8 @@ def explain(
       method: one of `jaxrel.explanations.explain.METHODS`, or several: those of
         `jaxrel.attention`, and 'lrp' (AttnLRP), 'cp_lrp' and 'input_x_gradient', which propagate
         to the embedded tokens. Models whose streams attend to each other have `BIMODAL_METHODS`,
-        Captioners `jaxrel.explanations.words.WORD_METHODS`. By default 'weighted', of a
-        Captioner 'lrp'.
+        Captioners `jaxrel.explanations.words.WORD_METHODS`. By default 'weighted',
+        of a Captioner 'lrp', of convolutions 'grad_cam'.
       layers: the layers that count, such as `[-1]` for the last alone; all, by default. Models
         whose streams attend to each other and Captioners have no such choice.
       heads: the attention heads that count; as `layers`, but a Captioner with several heads has
@@ -160,7 +160,7 @@ def explain(
     _check_explainable(model)
     kind = family(model)
     method = kind.usual if method is None else method
-    methods = check_methods(method, kind.methods, "method")
+    methods = check_methods(method, kind.methods, kind.what)
     request = Request(methods, layers, heads, importance, lrp, detector)
     way(model).check(model, request)
     examples = by_example(model, image, text, target)

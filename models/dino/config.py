@@ -126,7 +126,7 @@ class DINOConfig(Patched):
         Raises:
           ValueError: a value that is out of range or that this model does not support.
         """
-        kind = config.get("model_type")
+        kind: Any = config.get("model_type")
         check_choice(CONFIG, "model_type", kind, MODEL_TYPES)
         _check_supported(kind, config)
         section = dict(config)

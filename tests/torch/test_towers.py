@@ -108,6 +108,14 @@ def test_open_clip_for_another_image_size(size, tmp_path):
     check_open_clip(model, ours, random_image(ours.config.vision.sides))
 
 
+@pytest.mark.parametrize("name", ["tiny", "RN50"])
+def test_resnet_of_open_clip(name, tmp_path):
+    tiny = {"image_size": 64, "layers": [2, 1, 3, 1], "width": 8, "head_width": 32}
+    vision = tiny if name == "tiny" else {**tiny, "layers": [3, 4, 6, 3], "width": 64}
+    model = write_open_clip(tmp_path, vision, quick_gelu=True)
+    check_open_clip(model, CLIP.from_pretrained(tmp_path), random_image((64, 64)))
+
+
 def test_preprocessing_of_open_clip(tmp_path):
     open_clip = pytest.importorskip("open_clip")
     from PIL import Image
