@@ -112,7 +112,8 @@ def explain(
 ) -> Any:
     """Explain how much each patch of an image and each word of a sentence matters to a score.
 
-    For CLIP the score is the similarity of the image and the sentence. For CLIPMapper it is the
+    For CLIP and SigLIP the score is the similarity of the image and the sentence, for DINO a
+    feature of the class token. For CLIPMapper it is the
     logit of an answer to a question, or of each word of a caption, as for Captioner. Everything
     is one compiled program: one forward and one backward pass for all examples and all methods
     that need no LRP. A Captioner is explained in pixels, with one forward pass per caption and

@@ -94,9 +94,14 @@ class CLIP(Contrastive):
             tensors = read_tensors(folder, allow_pickle=allow_pickle)
             options |= {"tensors": tensors, "table": PARAMETERS}
         config = replace(config, dtype=dtype or config.dtype)
-        kind = CLIPResNet if isinstance(config, CLIPResNetConfig) else CLIP
-        if not issubclass(kind, cls):
-            raise ValueError(f"{folder} holds a CLIP with a ViT; load it with CLIP.from_pretrained")
+        resnet = isinstance(config, CLIPResNetConfig)
+        kind = CLIPResNet if resnet and cls is CLIP else cls
+        if resnet != issubclass(kind, CLIPResNet):
+            tower = "ResNet" if resnet else "ViT"
+            raise ValueError(
+                f"{folder} holds a CLIP with a {tower}, and this class, {cls.__name__}, has "
+                "another image tower; load it with CLIP.from_pretrained"
+            )
         model = load(kind, config, processor=processor, **options)
         model.familiar = read_familiarity(folder) if image_size is None else None
         return model

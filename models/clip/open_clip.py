@@ -18,7 +18,6 @@ from jaxrel.models.checkpoint import (
     read_json,
 )
 from jaxrel.models.clip.config import (
-    MODEL_TYPE,
     CLIPConfig,
     TextConfig,
     VisionConfig,
@@ -72,8 +71,8 @@ def is_one(folder: Path) -> bool:
     if not (folder / CONFIG).is_file():
         return True
     # Beside a model of OpenCLIP there may be timm's image tower alone, under the usual names.
-    of_clip = read_json(folder / CONFIG).get("model_type") == MODEL_TYPE
-    return not of_clip or not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    other = "model_type" in read_json(folder / CONFIG)
+    return not other or not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
 def read(
