@@ -2,7 +2,14 @@
 
 from jaxrel.models.auto import from_pretrained
 from jaxrel.models.captioner import Captioner, CaptionerConfig
-from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from jaxrel.models.clip import (
+    CLIP,
+    CLIPConfig,
+    CLIPResNet,
+    CLIPResNetConfig,
+    TextConfig,
+    VisionConfig,
+)
 from jaxrel.models.clipmapper import (
     CLIPMapper,
     CLIPMapperCaption,
@@ -33,6 +40,8 @@ __all__ = [
     "CLIPMapperCaption",
     "CLIPMapperConfig",
     "CLIPMapperVQA",
+    "CLIPResNet",
+    "CLIPResNetConfig",
     "Captioner",
     "CaptionerConfig",
     "DINOConfig",

@@ -316,7 +316,10 @@ def load(
       ValueError: see `read_parameters`; an image that is smaller than a patch.
     """
     model = empty(kind, config, processor)
-    parameters = read_parameters(tensors, table, shapes_of(model), wanted=wanted)
+    shapes = shapes_of(model)
+    # The table of a ResNet has shortcuts and later blocks that some stages do not have.
+    table = [parameter for parameter in table if parameter.path in shapes]
+    parameters = read_parameters(tensors, table, shapes, wanted=wanted)
     if image_size is not None:
         native = config.vision.grid
         config = replace(config, vision=replace(config.vision, image_size=image_size))

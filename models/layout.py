@@ -16,6 +16,8 @@ class Stream:
       prefix: the number of special tokens before the content.
       pooling: where the score is read from what an attention with a query of its own pools of the
         tokens, the tag of its map, [batch, heads, 1, tokens]; "" where it is read from a token.
+      features: where an image is read by convolutions, and its tokens are its pixels, the tag of
+        the last feature maps, [batch, rows, columns, channels]; "" where tokens attend.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Stream:
     grid: tuple[int, int] | None = None
     prefix: int = 1
     pooling: str = ""
+    features: str = ""
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,9 @@ class ImageProcessing:
         if usual is None:
             return cls(**found)
         images = replace(usual, **found)
-        # Without a crop, the size says what is made.
-        return images if images.crops else images.for_size(images.size)
+        # Without a crop, height and width say what is made.
+        whole = not images.crops and isinstance(images.size, tuple)
+        return images.for_size(images.size) if whole else images
 
     def to_dict(self) -> dict[str, Any]:
         """Write the content of a preprocessor_config.json."""

@@ -149,7 +149,7 @@ class Attention(nnx.Module):
         mask: Mask | None,
         name: str,
         rotate: Rotate | None = None,
-    ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens keys"]]:
+    ) -> tuple[Float[Array, "batch tokens features"], Float[Array, "batch heads tokens keys"]]:
         """Attend from x to a memory; maps are float32, tagged before they multiply values.
 
         The tags `name/query`, `/key`, `/value` and `/mixed` are [batch, tokens, heads, features].

@@ -123,7 +123,8 @@ def explain(
 ) -> Any:
     """Explain how much each patch of an image and each word of a sentence matters to a score.
 
-    For CLIP the score is the similarity of the image and the sentence. For CLIPMapper it is the
+    For CLIP and SigLIP the score is the similarity of the image and the sentence, for DINO a
+    feature of the class token. For CLIPMapper it is the
     logit of an answer to a question, or of each word of a caption, as for Captioner. Everything
     is one compiled program: one forward and one backward pass for all examples and all methods
     that need no LRP. A Captioner is explained in pixels, with one forward pass per caption and
@@ -144,8 +145,8 @@ def explain(
       method: one of `jaxrel.explanations.explain.METHODS`, or several: those of
         `jaxrel.attention`, and 'lrp' (AttnLRP), 'cp_lrp' and 'input_x_gradient', which propagate
         to the embedded tokens. Models whose streams attend to each other have `BIMODAL_METHODS`,
-        Captioners `jaxrel.explanations.words.WORD_METHODS`. By default 'weighted', of a
-        Captioner 'lrp'.
+        Captioners `jaxrel.explanations.words.WORD_METHODS`. By default 'weighted',
+        of a Captioner 'lrp', of convolutions 'grad_cam'.
       layers: the layers that count, such as `[-1]` for the last alone; all, by default. Models
         whose streams attend to each other and Captioners have no such choice.
       heads: the attention heads that count; as `layers`, but a Captioner with several heads has
@@ -178,7 +179,7 @@ def explain(
     _check_explainable(model)
     kind = family(model)
     method = kind.usual if method is None else method
-    methods = check_methods(method, kind.methods, "method")
+    methods = check_methods(method, kind.methods, kind.what)
     request = Request(methods, layers, heads, importance, lrp, detector, sinks)
     way(model).check(model, request)
     _check_against(model, against)

@@ -8,7 +8,7 @@ from jaxrel import attention
 from jaxrel.attention.methods import TABLE
 from jaxrel.flags import Flag
 from jaxrel.propagation import composites, rules
-from jaxrel.propagation.composites import Composite, everything
+from jaxrel.propagation.composites import Composite, everything, op
 
 # What is propagated to the embedded tokens, and there summed over features.
 BY_RULES = {
@@ -16,6 +16,15 @@ BY_RULES = {
     "cp_lrp": composites.cp_lrp(),
     "input_x_gradient": Composite([(everything(), rules.Gradient())]),
 }
+# Of image encoders of convolutions: ZPlus for these, the rest as AttnLRP has it.
+_ZPLUS = Composite([(op("conv"), rules.ZPlus())])
+BY_RULES_OF_CONVOLUTIONS = {
+    "lrp": _ZPLUS + BY_RULES["lrp"],
+    "cp_lrp": _ZPLUS + BY_RULES["cp_lrp"],
+    "input_x_gradient": BY_RULES["input_x_gradient"],
+}
+# Of models whose image encoder has no attention over tokens.
+CONVOLUTIONAL_METHODS = ("grad_cam", *BY_RULES_OF_CONVOLUTIONS)
 # Of models whose streams attend to themselves alone.
 METHODS = (*attention.METHODS, *attention.ENCODER_METHODS, *BY_RULES)
 # Of models whose streams attend to each other.
@@ -78,15 +87,26 @@ class Family:
       methods: their names.
       usual: the one that is used when none is named.
       signed: those whose relevance may be negative.
+      by_rules: those that propagate by rules, and their rules.
+      what: what an error calls a method.
     """
 
     methods: tuple[str, ...]
     usual: str
     signed: frozenset[str]
+    by_rules: Mapping[str, Composite] = dataclasses.field(default_factory=lambda: BY_RULES)
+    what: str = "method"
 
 
 UNIMODAL = Family(METHODS, "weighted", SIGNED)
 BIMODAL = Family(BIMODAL_METHODS, "weighted", SIGNED)
+CONVOLUTIONAL = Family(
+    CONVOLUTIONAL_METHODS,
+    "grad_cam",
+    SIGNED,
+    BY_RULES_OF_CONVOLUTIONS,
+    "method of a model that has no attention over an image's tokens",
+)
 WORD_BY_WORD = Family(WORD_METHODS, "lrp", SIGNED_WORDS)
 
 
@@ -95,6 +115,8 @@ def family(model: Any) -> Family:
     layout = model.layout
     if getattr(layout, "by_word", False):
         return WORD_BY_WORD
+    if any(getattr(stream, "features", "") for stream in layout.streams):
+        return CONVOLUTIONAL
     return BIMODAL if getattr(layout, "schedule", ()) else UNIMODAL
 
 

@@ -17,7 +17,15 @@ from jaxrel.attention.methods import TABLE, check_methods
 from jaxrel.attention.pooling import Pooling
 from jaxrel.attention.unimodal_relevance import covered_relevance
 from jaxrel.explanations.examples import Rows, rows_of
-from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, computed, family
+from jaxrel.explanations.methods import (
+    BY_RULES,
+    CONVOLUTIONAL,
+    LAST_LAYER,
+    Request,
+    computed,
+    family,
+)
+from jaxrel.gradients import grad_cam
 from jaxrel.propagation.composites import Composite, as_composite
 from jaxrel.propagation.conservation import value_and_measured_lrp
 from jaxrel.tracing.sharding import compiler_sharded, fetch, shard_rows
@@ -43,6 +51,8 @@ def check(model: Any, request: Request) -> None:
     if request.layers is None and request.heads is None and request.sinks is None:
         return
     asked = "layers and heads choose" if request.sinks is None else "layers, heads and sinks choose"
+    if family(model) is CONVOLUTIONAL:
+        raise ValueError(f"{asked} attention maps, and {name} reads images by convolutions")
     if _schedule(model):
         raise ValueError(
             f"{asked} attention maps of a model whose streams attend to "
@@ -172,7 +182,8 @@ def _schedule(model: Any) -> tuple[Any, ...]:
 
 def _options(model: Any, request: Request) -> dict[str, Any]:
     """A request as the static arguments of the compiled program."""
-    by_rules = {one: BY_RULES[one] for one in request.methods if one in BY_RULES}
+    known = family(model).by_rules
+    by_rules = {one: known[one] for one in request.methods if one in known}
     if "lrp" in by_rules and request.lrp is not None:
         by_rules["lrp"] = as_composite(request.lrp)
     return {
@@ -229,7 +240,7 @@ def _explained_rows(
             _score,
             method=methods,
             target_token=_targets(streams, target_token),
-            attention=tuple(stream.name for stream in streams),
+            attention=tuple(stream.name for stream in streams if not _features(stream)),
             layers=chosen.get("layers"),
             heads=chosen.get("heads"),
             sinks=chosen.get("sinks"),
@@ -237,6 +248,10 @@ def _explained_rows(
             layer_scores=_layer_scores if NEEDING_SCORES & {*methods} else None,
         )
         score, relevance, coverage = explained(model, inputs)
+        for stream in filter(_features, streams):
+            # Grad-CAM, in pixels: the one method of attention that such a model has.
+            maps = grad_cam(_score, stream.features, size=stream.grid)(model, inputs)
+            relevance["grad_cam"][stream.name] = maps.reshape(len(maps), -1)
     for name, composite in propagated:
         tags = tuple(f"{stream.name}/tokens" for stream in streams)
         explained = value_and_measured_lrp(_asked_score, composite, argnums=None, at=tags)
@@ -244,6 +259,11 @@ def _explained_rows(
         relevance[name] = {stream.name: _by_token(stream, found) for stream in streams}
     counts = {one: (of.followed, of.layers) for one, of in coverage.items()}
     return score, relevance, reports, counts
+
+
+def _features(stream: Any) -> str:
+    """The tag of the feature maps of a stream of pixels; "" where tokens attend."""
+    return getattr(stream, "features", "")
 
 
 def _targets(streams: tuple[Any, ...], target_token: Mapping[str, Any]) -> dict[str, Any]:

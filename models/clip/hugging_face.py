@@ -1,9 +1,9 @@
 """Where the weights of a Hugging Face CLIPModel are."""
 
 from jaxrel.models.checkpoint import Parameter
-from jaxrel.models.tables import convolution, kernel, layers, norm
+from jaxrel.models.tables import Path, convolution, kernel, layers, norm
 
-_LINEARS = {
+_LINEARS: dict[Path, str] = {
     ("attention", "query"): "self_attn.q_proj",
     ("attention", "key"): "self_attn.k_proj",
     ("attention", "value"): "self_attn.v_proj",
@@ -11,7 +11,7 @@ _LINEARS = {
     ("expand",): "mlp.fc1",
     ("contract",): "mlp.fc2",
 }
-_NORMS = {("norm1",): "layer_norm1", ("norm2",): "layer_norm2"}
+_NORMS: dict[Path, str] = {("norm1",): "layer_norm1", ("norm2",): "layer_norm2"}
 
 
 def tower_parameters(ours: str, theirs: str) -> list[Parameter]:

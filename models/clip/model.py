@@ -13,11 +13,12 @@ from jaxrel.models.checkpoint import find_folder, read_config, read_tensors
 from jaxrel.models.clip import open_clip
 from jaxrel.models.clip.config import MODEL_TYPE, CLIPConfig
 from jaxrel.models.clip.hugging_face import PARAMETERS
+from jaxrel.models.clip.resnet import FEATURES, CLIPResNetConfig, ResNetTower
 from jaxrel.models.clip.tokens import content, end_of_text, token_ids
-from jaxrel.models.clip.towers import TextTower, VisionTower
+from jaxrel.models.clip.towers import TextTower, VisionTower, normalise
 from jaxrel.models.contrastive import Contrastive, Maps, load
 from jaxrel.models.familiarity import read_familiarity
-from jaxrel.models.inputs import Inputs
+from jaxrel.models.inputs import Inputs, words_before
 from jaxrel.models.layout import Layout, Stream
 from jaxrel.models.patches import ImageSize
 from jaxrel.models.processor import Processor
@@ -41,6 +42,7 @@ class CLIP(Contrastive):
     """
 
     parameter_table = PARAMETERS
+    vision: Any  # of a subclass another tower
 
     def __init__(
         self, config: CLIPConfig, *, rngs: nnx.Rngs, processor: Processor | None = None
@@ -67,8 +69,8 @@ class CLIP(Contrastive):
         Args:
           name_or_folder: a bundled model, a local folder, or a hub name: in the Hugging Face
             layout (config.json with model.safetensors or shards), or in that of OpenCLIP
-            (open_clip_config.json with open_clip_model.safetensors), of which it reads ViTs with
-            a causal text tower. `save_pretrained` writes the former.
+            (open_clip_config.json with open_clip_model.safetensors), of which it reads ViTs and
+            OpenAI's ResNets (as a `CLIPResNet`) with a causal text tower.
           image_size: another side of the square input, in pixels, or (height, width), to which
             images are then resized without keeping their aspect; the position embedding is
             interpolated (bicubic, as the library whose layout it is does).
@@ -93,7 +95,15 @@ class CLIP(Contrastive):
             tensors = read_tensors(folder, allow_pickle=allow_pickle)
             options |= {"tensors": tensors, "table": PARAMETERS}
         config = replace(config, dtype=dtype or config.dtype)
-        model = load(cls, config, processor=processor, **options)
+        resnet = isinstance(config, CLIPResNetConfig)
+        kind = CLIPResNet if resnet and cls is CLIP else cls
+        if resnet != issubclass(kind, CLIPResNet):
+            tower = "ResNet" if resnet else "ViT"
+            raise ValueError(
+                f"{folder} holds a CLIP with a {tower}, and this class, {cls.__name__}, has "
+                "another image tower; load it with CLIP.from_pretrained"
+            )
+        model = load(kind, config, processor=processor, **options)
         model.familiar = read_familiarity(folder) if image_size is None else None
         return model
 
@@ -160,3 +170,63 @@ class CLIP(Contrastive):
 
     def _logit(self, cosine: Array) -> Array:
         return jnp.exp(self.logit_scale[...]) * cosine
+
+
+class CLIPResNet(CLIP):
+    """CLIP with a ResNet as its image tower, as `CLIP.from_pretrained` reads it from OpenCLIP.
+
+    There is no attention over an image's tokens: `jaxrel.explain` explains it by LRP and gradients
+    in pixels, and by Grad-CAM of the last features. `inputs` and tags of the text are those of
+    `CLIP`; see `ResNetTower` for those of the image.
+
+    Args:
+      config: the sizes.
+      rngs: keys for the initial parameters (stream "params").
+      processor: tokenizer and image preprocessing for `prepare` and `tokens`.
+
+    Raises:
+      ValueError: the tokenizer has more tokens than the model.
+    """
+
+    def __init__(
+        self, config: CLIPResNetConfig, *, rngs: nnx.Rngs, processor: Processor | None = None
+    ) -> None:
+        dtype = jnp.dtype(config.dtype)
+        self.config = config
+        self.processor = processor or Processor()
+        self.processor.check_vocabulary(config.text.vocab_size)
+        self.vision = ResNetTower(config.vision, config.projection, dtype, rngs=rngs)
+        self.text = TextTower(config.text, config.projection, dtype, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.asarray(2.6592, jnp.float32))
+
+    @property
+    def layout(self) -> Layout:
+        """What the axes of the relevance mean: pixels, and text tokens."""
+        height, width = self.config.vision.sides
+        pixels = Stream("vision", "image", height * width, (height, width), 0, features=FEATURES)
+        return Layout((pixels, Stream("text", "text", self.config.text.context)), target="text")
+
+    def target_tokens(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
+        """Return the index of the token that the text's embedding is read from, its end."""
+        _, text = self._check(inputs)
+        return {"text": end_of_text(text, self.config.text.eos_token_id)}
+
+    def content(self, inputs: Inputs) -> dict[str, Bool[Array, "batch tokens"]]:
+        """Return where the tokens are that stand for something: all pixels, and words."""
+        image, text = self._check(inputs)
+        height, width = self.config.vision.sides
+        end = end_of_text(text, self.config.text.eos_token_id)
+        pixels = jnp.ones((len(image), height * width), bool)
+        return {"vision": pixels, "text": words_before(text, end)}
+
+    def save_pretrained(self, folder: str | os.PathLike, *, dtype: str = "float32") -> None:
+        """Raise NotImplementedError: the Hugging Face layout has no such model."""
+        del dtype
+        raise NotImplementedError(
+            f"{folder}: a CLIP with a ResNet cannot be saved, since the Hugging Face layout has no "
+            "such model; keep the folder of OpenCLIP that it was loaded from"
+        )
+
+    def _embed_image(self, image: Array, return_attention: bool) -> tuple[Array, Maps]:
+        pooled, maps = self.vision(image)
+        return normalise(pooled), {"vision/pooling": maps}

@@ -1,6 +1,6 @@
 """CLIP in the layout of OpenCLIP: open_clip_config.json and open_clip_model.safetensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,19 @@ from jaxrel.models.checkpoint import (
     read_json,
 )
 from jaxrel.models.clip.config import (
-    MODEL_TYPE,
     CLIPConfig,
     TextConfig,
     VisionConfig,
     read_image_size,
 )
+from jaxrel.models.clip.resnet import CLIPResNetConfig, ResNetTowerConfig
 from jaxrel.models.patches import ImageSize
 from jaxrel.models.preprocessing import ImageProcessing
 from jaxrel.models.processor import Processor
 from jaxrel.models.sizes import is_number, is_size
-from jaxrel.models.tables import convolution, fused, layers, norm
+from jaxrel.models.tables import convolution, fused, layers, linear, norm
 from jaxrel.models.tokenizer import read_tokenizer
+from jaxrel.models.vision.layouts import COUNTER, conv_norm, stages_table
 
 _PICKLE = "open_clip_pytorch_model.bin"
 
@@ -52,12 +53,12 @@ _TRAINING = {
 }
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-_LINEARS = {
+_LINEARS: dict[tuple[str, ...], str] = {
     ("attention", "out"): "attn.out_proj",
     ("expand",): "mlp.c_fc",
     ("contract",): "mlp.c_proj",
 }
-_NORMS = {("norm1",): "ln_1", ("norm2",): "ln_2"}
+_NORMS: dict[tuple[str, ...], str] = {("norm1",): "ln_1", ("norm2",): "ln_2"}
 
 
 def is_one(folder: Path) -> bool:
@@ -70,13 +71,13 @@ def is_one(folder: Path) -> bool:
     if not (folder / CONFIG).is_file():
         return True
     # Beside a model of OpenCLIP there may be timm's image tower alone, under the usual names.
-    of_clip = read_json(folder / CONFIG).get("model_type") == MODEL_TYPE
-    return not of_clip or not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    other = "model_type" in read_json(folder / CONFIG)
+    return not other or not any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
 def read(
     folder: Path, image_size: ImageSize | None, *, allow_pickle: bool = False
-) -> tuple[CLIPConfig, Processor, dict[str, Any]]:
+) -> tuple[CLIPConfig | CLIPResNetConfig, Processor, dict[str, Any]]:
     """Read a folder in this layout.
 
     Where an odd number of pixels is cropped away, OpenCLIP's middle may lie one pixel beside ours.
@@ -107,12 +108,15 @@ def read(
     weights = folder / OPEN_CLIP_WEIGHTS
     if not weights.is_file() and (folder / _PICKLE).is_file():
         weights = folder / _PICKLE
+    tensors = read_file(weights, allow_pickle=allow_pickle)
+    image_table = _RESNET if isinstance(config, CLIPResNetConfig) else _VIT
+    text_table = _text_table("text." if model.get("custom_text") else "")
     return (
         config,
         Processor(read_tokenizer(folder), images),
         {
-            "tensors": read_file(weights, allow_pickle=allow_pickle),
-            "table": _table("text." if model.get("custom_text") else ""),
+            "tensors": {n: x for n, x in tensors.items() if not n.endswith(COUNTER)},
+            "table": [Parameter(("logit_scale",), "logit_scale"), *image_table, *text_table],
             "antialias": True,
             "wanted": f"the model that {OPEN_CLIP} describes",
         },
@@ -141,23 +145,14 @@ def _section(parent: Mapping[str, Any], name: str, prefix: str = "") -> Mapping[
     return section
 
 
-def _config(model: Mapping[str, Any]) -> CLIPConfig:
+def _config(model: Mapping[str, Any]) -> CLIPConfig | CLIPResNetConfig:
     vision = _section(model, "vision_cfg", "model_cfg.")
     text = _section(model, "text_cfg", "model_cfg.")
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     width = _size(vision, "vision_cfg.width", 768)
     text_width = _size(text, "text_cfg.width", 512)
-    return CLIPConfig(
-        vision=VisionConfig(
-            width=width,
-            layers=_size(vision, "vision_cfg.layers", 12),
-            heads=width // _size(vision, "vision_cfg.head_width", 64),
-            mlp_width=int(width * _ratio(vision, "vision_cfg.mlp_ratio")),
-            image_size=read_image_size(vision.get("image_size", 224), "vision_cfg.image_size"),
-            patch_size=_size(vision, "vision_cfg.patch_size", 16),
-            activation=activation,
-        ),
-        text=TextConfig(
+    towers: dict[str, Any] = {
+        "text": TextConfig(
             width=text_width,
             layers=_size(text, "text_cfg.layers", 12),
             heads=_size(text, "text_cfg.heads", 8),
@@ -167,8 +162,25 @@ def _config(model: Mapping[str, Any]) -> CLIPConfig:
             eos_token_id=2,  # the embedding is read at the highest id
             activation=activation,
         ),
-        projection=_size(model, "embed_dim", None),
+        "projection": _size(model, "embed_dim", None),
+    }
+    image_size = read_image_size(vision.get("image_size", 224), "vision_cfg.image_size")
+    head_width = _size(vision, "vision_cfg.head_width", 64)
+    if isinstance(stages := vision.get("layers"), list):
+        heads = 32 * width // head_width
+        return CLIPResNetConfig(
+            vision=ResNetTowerConfig(tuple(stages), width, heads, image_size), **towers
+        )
+    tower = VisionConfig(
+        width=width,
+        layers=_size(vision, "vision_cfg.layers", 12),
+        heads=width // head_width,
+        mlp_width=int(width * _ratio(vision, "vision_cfg.mlp_ratio")),
+        image_size=image_size,
+        patch_size=_size(vision, "vision_cfg.patch_size", 16),
+        activation=activation,
     )
+    return CLIPConfig(vision=tower, **towers)
 
 
 def _size(section: Mapping[str, Any], name: str, default: int | None) -> int:
@@ -217,20 +229,11 @@ def _images(settings: Any, image_size: ImageSize) -> ImageProcessing:
     return images.for_size(size)
 
 
-def _table(text: str) -> Sequence[Parameter]:
-    """Where the parameters are; `text` begins the names of the text tower."""
-    return [
-        Parameter(("logit_scale",), "logit_scale"),
-        Parameter(("vision", "class_embedding"), "visual.class_embedding"),
-        convolution(("vision", "patch_embedding"), "visual.conv1"),
-        Parameter(("vision", "position_embedding"), "visual.positional_embedding"),
-        *norm(("vision", "pre_norm"), "visual.ln_pre"),
-        *_tower("vision", "visual."),
-        *norm(("vision", "post_norm"), "visual.ln_post"),
-        # Projections are [inputs, outputs] here, as they are not in linear maps.
-        Parameter(("vision", "projection", "kernel"), "visual.proj"),
-        *_text_table(text),
-    ]
+def _tower(ours: str, theirs: str) -> list[Parameter]:
+    block = (ours, "transformer", "blocks")
+    prefix = f"{theirs}transformer.resblocks.{{layer}}."
+    inputs = [(*block, "attention", name) for name in ("query", "key", "value")]
+    return [*layers(block, _LINEARS, _NORMS, prefix), *fused(inputs, f"{prefix}attn.in_proj", "_")]
 
 
 def _text_table(prefix: str) -> list[Parameter]:
@@ -243,8 +246,39 @@ def _text_table(prefix: str) -> list[Parameter]:
     ]
 
 
-def _tower(ours: str, theirs: str) -> list[Parameter]:
-    block = (ours, "transformer", "blocks")
-    prefix = f"{theirs}transformer.resblocks.{{layer}}."
-    inputs = [(*block, "attention", name) for name in ("query", "key", "value")]
-    return [*layers(block, _LINEARS, _NORMS, prefix), *fused(inputs, f"{prefix}attn.in_proj", "_")]
+_VIT = [
+    Parameter(("vision", "class_embedding"), "visual.class_embedding"),
+    convolution(("vision", "patch_embedding"), "visual.conv1"),
+    Parameter(("vision", "position_embedding"), "visual.positional_embedding"),
+    *norm(("vision", "pre_norm"), "visual.ln_pre"),
+    *_tower("vision", "visual."),
+    *norm(("vision", "post_norm"), "visual.ln_post"),
+    # Projections are [inputs, outputs] here, as they are not in linear maps.
+    Parameter(("vision", "projection", "kernel"), "visual.proj"),
+]
+_POOLING = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "c_proj"}
+_RESNET = [
+    *(
+        parameter
+        for i in range(3)
+        for parameter in conv_norm(
+            Parameter, ("vision", "stem", str(i)), "visual.", (f"conv{i + 1}", f"bn{i + 1}")
+        )
+    ),
+    *(
+        replace(parameter, path=("vision", *parameter.path))
+        for parameter in stages_table(
+            range(4),
+            3,
+            "visual.layer{number}.{layer}",
+            ("conv{number}", "bn{number}"),
+            ("downsample.0", "downsample.1"),
+        )
+    ),
+    Parameter(("vision", "position_embedding"), "visual.attnpool.positional_embedding"),
+    *(
+        parameter
+        for ours, theirs in _POOLING.items()
+        for parameter in linear(("vision", "pooling", ours), f"visual.attnpool.{theirs}")
+    ),
+]

@@ -314,8 +314,9 @@ def parameter_table(config: DINOConfig) -> list[Parameter]:
 def _layers(config: DINOConfig) -> list[Parameter]:
     block = ("transformer", "blocks")
     scales = {("scale1",): "layer_scale1.lambda1", ("scale2",): "layer_scale2.lambda1"}
-    norms = {("norm1",): "norm1", ("norm2",): "norm2"}
+    norms: dict[tuple[str, ...], str] = {("norm1",): "norm1", ("norm2",): "norm2"}
     prefix = "layer.{layer}." if config.kind == DINOV3 else "encoder.layer.{layer}."
+    linears: dict[tuple[str, ...], str]
     if config.kind == DINOV3:
         linears: dict[tuple[str, ...], str] = {
             ("attention", "out"): "attention.o_proj",
@@ -328,8 +329,7 @@ def _layers(config: DINOConfig) -> list[Parameter]:
     else:
         linears = {("attention", "out"): "attention.output.dense"}
         inputs = {name: f"attention.attention.{name}" for name in _INPUTS}
-        last = "mlp.weights_out" if config.gated else "mlp.fc2"
-        linears["contract",] = last
+        linears["contract",] = "mlp.weights_out" if config.gated else "mlp.fc2"
         if not config.gated:
             linears["expand",] = "mlp.fc1"
     table = layers(block, linears, norms, prefix)

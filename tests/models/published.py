@@ -98,7 +98,7 @@ def random_tensors(shapes, seed=0):
     for name, shape in shapes.items():
         value = rng.normal(size=shape) * (0.5 if len(shape) < 2 else 0.3)
         norm = name.endswith("weight") and len(shape) == 1
-        tensors[name] = (value + 1 if norm else value).astype(np.float32)
+        tensors[name] = np.asarray(value + 1 if norm else value, np.float32)
     return tensors
 
 
@@ -326,4 +326,90 @@ def write_dino(folder, config, *, images=True):
     tensors = random_tensors(dino_shapes(config))
     v3 = config["model_type"] == "dinov3_vit"
     write(folder, config, tensors, (DINOV3_IMAGES if v3 else DINOV2_IMAGES) if images else None)
+    return tensors
+
+
+# ---- CLIP with a ResNet
+
+RESNET = {
+    "model_cfg": {
+        "embed_dim": 10,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": 64,
+            "layers": [2, 1, 3, 1],
+            "width": 4,
+            "head_width": 32,
+            "patch_size": None,
+        },
+        "text_cfg": {"context_length": 8, "vocab_size": 12, "width": 12, "heads": 3, "layers": 2},
+    },
+    "preprocess_cfg": {"resize_mode": "shortest", "interpolation": "bicubic"},
+}
+
+
+def resnet_shapes(config=RESNET):
+    """Names and shapes as in the published files of OpenAI's RN50 in the layout of OpenCLIP."""
+    model = config["model_cfg"]
+    vision, text, embed = model["vision_cfg"], model["text_cfg"], model["embed_dim"]
+    shapes = {"logit_scale": (), "text_projection": (text["width"], embed)}
+
+    def conv_norm(conv, norm, inputs, outputs, side):
+        shapes[f"visual.{conv}.weight"] = (outputs, inputs, side, side)
+        statistics = ("weight", "bias", "running_mean", "running_var")
+        shapes.update({f"visual.{norm}.{name}": (outputs,) for name in statistics})
+        shapes[f"visual.{norm}.num_batches_tracked"] = ()
+
+    stem = vision["width"]
+    for i, (a, b) in enumerate(((3, stem // 2), (stem // 2, stem // 2), (stem // 2, stem)), 1):
+        conv_norm(f"conv{i}", f"bn{i}", a, b, 3)
+    inputs = stem
+    for stage, depth in enumerate(vision["layers"], 1):
+        width = stem * 2 ** (stage - 1)
+        for block in range(depth):
+            name = f"layer{stage}.{block}"
+            for i, (a, b, side) in enumerate(
+                ((inputs, width, 1), (width, width, 3), (width, 4 * width, 1)), 1
+            ):
+                conv_norm(f"{name}.conv{i}", f"{name}.bn{i}", a, b, side)
+            if block == 0:
+                conv_norm(f"{name}.downsample.0", f"{name}.downsample.1", inputs, 4 * width, 1)
+            inputs = 4 * width
+    positions = 1 + (vision["image_size"] // 32) ** 2
+    shapes["visual.attnpool.positional_embedding"] = (positions, inputs)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        shapes |= _linear(f"visual.attnpool.{name}", inputs, inputs)
+    shapes |= _linear("visual.attnpool.c_proj", embed, inputs)
+    width = text["width"]
+    shapes |= {
+        "token_embedding.weight": (text["vocab_size"], width),
+        "positional_embedding": (text["context_length"], width),
+        **_norm("ln_final", width),
+    }
+    for layer in range(text["layers"]):
+        block = f"transformer.resblocks.{layer}"
+        shapes |= _linear(f"{block}.attn.out_proj", width, width)
+        shapes |= {f"{block}.attn.in_proj_weight": (3 * width, width)}
+        shapes |= {f"{block}.attn.in_proj_bias": (3 * width,)}
+        shapes |= _linear(f"{block}.mlp.c_fc", 4 * width, width)
+        shapes |= _linear(f"{block}.mlp.c_proj", width, 4 * width)
+        shapes |= _norm(f"{block}.ln_1", width) | _norm(f"{block}.ln_2", width)
+    return shapes
+
+
+def write_clip_resnet(folder, config=RESNET):
+    """Write a random CLIP with a ResNet in the layout of OpenCLIP, and return its tensors."""
+    folder.mkdir(exist_ok=True)
+    tensors = random_tensors(resnet_shapes(config))
+    for name in tensors:
+        if name.endswith("running_var"):
+            tensors[name] = np.abs(tensors[name]) + 1
+        if name.endswith("num_batches_tracked"):
+            tensors[name] = np.array(7, np.int64)
+        if "visual." in name and tensors[name].ndim == 4:
+            fan = np.prod(tensors[name].shape[1:])
+            tensors[name] = (tensors[name] / 0.3 * np.sqrt(2 / fan)).astype(np.float32)
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    word_tokenizer(WORDS, config["model_cfg"]["text_cfg"]["context_length"]).save_pretrained(folder)
     return tensors

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import jaxrel
-from jaxrel.models import CLIP, CLIPMapperVQA, from_pretrained
+from jaxrel.models import CLIP, CLIPMapperVQA, CLIPResNet, from_pretrained
 from tests.models.published import write_open_clip
 from tests.zoo.clips import small_clip
 
@@ -89,6 +89,25 @@ def test_the_hugging_face_layout_comes_first(folders, tmp_path):
     (both / "config.json").write_text('{"architecture": "vit_base_patch16_clip_224"}')
     leaves = [jax.tree.leaves(CLIP.from_pretrained(folder)) for folder in (both, ours)]
     jax.tree.map(np.testing.assert_array_equal, *leaves)
+
+
+def test_another_model_of_transformers_beside_it_comes_first(folders, tmp_path):
+    theirs, ours = folders
+    both = shutil.copytree(theirs, tmp_path / "both")
+    shutil.copy(ours / "open_clip_config.json", both)
+    (both / "config.json").write_text('{"model_type": "siglip"}')
+    with pytest.raises(ValueError, match="a model of type 'siglip', and this class loads 'clip'"):
+        CLIP.from_pretrained(both)
+
+
+def test_a_subclass_loads_itself_and_no_other_tower(folders):
+    class Mine(CLIP):
+        pass
+
+    for folder in folders:
+        assert type(Mine.from_pretrained(folder)) is Mine
+    with pytest.raises(ValueError, match="holds a CLIP with a ViT, and this class, CLIPResNet"):
+        CLIPResNet.from_pretrained(folders[1])
 
 
 def test_preprocessing(folder):

@@ -276,3 +276,18 @@ def test_remat_and_bfloat16(published, model):
     assert score.dtype == jnp.float32
     # bfloat16 has 8 bits: 0.4% per operation, on cosines times exp of the scale.
     np.testing.assert_allclose(score, model.score(inputs), atol=0.1)
+
+
+@pytest.mark.devices(2)
+def test_a_mesh_changes_nothing(model):
+    """The probe and the row of relevance that begins at it are sharded as the examples are."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), np.uint8)
+    asked = {"image": list(pixels), "text": ["red", "blue"]}
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Explicit,))
+    for methods in (("weighted",), ("equal", "rollout")):  # streamed, and stacked
+        whole = jaxrel.explain(model, **asked, method=methods)
+        with jax.set_mesh(mesh):
+            shared = jaxrel.explain(model, **asked, method=methods)
+        for one, other in zip(whole, shared, strict=True):
+            np.testing.assert_allclose(one.image, other.image, **TOLERANCE)
+            np.testing.assert_allclose(one.text, other.text, **TOLERANCE)

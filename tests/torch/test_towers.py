@@ -1,5 +1,6 @@
 """Image and text towers agree with the implementations that publish them, on random weights."""
 
+import copy
 import json
 
 import jax
@@ -23,7 +24,9 @@ def randomised(model):
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            # The noise of a wide layer is smaller, or a deep one would amplify every rounding.
+            inputs = parameter[0].numel() if parameter.ndim in (2, 4) else 1
+            parameter.add_(0.1 * min(1, (32 / inputs) ** 0.5) * torch.randn_like(parameter))
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("running_mean"):
                 buffer.add_(0.1 * torch.randn_like(buffer))
@@ -52,6 +55,7 @@ def write_open_clip(folder, vision=VISION, image_size=None, **model_cfg):
     config = {"embed_dim": 20, "vision_cfg": vision, "text_cfg": TEXT, **model_cfg}
     custom = config.pop("custom_text", False)
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    torch.manual_seed(0)
     model = randomised(kind(**config))
     from safetensors.torch import save_file
 
@@ -71,9 +75,11 @@ def random_text(batch=3):
 
 def check_open_clip(model, ours, image):
     text = random_text()
+    # In float64, since a random ResNet may amplify the rounding of float32, its own and ours.
+    model = copy.deepcopy(model).double()
     with torch.no_grad():
         theirs = [
-            model.encode_image(channels_first(image), normalize=True),
+            model.encode_image(channels_first(image).double(), normalize=True),
             model.encode_text(torch.tensor(text, dtype=torch.int64), normalize=True),
         ]
         logits = model.logit_scale.exp() * theirs[0] @ theirs[1].T
@@ -106,6 +112,14 @@ def test_open_clip_for_another_image_size(size, tmp_path):
     model.load_state_dict(state)
     ours = CLIP.from_pretrained(tmp_path, image_size=size)
     check_open_clip(model, ours, random_image(ours.config.vision.sides))
+
+
+@pytest.mark.parametrize("name", ["tiny", "RN50"])
+def test_resnet_of_open_clip(name, tmp_path):
+    tiny = {"image_size": 64, "layers": [2, 1, 3, 1], "width": 8, "head_width": 32}
+    vision = tiny if name == "tiny" else {**tiny, "layers": [3, 4, 6, 3], "width": 64}
+    model = write_open_clip(tmp_path, vision, quick_gelu=True)
+    check_open_clip(model, CLIP.from_pretrained(tmp_path), random_image((64, 64)))
 
 
 def test_preprocessing_of_open_clip(tmp_path):
@@ -149,6 +163,7 @@ SIGLIP = {
 
 
 def siglip(folder):
+    torch.manual_seed(0)
     config = transformers.SiglipConfig(**SIGLIP)
     config._attn_implementation = "eager"
     model = randomised(transformers.SiglipModel(config))
@@ -215,6 +230,7 @@ DINOS = {
 
 def dino(name, folder):
     kind, more = DINOS[name]
+    torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SIZES, **more)
     config._attn_implementation = "eager"
     model = randomised(getattr(transformers, f"{kind}Model")(config))
