@@ -198,7 +198,7 @@ def _sums_by_key(late: Late) -> Callable[[Array], Array] | None:
 
     def moved(sums: Array) -> Array:
         rows = jnp.transpose(sums, (*others, *places)).reshape(sizes)
-        rows = jnp.transpose(rows, np.argsort(list(kept)))
+        rows = jnp.transpose(rows, np.argsort(list(kept)).tolist())
         return rows.reshape(shape).astype(exps.aval.dtype)
 
     return moved

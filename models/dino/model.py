@@ -318,7 +318,7 @@ def _layers(config: DINOConfig) -> list[Parameter]:
     prefix = "layer.{layer}." if config.kind == DINOV3 else "encoder.layer.{layer}."
     linears: dict[tuple[str, ...], str]
     if config.kind == DINOV3:
-        linears: dict[tuple[str, ...], str] = {
+        linears = {
             ("attention", "out"): "attention.o_proj",
             ("expand",): "mlp.up_proj",
             ("contract",): "mlp.down_proj",
