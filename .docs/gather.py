@@ -24,8 +24,8 @@ def main(out: Path) -> None:
     readmes = [page for room in ROOMS for page in (ROOT / room).rglob("*.md")]
     images = (ROOT / "colab/images").glob("*.png")
     tables = [ROOT / f"tests/{folder}/README.md" for folder in ("benchmarks", "zoo")]
-    linked = ROOT / "tests/benchmarks/costs.json"
-    for file in (ROOT / "README.md", *tables, linked, *readmes, *images):
+    linked = (ROOT / "tests/benchmarks").glob("*.json")
+    for file in (ROOT / "README.md", *tables, *linked, *readmes, *images):
         copy(file, pages / file.relative_to(ROOT))
     shutil.copytree(ROOT / ".docs/api", pages / "api")
     for name in ("site.css", "worker.js"):

@@ -10,8 +10,10 @@ versions.check(*versions.running())
 if TYPE_CHECKING:
     from jaxrel import attention, gradients
     from jaxrel.batch import Explainer
+    from jaxrel.contrasts import contrast, contrastive
     from jaxrel.explanations.explain import explain
     from jaxrel.explanations.result import Explanation
+    from jaxrel.pairwise import pairwise_relevance
     from jaxrel.propagation import composites, rules
     from jaxrel.propagation.composites import Composite, everything, first, layer, op, path
     from jaxrel.propagation.conservation import conservation
@@ -31,6 +33,8 @@ __all__ = [
     "capture_with_grad",
     "composites",
     "conservation",
+    "contrast",
+    "contrastive",
     "everything",
     "explain",
     "first",
@@ -40,6 +44,7 @@ __all__ = [
     "lrp_vjp",
     "modified_gradient",
     "op",
+    "pairwise_relevance",
     "path",
     "plan",
     "rules",
@@ -51,8 +56,10 @@ __all__ = [
 # --help` needs no JAX.
 _HOMES = {
     "jaxrel.batch": "Explainer",
+    "jaxrel.contrasts": "contrast contrastive",
     "jaxrel.explanations.explain": "explain",
     "jaxrel.explanations.result": "Explanation",
+    "jaxrel.pairwise": "pairwise_relevance",
     "jaxrel.propagation.composites": "Composite everything first layer op path",
     "jaxrel.propagation.conservation": "conservation",
     "jaxrel.propagation.lrp": "lrp lrp_vjp modified_gradient value_and_lrp",

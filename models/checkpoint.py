@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+OPEN_CLIP, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 # Dtypes of safetensors that NumPy has, with `ml_dtypes`; the others have 8 bits or fewer.
 _READABLE = (
@@ -271,13 +272,13 @@ def _how_to_convert(paths: Sequence[Path], target: Path) -> str:
 
 
 def _refuse_open_clip(folder: Path) -> None:
-    """Say of a folder in OpenCLIP's own layout that it is one."""
+    """Say of a folder in OpenCLIP's own layout that it is one, where its files are not read."""
     found = sorted(path.name for path in folder.glob("open_clip*"))
     if found:
         raise ValueError(
-            f"{folder} is in the layout of OpenCLIP ({', '.join(found)}), which is not supported; "
-            f"give a folder in the Hugging Face layout, with {CONFIG} of model_type 'clip' and "
-            f"{WEIGHTS}, as transformers' CLIPModel.save_pretrained writes it"
+            f"{folder} is in the layout of OpenCLIP ({', '.join(found)}), which only "
+            f"CLIP.from_pretrained reads, from {OPEN_CLIP} and {OPEN_CLIP_WEIGHTS}; it can save it "
+            f"in the Hugging Face layout, with {CONFIG} and {WEIGHTS}"
         )
 
 
@@ -492,7 +493,10 @@ def save_model(
     for parameter in table or parameters_by_path(parameters):
         value = parameters[parameter.path]
         written = [tensor.astype(dtype) for tensor in parameter.to_tensors(value)]
-        tensors |= zip(parameter.names(value.shape), written, strict=True)
+        for name, tensor in zip(parameter.names(value.shape), written, strict=True):
+            # Parts of one tensor follow each other.
+            parts = (tensors[name], tensor) if name in tensors else (tensor,)
+            tensors[name] = np.concatenate(parts) if len(parts) > 1 else tensor
     with new_folder(folder) as draft:
         text = json.dumps(model.config.to_dict(), indent=2)
         (draft / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -14,6 +14,10 @@ class Stream:
       tokens: the number of tokens, special tokens included.
       grid: (rows, columns) of the content tokens of an image, row by row; None for text.
       prefix: the number of special tokens before the content.
+      pooling: where the score is read from what an attention with a query of its own pools of the
+        tokens, the tag of its map, [batch, heads, 1, tokens]; "" where it is read from a token.
+      features: where an image is read by convolutions, and its tokens are its pixels, the tag of
+        the last feature maps, [batch, rows, columns, channels]; "" where tokens attend.
     """
 
     name: str
@@ -21,6 +25,8 @@ class Stream:
     tokens: int
     grid: tuple[int, int] | None = None
     prefix: int = 1
+    pooling: str = ""
+    features: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,18 @@ class ImageProcessing:
           ValueError: a value is of another type or out of range, or is not supported.
         """
         found: dict[str, Any] = {}
+        kind = str(fields.get("image_processor_type"))
+        usual = next((usual for start, usual in _USUAL.items() if kind.startswith(start)), None)
         for name, (ours, read) in _FIELDS.items():
             # transformers takes null as its default.
             if fields.get(name) is not None:
                 found[ours] = read(name, fields[name])
-        return cls(**found)
+        if usual is None:
+            return cls(**found)
+        images = replace(usual, **found)
+        # Without a crop, height and width say what is made.
+        whole = not images.crops and isinstance(images.size, tuple)
+        return images.for_size(images.size) if whole else images
 
     def to_dict(self) -> dict[str, Any]:
         """Write the content of a preprocessor_config.json."""
@@ -122,9 +129,29 @@ class ImageProcessing:
             x = (x - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return x
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """The (height, width) of what is made of any image; None where it depends on the image."""
+        if self.crops:
+            return self.crop
+        return self.size if self.resizes and isinstance(self.size, tuple) else None
+
     def made(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the (height, width) of what is made of an image of this (width, height)."""
         return self.crop if self.crops else self._resized_size(size)[::-1]
+
+    def for_size(self, image_size: int | tuple[int, int]) -> "ImageProcessing":
+        """Return the same for another image size.
+
+        Args:
+          image_size: pixels of a side of a square, to which images are resized by their shortest
+            side and cropped, unless this one crops nothing; or (height, width), to which they are
+            resized without keeping their aspect.
+        """
+        square = isinstance(image_size, int)
+        crop = (image_size, image_size) if isinstance(image_size, int) else image_size
+        size: Size = image_size if square and self.crops else crop
+        return replace(self, size=size, crop=crop, resizes=True)
 
     def seen(self, image: Image.Image) -> Image.Image:
         """Return the part of an image that is not cropped away, at the image's own resolution."""
@@ -244,12 +271,28 @@ _FIELDS: dict[str, tuple[str, Any]] = {
 }
 
 
-def read_images(folder: Path, image_size: int | None = None) -> ImageProcessing | None:
+# By the start of an image processor's name, what its file need not say.
+_USUAL = {
+    "Siglip": ImageProcessing((224, 224), mean=(0.5,) * 3, std=(0.5,) * 3, crops=False),
+    "DINOv3ViT": ImageProcessing(
+        (224, 224),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        resample=int(Image.Resampling.BILINEAR),
+        crops=False,
+    ),
+}
+
+
+def read_images(
+    folder: Path, image_size: int | tuple[int, int] | None = None
+) -> ImageProcessing | None:
     """Read the image preprocessing of a model folder; None where there is none.
 
     Args:
       folder: a folder in the Hugging Face layout.
-      image_size: resize and crop to this many pixels instead of the folder's number.
+      image_size: resize and crop to this instead of the folder's number; see
+        `ImageProcessing.for_size`.
 
     Raises:
       ValueError: the file is no valid JSON, or a value in it is of another type, out of range or
@@ -267,12 +310,11 @@ def read_images(folder: Path, image_size: int | None = None) -> ImageProcessing 
                 return None
             if not isinstance(fields, dict):
                 raise ValueError(f"{path}: {section} must be an object, got {fields!r:.80}")
-        if image_size is not None:
-            fields = {**fields, "size": {"shortest_edge": image_size}, "crop_size": image_size}
         try:
-            return ImageProcessing.from_dict(fields)
+            images = ImageProcessing.from_dict(fields)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        return images if image_size is None else images.for_size(image_size)
     return None
 
 

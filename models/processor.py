@@ -58,12 +58,15 @@ class Processor:
         return hashlib.sha256("\0".join(fields).encode()).hexdigest()
 
     @classmethod
-    def from_folder(cls, folder: Path, *, image_size: int | None = None) -> "Processor":
+    def from_folder(
+        cls, folder: Path, *, image_size: int | tuple[int, int] | None = None
+    ) -> "Processor":
         """Read the tokenizer and the image preprocessing of a model folder.
 
         Args:
           folder: a folder in the Hugging Face layout; what it lacks is None in the result.
-          image_size: resize and crop to this many pixels instead of the folder's number.
+          image_size: resize and crop to this instead of the folder's number; see
+            `ImageProcessing.for_size`.
 
         Raises:
           ValueError: a file is there and cannot be read.
@@ -92,14 +95,14 @@ class Processor:
             )
 
     def image(
-        self, image: Any, *, side: int | None = None
+        self, image: Any, *, side: int | tuple[int, int] | None = None
     ) -> Float[np.ndarray, "batch height width 3"]:
         """Resize, crop and normalise images.
 
         Args:
           image: a PIL image, a uint8 [height, width, 3] array, or a list of them. They are read
             as `jaxrel.images.read_image` reads files: upright, on white.
-          side: pixels of a side of the square that the model reads.
+          side: pixels of a side of the square that the model reads, or (height, width).
 
         Returns:
           float32 images, NHWC, normalised as the model expects.
@@ -107,28 +110,29 @@ class Processor:
         Raises:
           TypeError: not an image.
           ValueError: no image, an array of another shape, an image whose colours are not sure, a
-            model without preprocessing, or preprocessing that makes no square of that side.
+            model without preprocessing, or preprocessing that makes images of another size.
         """
         self._require_images()
+        sides = (side, side) if isinstance(side, int) else side
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images or any(one is None for one in images):
             raise ValueError("no image: pass image= a PIL image, a uint8 array, or a list")
         # What fills up a batch, or goes with several texts, is the same image again.
         once = {id(one): one for one in images}
-        values = self._pixels([_rgb(one) for one in once.values()], side)
+        values = self._pixels([_rgb(one) for one in once.values()], sides)
         place = {key: i for i, key in enumerate(once)}
         return values if len(once) == len(images) else values[[place[id(x)] for x in images]]
 
     def _pixels(
-        self, images: list[Image.Image], side: int | None
+        self, images: list[Image.Image], sides: tuple[int, int] | None
     ) -> Float[np.ndarray, "batch height width 3"]:
         if isinstance(self.images, ImageProcessing):
             # Sizes that do not fit are told before memory is taken for them.
-            _check_shapes({self.images.made(one.size) for one in images}, side)
+            _check_shapes({self.images.made(one.size) for one in images}, sides)
             return np.stack([self.images(one) for one in images])
         with quiet_transformers():
             found = [self.images([one], return_tensors="np")["pixel_values"][0] for one in images]
-        _check_shapes({one.shape[1:] for one in found}, side)
+        _check_shapes({one.shape[1:] for one in found}, sides)
         return np.stack(found).astype(np.float32).transpose(0, 2, 3, 1)
 
     def seen(self, image: Any) -> Image.Image:
@@ -231,7 +235,7 @@ class Processor:
         if self.tokenizer is None:
             raise ValueError(f"this model has no tokenizer: its folder holds no {TOKENIZER_FILES}")
         lists: Any = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        rows = [display.strings(self.tokenizer, row, self._specials) for row in lists]
+        rows = [display.strings(self.tokenizer, row, self.specials) for row in lists]
         hidden = self.tokenizer.unk_token if known else None
         return [["" if token == hidden else token for token in row] for row in rows]
 
@@ -252,7 +256,10 @@ class Processor:
         return pad if pad is not None else end
 
     @property
-    def _specials(self) -> set[int]:
+    def specials(self) -> set[int]:
+        """The ids of tokens that stand for no part of a text; none without a tokenizer."""
+        if self.tokenizer is None:
+            return set()
         t = self.tokenizer
         return {t.bos_token_id, t.eos_token_id, t.pad_token_id} - {None}
 
@@ -260,7 +267,7 @@ class Processor:
     def _unknown(self) -> int | None:
         """The id of unknown words; CLIP's tokenizer knows every byte, and names its end token."""
         unknown = self.tokenizer.unk_token_id
-        return None if unknown in self._specials else unknown
+        return None if unknown in self.specials else unknown
 
     def _encoded(self, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
         """Ids, and where the text of each token starts and stops."""
@@ -269,7 +276,7 @@ class Processor:
         return out["input_ids"], out["offset_mapping"]
 
     def _check(self, sentence: str, ids: list[int], context: int) -> None:
-        content = [i for i in ids if i not in self._specials]
+        content = [i for i in ids if i not in self.specials]
         if not content:
             raise ValueError(f"the text {sentence!r} holds no word; write what to look for")
         if len(ids) > context:
@@ -277,7 +284,7 @@ class Processor:
                 f"the text {sentence[:60]!r} has {len(ids)} tokens with its start and end token, "
                 f"and this model reads at most {context}: shorten it by {len(ids) - context}"
             )
-        inside = [i for i in ids[1:-1] if i in self._specials]
+        inside = [i for i in ids[1:-1] if i in self.specials]
         if inside:
             name = self.tokenizer.convert_ids_to_tokens(inside[0])
             raise ValueError(
@@ -350,16 +357,18 @@ def _texts(text: Any) -> list[str]:
     return [unicodedata.normalize("NFC", sentence) for sentence in texts]
 
 
-def _check_shapes(shapes: set[tuple[int, ...]], side: int | None) -> None:
-    """Raise ValueError unless images are of one shape, (height, width): of a square of `side`."""
-    if shapes == {(side, side)} or (side is None and len(shapes) == 1):
+def _check_shapes(shapes: set[tuple[int, ...]], sides: tuple[int, int] | None) -> None:
+    """Raise ValueError unless images are of one shape, (height, width), and of `sides`."""
+    if shapes == {sides} or (sides is None and len(shapes) == 1):
         return
     made = " and ".join(f"{width} x {height}" for height, width in sorted(shapes))
     wanted = "of one size, which a model needs"
     cure = ""
-    if side is not None:
-        wanted = f"of {side} x {side}, which the model reads (image_size in config.json)"
-        cure = f": set size and crop_size there to {side}, and do_center_crop to true"
+    if sides is not None:
+        height, width = sides
+        wanted = f"of {width} x {height}, which the model reads (image_size in config.json)"
+        size = str(width) if height == width else f"height {height} and width {width}"
+        cure = f": set size and crop_size there to {size}, and do_center_crop to true"
     raise ValueError(
         f"the image preprocessing ({IMAGES} in the model's folder) makes images of {made} pixels, "
         f"and not {wanted}{cure}"

@@ -1,6 +1,7 @@
 """Pre-LN transformer layers, stacked and run by one scan."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from jaxrel.models.sizes import check_heads, check_numbers, check_sizes
 
 # [..., query, key], True where a query sees a key; what is left out in front broadcasts.
 Mask = Bool[Array, "..."]
+# Turns queries and keys, [batch, tokens, heads, features], by the places of their tokens.
+Rotate = Callable[[Array], Array]
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -24,7 +27,28 @@ def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": quick_gelu,
     "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
 }
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the layers of some models differ from those of CLIP.
+
+    Args:
+      layer_scale: whether a factor per feature multiplies what is added to the residual stream
+        (Touvron et al. 2021, "Going deeper with image transformers", eq. 3).
+      gated: whether the MLP is contract(activation(gate(x)) * expand(x)) (Shazeer 2020).
+      biases: whether queries, keys and values have a bias.
+    """
+
+    layer_scale: bool = False
+    gated: bool = False
+    biases: tuple[bool, bool, bool] = (True, True, True)
+
+
+CLIP_LAYERS = Variant()
 
 
 def check_transformer(config: Any, part: str, *more: str) -> None:
@@ -53,10 +77,18 @@ def layer_norm(width: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> n
     return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
-def _linear(inputs: int, outputs: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        inputs, outputs, kernel_init=nnx.initializers.normal(std), dtype=dtype, rngs=rngs
-    )
+def linear(
+    inputs: int,
+    outputs: int,
+    std: float,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    *,
+    use_bias: bool = True,
+) -> nnx.Linear:
+    """A linear map whose initial kernel has this standard deviation."""
+    init = nnx.initializers.normal(std)
+    return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, dtype=dtype, rngs=rngs)
 
 
 class Memory(NamedTuple):
@@ -84,12 +116,20 @@ class Attention(nnx.Module):
     It attends to a memory, of all tokens at once or of one after the other.
     """
 
-    def __init__(self, config: Any, out_std: float, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: Any,
+        out_std: float,
+        *,
+        biases: tuple[bool, bool, bool] = (True, True, True),
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.heads, width = config.heads, config.width
-        self.query = _linear(width, width, width**-0.5, dtype, rngs)
-        self.key = _linear(width, width, width**-0.5, dtype, rngs)
-        self.value = _linear(width, width, width**-0.5, dtype, rngs)
-        self.out = _linear(width, width, out_std, dtype, rngs)
+        self.query, self.key, self.value = (
+            linear(width, width, width**-0.5, dtype, rngs, use_bias=use_bias) for use_bias in biases
+        )
+        self.out = linear(width, width, out_std, dtype, rngs)
 
     def read(self, source: Float[Array, "batch keys width"]) -> Memory:
         """Return the keys and values of tokens."""
@@ -108,15 +148,24 @@ class Attention(nnx.Module):
         memory: Memory,
         mask: Mask | None,
         name: str,
-    ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens keys"]]:
-        """Attend from x to a memory; maps are float32, tagged before they multiply values."""
+        rotate: Rotate | None = None,
+    ) -> tuple[Float[Array, "batch tokens features"], Float[Array, "batch heads tokens keys"]]:
+        """Attend from x to a memory; maps are float32, tagged before they multiply values.
+
+        The tags `name/query`, `/key`, `/value` and `/mixed` are [batch, tokens, heads, features].
+        """
         query, (key, value) = self._by_head(self.query(x)), memory
+        if rotate is not None:
+            query, key = rotate(query), rotate(key)
+        query, key = tag(query, f"{name}/query"), tag(key, f"{name}/key")
+        value = tag(value, f"{name}/value")
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         logits = logits * query.shape[-1] ** -0.5
         if mask is not None:
             logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
         maps = tag(jax.nn.softmax(logits, axis=-1), name)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", maps.astype(value.dtype), value)
+        mixed = tag(mixed, f"{name}/mixed")
         return self.out(mixed.reshape(x.shape)), maps
 
     def _by_head(self, x: Float[Array, "batch tokens width"]) -> Array:
@@ -129,32 +178,49 @@ class Block(nnx.Module):
     Args:
       config: the sizes, as of `Transformer`.
       additions: to the residual stream in all layers.
+      variant: how it differs from a layer of CLIP.
       dtype: dtype of the computation.
       rngs: keys for the initial parameters.
     """
 
-    def __init__(self, config: Any, additions: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: Any,
+        additions: int,
+        *,
+        variant: Variant = CLIP_LAYERS,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
         width, eps = config.width, config.layer_norm_eps
         # Each addition to the residual stream starts small, so that their sum does not grow with
         # the depth (Radford et al. 2019, section 2.3).
         residual_std = width**-0.5 * additions**-0.5
         self.activation = config.activation
         self.norm1 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
-        self.attention = Attention(config, residual_std, dtype=dtype, rngs=rngs)
+        self.attention = Attention(
+            config, residual_std, biases=variant.biases, dtype=dtype, rngs=rngs
+        )
         self.norm2 = layer_norm(width, eps=eps, dtype=dtype, rngs=rngs)
-        self.expand = _linear(width, config.mlp_width, (2 * width) ** -0.5, dtype, rngs)
-        self.contract = _linear(config.mlp_width, width, residual_std, dtype, rngs)
+        self.expand = linear(width, config.mlp_width, (2 * width) ** -0.5, dtype, rngs)
+        self.contract = linear(config.mlp_width, width, residual_std, dtype, rngs)
+        if variant.gated:
+            self.gate = linear(width, config.mlp_width, (2 * width) ** -0.5, dtype, rngs)
+        if variant.layer_scale:
+            self.scale1, self.scale2 = (nnx.Param(jnp.ones(width)) for _ in range(2))
+        self.variant = variant
 
     def __call__(
         self,
         x: Float[Array, "batch tokens width"],
         mask: Mask | None,
         name: str,
+        rotate: Rotate | None = None,
     ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch heads tokens tokens"]]:
         """Apply the layer; tags: `name` maps, `name/before` and `name/after` what is added."""
         x = tag(x, f"{name}/before")
         normed = self.norm1(x)
-        return self._attend(x, normed, self.attention.read(normed), mask, name)
+        return self._attend(x, normed, self.attention.read(normed), mask, name, rotate)
 
     def step(
         self,
@@ -169,12 +235,28 @@ class Block(nnx.Module):
         return self._attend(x, normed, memory, memory.until(position), name)[0], memory
 
     def _attend(
-        self, x: Array, normed: Array, memory: Memory, mask: Mask | None, name: str
+        self,
+        x: Array,
+        normed: Array,
+        memory: Memory,
+        mask: Mask | None,
+        name: str,
+        rotate: Rotate | None = None,
     ) -> tuple[Array, Array]:
-        attended, maps = self.attention(normed, memory, mask, name)
+        attended, maps = self.attention(normed, memory, mask, name, rotate)
+        if self.variant.layer_scale:
+            attended = attended * self.scale1[...].astype(x.dtype)
         x = x + tag(attended, f"{name}/after")
-        hidden = ACTIVATIONS[self.activation](self.expand(self.norm2(x)))
-        return x + self.contract(hidden), maps
+        added = self._mlp(self.norm2(x))
+        if self.variant.layer_scale:
+            added = added * self.scale2[...].astype(x.dtype)
+        return x + added, maps
+
+    def _mlp(self, x: Array) -> Array:
+        activation = ACTIVATIONS[self.activation]
+        if self.variant.gated:
+            return self.contract(activation(self.gate(x)) * self.expand(x))
+        return self.contract(activation(self.expand(x)))
 
 
 class Transformer(nnx.Module):
@@ -186,12 +268,23 @@ class Transformer(nnx.Module):
       config: the sizes: width (features per token), layers, heads, mlp_width (hidden features of
         the MLP), activation (a key of `ACTIVATIONS`) and layer_norm_eps.
       name: the tag of the attention maps.
+      variant: how the layers differ from those of CLIP.
       dtype: dtype of the computation; parameters are float32.
       rngs: keys for the initial parameters.
     """
 
-    def __init__(self, config: Any, name: str, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        stack = nnx.vmap(lambda rngs: Block(config, 2 * config.layers, dtype=dtype, rngs=rngs))
+    def __init__(
+        self,
+        config: Any,
+        name: str,
+        *,
+        variant: Variant = CLIP_LAYERS,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        stack = nnx.vmap(
+            lambda rngs: Block(config, 2 * config.layers, variant=variant, dtype=dtype, rngs=rngs)
+        )
         self.name = name
         self.blocks = nnx.split_rngs(splits=config.layers)(stack)(rngs)
 
@@ -200,6 +293,7 @@ class Transformer(nnx.Module):
         x: Float[Array, "batch tokens width"],
         mask: Mask | None = None,
         *,
+        rotate: Rotate | None = None,
         remat: bool = False,
         return_attention: bool = False,
     ) -> tuple[
@@ -211,6 +305,7 @@ class Transformer(nnx.Module):
           x: the residual stream.
           mask: True where a query (row) sees a key (column); None: everywhere. One for all
             examples and heads, or with leading axes that broadcast to [batch, heads].
+          rotate: turns queries and keys by their tokens' places; None: they stay.
           remat: recompute each layer in the backward pass instead of storing it.
           return_attention: also return the attention maps.
 
@@ -219,8 +314,34 @@ class Transformer(nnx.Module):
         """
 
         def layer(block, x, _):
-            x, maps = block(x, mask, self.name)
+            x, maps = block(x, mask, self.name, rotate)
             return x, maps if return_attention else None
+
+        return scan_layers(layer, self.blocks, x, remat=remat)
+
+    def each_layer(
+        self,
+        x: Float[Array, "batch tokens width"],
+        mask: Mask | None,
+        read: Callable,
+        *,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "layers batch features"]]:
+        """Run all layers, and read the tokens after each; a gradient goes through one layer alone.
+
+        Args:
+          x: the residual stream.
+          mask: as in `__call__`.
+          read: from tokens [batch, tokens, width] to [batch, features].
+          remat: as in `__call__`.
+
+        Returns:
+          The residual stream after the last layer, and what was read after each.
+        """
+
+        def layer(block, x, _):
+            x, _ = block(jax.lax.stop_gradient(x), mask, self.name)
+            return x, read(x)
 
         return scan_layers(layer, self.blocks, x, remat=remat)
 

@@ -28,6 +28,8 @@ FLOORS = {
     "jaxrel.propagation": CORE,
     "jaxrel.attention": (*RELEVANCE, "jaxrel.renamed"),
     "jaxrel.gradients": RELEVANCE,
+    "jaxrel.contrasts": (),
+    "jaxrel.pairwise": RELEVANCE,
     "jaxrel.report": ("jaxrel.files", "jaxrel.renamed"),
     "jaxrel.explanations": (*EXPLAIN, "jaxrel.report"),
     "jaxrel.metrics": (*EXPLAIN, "jaxrel.report", "jaxrel.renamed"),
@@ -36,6 +38,7 @@ FLOORS = {
     "jaxrel.models": (
         "jaxrel.tag",
         "jaxrel.capture_with_grad",
+        "jaxrel.contrast",
         "jaxrel.images",
         "jaxrel.renamed",
     ),

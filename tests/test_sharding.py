@@ -164,6 +164,8 @@ def other_forms(x):
         "every method": every(x),
         "whole matrix": whole(x),
         "streamed": attention.relevance(scanned, method="equal")(x),
+        "by blocks": attention.relevance(scanned, form="blockwise", block=2)(x),
+        "lrp by blocks": jaxrel.lrp(scanned, composites.attn_lrp(), block=2)(x),
         "vmap outside": each(x),
         "cp_lrp": jaxrel.lrp(scanned, composites.cp_lrp())(x),
         "capture": jaxrel.capture(scanned)(x),

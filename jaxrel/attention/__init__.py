@@ -15,22 +15,27 @@ from jaxrel.attention.bimodal_schedules import (
 )
 from jaxrel.attention.blocks import blockwise
 from jaxrel.attention.discovery import Site, Stack, sites
+from jaxrel.attention.encoder_methods import grad_eclip, legrad
 from jaxrel.attention.followed import Coverage
 from jaxrel.attention.importance import layer_weights, measure, weights
 from jaxrel.attention.maps import head_mean, row
-from jaxrel.attention.methods import BIMODAL_METHODS, METHODS
+from jaxrel.attention.methods import BIMODAL_METHODS, ENCODER_METHODS, METHODS
+from jaxrel.attention.pooling import Pooling
 from jaxrel.attention.streaming import Carrier
+from jaxrel.attention.token_changes import token_tm
 from jaxrel.attention.unimodal_relevance import layers_followed, relevance, value_and_relevance
 from jaxrel.renamed import renamed
 
 __all__ = [
     "BIMODAL_METHODS",
+    "ENCODER_METHODS",
     "METHODS",
     "Carrier",
     "CoAttention",
     "Coverage",
     "Layers",
     "Maps",
+    "Pooling",
     "Site",
     "Stack",
     "bimodal",
@@ -40,9 +45,11 @@ __all__ = [
     "encoder_decoder",
     "equal",
     "grad_cam",
+    "grad_eclip",
     "head_mean",
     "layer_weights",
     "layers_followed",
+    "legrad",
     "measure",
     "no_aggregation",
     "raw",
@@ -50,6 +57,7 @@ __all__ = [
     "rollout",
     "row",
     "sites",
+    "token_tm",
     "value_and_bimodal_relevance",
     "value_and_layers",
     "value_and_relevance",

@@ -1,13 +1,15 @@
 """Self-attention over blocks of queries, with relevance in its backward pass.
 
-Memory is tokens x block instead of tokens x tokens, forward and backward. The backward pass
-forms each block of the map again from q, k and the log-sum-exp of its rows (Dao et al. 2022,
-"FlashAttention"), has the block's gradient at hand as `dA = dO V^T`, and adds the block's
-share to the carrier's relevance before it drops both.
+Memory is tokens x block instead of tokens x tokens, forward and backward. `by_blocks` computes
+the attention that was found in a function so; `blockwise` is the same as an operation that a
+model calls. The latter's backward pass forms each block of the map again from q, k and the
+log-sum-exp of its rows (Dao et al. 2022, "FlashAttention"), has the block's gradient at hand as
+`dA = dO V^T`, and adds the block's share to the carrier's relevance before it drops both.
 """
 
 import functools
 import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -16,7 +18,57 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxrel.attention.maps import head_mean, matmul, relevance_dtype
-from jaxrel.attention.streaming import Carrier
+from jaxrel.attention.stacks import Site, Stack
+from jaxrel.attention.streaming import Carrier, accumulate_rows, joined
+from jaxrel.tracing.evaluate import Step
+from jaxrel.tracing.graph import Graph, Node
+from jaxrel.tracing.rows import NotByRows, Places, Rows, find_rows
+
+
+def by_blocks(graph: Graph, stacks: Iterable[Stack], block: int) -> dict[Node, Step]:
+    """The steps that compute the attention of stacks, and move relevance, by blocks of queries.
+
+    The carrier is a dict by stack.
+
+    Args:
+      graph: the graph that holds the stacks.
+      stacks: self-attention.
+      block: how many queries at a time.
+
+    Raises:
+      NotImplementedError: the rows of a map cannot be computed apart.
+    """
+    places = Places(graph)
+    steps = {}
+    for stack in stacks:
+        for site in stack.sites:
+            try:
+                if site.windows is not None:
+                    raise NotByRows("it is within windows")
+                rows = find_rows(places, site.value, site.query, site.key)
+            except NotByRows as error:
+                raise NotImplementedError(
+                    f"form='blockwise': the attention at {site.where} cannot be computed by "
+                    f"blocks of queries: {error}. Use form='auto', which holds one whole map at a "
+                    "time"
+                ) from error
+            function = _step_of(stack.name, site, rows, block)
+            steps[rows.product] = Step(tuple(one.atom for one in rows.ins), function, carried=True)
+    return steps
+
+
+def _step_of(name: str, site: Site, rows: Rows, block: int) -> Callable:
+    def function(carriers, *values):
+        row = joined(carriers[name])
+
+        def visit(some):
+            move, attn = accumulate_rows(row, site.standard(some))
+            return move, site.restore(attn, some)
+
+        out, move = rows.compute(values, block, visit)
+        return {**carriers, name: Carrier(row, move)}, [out]
+
+    return function
 
 
 def blockwise(

@@ -42,7 +42,7 @@ from jaxrel.tracing.primitives import (
     MOVES,
     TRANSPARENT,
 )
-from jaxrel.tracing.rewrite import open_calls
+from jaxrel.tracing.rewrite import divide_first, open_calls
 
 
 def sites(fun: Callable, *, argnums: int | Sequence[int] | None = None) -> Callable:
@@ -76,14 +76,15 @@ def trace_attention(fun: Callable, *args) -> Traced:
     the one of the operations that the function computes.
     """
     traced = trace(fun, *args)
-    return dataclasses.replace(traced, graph=open_calls(traced.graph, _attends))
+    graph = divide_first(open_calls(traced.graph, _attends))
+    return dataclasses.replace(traced, graph=graph)
 
 
 def _attends(node: Node) -> bool:
     """Whether a function with its own derivative computes attention, or its softmax."""
     if node.name not in CUSTOM or len(node.bodies) != 1:
         return False
-    body = open_calls(node.bodies[0], lambda inner: inner.name in CUSTOM)
+    body = divide_first(open_calls(node.bodies[0], lambda inner: inner.name in CUSTOM))
     if node.name in CUSTOM_JVP:
         return any(True for _ in softmaxes(body))
     return _computes_attention(body, dependents(body, body.ins))

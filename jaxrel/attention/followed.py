@@ -1,5 +1,6 @@
 """How much of a model's attention a relevance follows: coverage is part of the result."""
 
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +39,11 @@ class Coverage(NamedTuple):
 
 
 def of_stacks(
-    method: Method, chosen: Sequence[Stack], found: Iterable[Stack], layers: Any
+    method: Method,
+    chosen: Sequence[Stack],
+    found: Iterable[Stack],
+    layers: Any,
+    pooled: Mapping[str, Site] = types.MappingProxyType({}),
 ) -> Coverage:
     """What a method follows of a function's stacks.
 
@@ -47,18 +52,21 @@ def of_stacks(
       chosen: the stacks that are explained.
       found: all stacks of the function.
       layers: which layers are accumulated, as of `relevance`.
+      pooled: by the names of stacks whose tokens an attention pools, its map.
     """
-    names = {stack.name for stack in chosen}
+    names = {*(stack.name for stack in chosen), *(site.name for site in pooled.values())}
     others = [stack for stack in found if stack.name not in names]
-    followed: Any = 0
+    followed: Any = len(pooled)
     left_out = []
     for stack in chosen:
         some = layers[stack.name] if isinstance(layers, Mapping) else layers
         count = 1 if method.layers == "last" else _count(some, stack)
+        if method.layers == "last" and some is None and stack.name in pooled:
+            count = 0  # the pooling is the last layer
         followed += count
         if isinstance(count, int) and count < stack.layers:
             left_out.append(f"{stack.layers - count} layers of {stack}")
-    total = sum(stack.layers for stack in (*chosen, *others))
+    total = len(pooled) + sum(stack.layers for stack in (*chosen, *others))
     return Coverage(followed, total, (*left_out, *map(str, others)))
 
 

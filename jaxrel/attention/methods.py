@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from jaxrel.attention.accumulate import equal, weighted
 from jaxrel.attention.baselines import grad_cam, no_aggregation, raw, rollout
+from jaxrel.attention.encoder_methods import grad_eclip, legrad
+from jaxrel.attention.token_changes import token_tm
 
-Need = Literal["maps", "gradients", "values", "LRP"]
+Need = Literal["maps", "gradients", "values", "LRP", "projections", "layer scores"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +25,19 @@ class Method:
       matrix: the function that makes the relevance matrix of one stream; see `relevance_matrix`.
       needs: what it is made of: the attention "maps", the "gradients" with respect to them, the
         token "values" around the residual sum (with their gradient), and the relevance of the
-        maps by "LRP", which stands in the place of the maps.
+        maps by "LRP", which stands in the place of the maps. "projections" are the queries, keys
+        and values, and the gradient with respect to the mixed values; "layer scores" the gradient
+        of each layer's own score with respect to its map.
       source: the paper that it is from.
       layers: whether it accumulates over "all" layers or reads the "last" alone.
-      streams: the models it is defined for: of "one" stream of tokens, "bimodal", or both.
+      streams: the models it is defined for: of "one" stream of tokens, "bimodal", or both;
+        "encoder" are models of one stream that tell more of themselves than their maps.
+      takes: the keyword arguments that `matrix` takes of what is tapped beside the maps.
       signed: whether its relevance may be negative.
       streaming: whether one row of it can be accumulated in the backward pass.
       skips: whether a layer that does not run (a branch not taken) changes nothing.
       residual: whether relevance stays where attention does not move it.
+      averages: whether it is the mean over the layers.
     """
 
     name: str
@@ -38,11 +45,13 @@ class Method:
     needs: tuple[Need, ...]
     source: str
     layers: Literal["all", "last"] = "all"
-    streams: tuple[Literal["one", "bimodal"], ...] = ("one", "bimodal")
+    streams: tuple[Literal["one", "bimodal", "encoder"], ...] = ("one", "bimodal")
+    takes: tuple[str, ...] = ()
     signed: bool = False
     streaming: bool = False
     skips: bool = False
     residual: bool = True
+    averages: bool = False
 
     @property
     def by_lrp(self) -> bool:
@@ -52,6 +61,8 @@ class Method:
     @property
     def cost(self) -> str:
         """What it costs; all methods that are asked for together share their passes."""
+        if "layer scores" in self.needs:
+            return "one forward and backward pass of its own"
         passes = "one forward pass" if self.needs == ("maps",) else "one forward and backward pass"
         return f"{passes}, and another by the rules of LRP" if self.by_lrp else passes
 
@@ -59,17 +70,18 @@ class Method:
         """Its relevance matrix from what it needs; the rest is not used.
 
         Args:
-          maps: attention maps `[layers, batch, heads, query, key]`, or their relevance by LRP.
+          maps: attention maps `[layers, batch, heads, query, key]`, their relevance by LRP, or the
+            gradient of layer scores by them.
           grad: the gradient with respect to the maps.
-          values: keyword arguments of `weighted`: token values, their gradient, the measure.
+          values: by name, those of `takes` and others: token values, their gradient, the measure.
           **some: a choice of `layers` and `heads`, as in `equal`.
 
         Returns:
           `[batch, query, key]`, in float32 (float64 for float64 maps).
         """
         gradients = (grad,) if "gradients" in self.needs else ()
-        values = values if "values" in self.needs else {}
-        return self.matrix(maps, *gradients, **values, **some)
+        taken = {name: x for name, x in values.items() if name in self.takes}
+        return self.matrix(maps, *gradients, **taken, **some)
 
 
 _GAE = "Chefer, Gur and Wolf 2021"
@@ -82,6 +94,7 @@ _ROWS = (
         weighted,
         ("maps", "gradients", "values"),
         "our reading of Huang, Jia, Zhang and Zhang 2023",
+        takes=("before", "after", "value_grad", "importance"),
         streaming=True,
         skips=True,
     ),
@@ -112,10 +125,36 @@ _ROWS = (
     ),
     Method("equal_lrp", equal, ("LRP", "gradients"), f"{_GAE}, eq. 5 to 11 with R(A) for A"),
     Method("partial_lrp", raw, ("LRP",), "Voita et al. 2019", "last", signed=True),
+    Method(
+        "token_tm",
+        token_tm,
+        ("maps", "gradients", "values"),
+        "Wu et al., CVPR 2024, as Mehri et al., CVPR 2025 compute it",
+        streams=("one",),
+        takes=("before", "after", "following"),
+    ),
+    Method(
+        "legrad",
+        legrad,
+        ("layer scores",),
+        "Bousselham et al., ICCV 2025",
+        streams=("encoder",),
+        averages=True,
+    ),
+    Method(
+        "grad_eclip",
+        grad_eclip,
+        ("maps", "projections"),
+        "Zhao et al., ICML 2024",
+        "last",
+        streams=("encoder",),
+        takes=("query", "key", "value", "mixed_grad"),
+    ),
 )
 
 TABLE: dict[str, Method] = {method.name: method for method in _ROWS}
 METHODS = tuple(name for name, method in TABLE.items() if "one" in method.streams)
+ENCODER_METHODS = tuple(name for name, method in TABLE.items() if "encoder" in method.streams)
 BIMODAL_METHODS = tuple(name for name, method in TABLE.items() if "bimodal" in method.streams)
 
 

@@ -65,7 +65,7 @@ class Site:
         return x[..., self.first_key : self.first_key + self.size(self.query)]
 
     def restore(self, x: Array, value: Array) -> Array:
-        """The inverse of `standard`: the map `value` with these entries."""
+        """The inverse of `standard`: the map `value`, or some of its rows, with these entries."""
         if self.windows is not None:
             return self.windows.part(x, value)
         batch = () if self.batch is None else (self.batch,)
@@ -76,7 +76,7 @@ class Site:
             whole = dataclasses.replace(self, own_keys=False)
             own = slice(self.first_key, self.first_key + self.size(self.query))
             x = whole.standard(value).at[..., own].set(x)
-        x = x.reshape([self.value.shape[axis] for axis in order])
+        x = x.reshape([value.shape[axis] for axis in order])
         return jnp.transpose(x, np.argsort(order).tolist())
 
     def size(self, axis: int | None) -> int:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxrel.attention.importance import Measure, layer_weights
 from jaxrel.attention.maps import TargetToken, head_mean, matmul, token_index
+from jaxrel.attention.reweighing import open_entries
 from jaxrel.tracing import sharding
 from jaxrel.tracing.sharding import shaped_like
 
@@ -90,7 +91,9 @@ def seed(
 
 
 def accumulate(
-    carrier: Carrier, attn: Float[Array, "batch heads query key"]
+    carrier: Carrier,
+    attn: Float[Array, "batch heads query key"],
+    sinks: Bool[Array, "examples tokens"] | None = None,
 ) -> tuple[Carrier, Float[Array, "batch heads query key"]]:
     """Mark an attention map: backward, relevance moves through it.
 
@@ -102,6 +105,8 @@ def accumulate(
     Args:
       carrier: the carrier.
       attn: the softmax output, before it multiplies the values.
+      sinks: the tokens whose columns relevance does not move through, but for their own entries;
+        of all examples `[1, tokens]`, or of each `[batch, tokens]`. None for none.
 
     Returns:
       The carrier and the map, to be used in place of those given.
@@ -115,26 +120,69 @@ def accumulate(
             f"accumulate: expected a map (batch, heads, tokens, tokens) and a carrier "
             f"(batch, tokens), got map {attn.shape} and carrier {carrier.keep.shape}"
         )
-    return _accumulate(carrier, attn)
+    return _accumulate(carrier, attn, sinks)
 
 
 @jax.custom_vjp
-def _accumulate(carrier, attn):
+def _accumulate(carrier, attn, sinks):
     return carrier, attn
 
 
-def _accumulate_forward(carrier, attn):
-    return (carrier, attn), attn
+def _accumulate_forward(carrier, attn, sinks):
+    return (carrier, attn), (attn, sinks)
 
 
-def _accumulate_backward(attn, cotangents):
-    relevance, attn_grad = cotangents
+def _accumulate_backward(kept, cotangents):
+    (attn, sinks), (relevance, attn_grad) = kept, cotangents
     abar = head_mean(attn, attn_grad).astype(relevance.move.dtype)
+    if sinks is not None:
+        abar = jnp.where(open_entries(sinks), abar, 0)
     new = relevance.keep + matmul(relevance.move[:, None], abar)[:, 0]
-    return Carrier(new, new), attn_grad
+    return Carrier(new, new), attn_grad, None
 
 
 _accumulate.defvjp(_accumulate_forward, _accumulate_backward)
+
+
+@jax.custom_vjp
+def joined(carrier: Carrier) -> Float[Array, "batch tokens"]:
+    """One value for both parts: what relevance it gets backward, both get."""
+    return carrier.keep
+
+
+joined.defvjp(
+    lambda carrier: (carrier.keep, None), lambda _, relevance: (Carrier(relevance, relevance),)
+)
+
+
+@jax.custom_vjp
+def accumulate_rows(
+    row: Float[Array, "batch tokens"], attn: Float[Array, "batch heads rows tokens"]
+) -> tuple[Float[Array, "batch rows"], Float[Array, "batch heads rows tokens"]]:
+    """`accumulate` for some of a map's rows.
+
+    Args:
+      row: the carrier of all tokens (`joined`).
+      attn: these rows of the softmax output.
+
+    Returns:
+      The part of `Carrier.move` that goes through these rows, and the rows. Backward the relevance
+      of that part moves through them to all tokens.
+    """
+    return row[:, : attn.shape[2]], attn
+
+
+def _rows_forward(row, attn):
+    return accumulate_rows(row, attn), attn
+
+
+def _rows_backward(attn, cotangents):
+    move, attn_grad = cotangents
+    abar = head_mean(attn, attn_grad).astype(move.dtype)
+    return matmul(move[:, None], abar)[:, 0], attn_grad
+
+
+accumulate_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def weigh(

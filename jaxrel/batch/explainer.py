@@ -54,7 +54,7 @@ class Explainer:
       mesh: a `jax.sharding.Mesh`; a batch is shared among the devices of its first axis, also
         where they belong to several processes (`jax.distributed`), each of which is then called
         with the same rows.
-      layers, heads, importance, lrp, detector: as in `jaxrel.explain`.
+      layers, heads, sinks, importance, lrp, detector: as in `jaxrel.explain`.
       name: the model's name, for the record.
       strict: raise the first error of a row instead of returning it.
 
@@ -71,6 +71,7 @@ class Explainer:
         mesh: Any = None,
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
+        sinks: Any = None,
         importance: str = "grad_value",
         lrp: Any = None,
         detector: Any = None,
@@ -80,7 +81,7 @@ class Explainer:
         kind = family(model)
         methods = check_methods(kind.usual if method is None else method, kind.methods, "method")
         self.model = model
-        self.request = Request(methods, layers, heads, importance, lrp, detector)
+        self.request = Request(methods, layers, heads, importance, lrp, detector, sinks)
         self.batch_size = size_of_batches(1, batch_size)
         self.mesh = mesh
         self.name = name

@@ -25,7 +25,8 @@ FAMILIES = {
 METHODS = {
     "UNIMODAL": (
         *("equal", "weighted", "raw", "rollout", "grad_cam", "no_aggregation"),
-        *("equal_lrp", "partial_lrp", "lrp", "cp_lrp", "input_x_gradient"),
+        *("equal_lrp", "partial_lrp", "token_tm", "legrad", "grad_eclip"),
+        *("lrp", "cp_lrp", "input_x_gradient"),
     ),
     "BIMODAL": (
         *("equal", "weighted", "raw", "rollout", "grad_cam", "transformer_attribution"),

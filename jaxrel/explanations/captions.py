@@ -34,6 +34,11 @@ def check(model: Any, request: Request) -> None:
         raise ValueError(
             f"layers choose attention maps, and {type(model).__name__} has one layer of attention"
         )
+    if request.sinks is not None:
+        raise ValueError(
+            "sinks are tokens whose columns are left out of the maps of a transformer, and "
+            f"{type(model).__name__} has none"
+        )
     if model.layout.streams[0].grid is None:
         raise ValueError(
             "this model reads features of regions and not images, and there is no map to draw; "

@@ -27,6 +27,7 @@ class Batch:
     image: Any
     text: Any
     target: Any
+    against: Any = None
 
 
 def by_example(model: Any, image: Any, text: Any, target: Any) -> Mapping[str, Any]:

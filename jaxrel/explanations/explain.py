@@ -46,6 +46,9 @@ class Explainable(Protocol):
     given ("" where the model wrote them) and the scores, it returns by row what the report tells
     of the example: "familiarity", numbers that say how far the input is from what the model was
     trained on, "unknown words", and "notes", what is to be known, in words.
+
+    The method 'legrad' asks for `layer_scores(inputs)`, see `attention.relevance`, and 'grad_eclip'
+    for the tags "<stream>/query", "/key", "/value" and "/mixed", [batch, tokens, heads, features].
     """
 
     @property
@@ -55,7 +58,9 @@ class Explainable(Protocol):
         A `schedule` that is not empty says how two streams attend to each other; the score is
         read from the first of them: see `attention.value_and_bimodal_relevance`. `by_word`
         says that captions are explained word by word in the image's pixels; the model then
-        speaks the protocol `jaxrel.explanations.words.Captions` too. Either may be left out.
+        speaks the protocol `jaxrel.explanations.words.Captions` too. Either may be left out. So
+        may a stream's `pooling`: the tag of the map of an attention that pools its tokens, where
+        the score is read from no token; see `jaxrel.attention.pooling`.
         """
 
     def examples(self, *, image: Any, text: Any, target: Any) -> Mapping[str, Any]:
@@ -74,6 +79,12 @@ class Explainable(Protocol):
         entry "spelling" is for `tokens` alone: nothing is computed from it.
         """
 
+    def contrasted(self, inputs: Mapping[str, Any], against: Any) -> Mapping[str, Any]:
+        """Rows whose score is the target's less that of others; it may be left out.
+
+        `against` is one thing for all rows, or a list with one for each.
+        """
+
     def score(self, inputs: Mapping[str, Any]) -> Any:
         """The scalar to explain, one per row."""
 
@@ -81,7 +92,7 @@ class Explainable(Protocol):
         """By row, what is explained, in words."""
 
     def target_tokens(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """By stream, the token each row's score is read from."""
+        """By stream, the token each row's score is read from; not of streams that are pooled."""
 
     def content(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """By stream, which tokens stand for something."""
@@ -102,6 +113,8 @@ def explain(
     method: str | Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
+    sinks: Any = None,
+    against: Any = None,
     importance: str = "grad_value",
     lrp: Any = None,
     name: str = "",
@@ -110,7 +123,8 @@ def explain(
 ) -> Any:
     """Explain how much each patch of an image and each word of a sentence matters to a score.
 
-    For CLIP the score is the similarity of the image and the sentence. For CLIPMapper it is the
+    For CLIP and SigLIP the score is the similarity of the image and the sentence, for DINO a
+    feature of the class token. For CLIPMapper it is the
     logit of an answer to a question, or of each word of a caption, as for Captioner. Everything
     is one compiled program: one forward and one backward pass for all examples and all methods
     that need no LRP. A Captioner is explained in pixels, with one forward pass per caption and
@@ -131,12 +145,19 @@ def explain(
       method: one of `jaxrel.explanations.explain.METHODS`, or several: those of
         `jaxrel.attention`, and 'lrp' (AttnLRP), 'cp_lrp' and 'input_x_gradient', which propagate
         to the embedded tokens. Models whose streams attend to each other have `BIMODAL_METHODS`,
-        Captioners `jaxrel.explanations.words.WORD_METHODS`. By default 'weighted', of a
-        Captioner 'lrp'.
+        Captioners `jaxrel.explanations.words.WORD_METHODS`. By default 'weighted',
+        of a Captioner 'lrp', of convolutions 'grad_cam'.
       layers: the layers that count, such as `[-1]` for the last alone; all, by default. Models
         whose streams attend to each other and Captioners have no such choice.
       heads: the attention heads that count; as `layers`, but a Captioner with several heads has
         the choice: of those through which relevance reaches the image.
+      sinks: tokens whose columns are left out of the attention maps, as in `attention.relevance`:
+        indices for all streams, or a mapping such as `{"text": [0]}`. Models have it that have a
+        choice of layers.
+      against: what the target is contrasted with, in the model's terms: another text, answer or
+        word, or "*" for all others there are; a list has one for each example. A tuple names
+        several. The score is then the target's less theirs: see `jaxrel.contrast`. CLIP and
+        CLIPmapper have it.
       importance: the measure of the weighted method.
       lrp: other rules for the method 'lrp': see `jaxrel.lrp`.
       name: the model's name, for the record.
@@ -158,11 +179,13 @@ def explain(
     _check_explainable(model)
     kind = family(model)
     method = kind.usual if method is None else method
-    methods = check_methods(method, kind.methods, "method")
-    request = Request(methods, layers, heads, importance, lrp, detector)
+    methods = check_methods(method, kind.methods, kind.what)
+    request = Request(methods, layers, heads, importance, lrp, detector, sinks)
     way(model).check(model, request)
+    _check_against(model, against)
     examples = by_example(model, image, text, target)
     count = count_of(examples)
+    examples = {**examples, "against": _one_each(against, count)}
     size = size_of_batches(count, batch_size)
     # Nobody waits for a bar of one batch.
     progress = tqdm(total=count, unit="example", delay=1, disable=count <= size)
@@ -197,6 +220,8 @@ def explain_prepared(
       An explanation of the examples that are asked for, by method.
     """
     rows = model.pairs(prepared, batch.target)
+    if batch.against is not None:
+        rows = model.contrasted(rows, _by_row(batch.against, rows))
     images = batch.image if isinstance(batch.image, list) else [batch.image]
     pixels = [np.asarray(model.seen(image)) for image in images[: batch.count]]
     size = len(images)
@@ -222,7 +247,7 @@ def explain_prepared(
                     model=name,
                     method=one,
                     signed=one in kind.signed,
-                    **_numbered(found[one], batch.start, about),
+                    **_numbered(found[one], batch.start, about, batch.against),
                 )
                 for one in request.methods
             ]
@@ -231,17 +256,46 @@ def explain_prepared(
 
 
 def _numbered(
-    fields: Mapping[str, Any], start: int, about: Sequence[Mapping[str, Any]]
+    fields: Mapping[str, Any], start: int, about: Sequence[Mapping[str, Any]], against: Any
 ) -> dict[str, Any]:
     """Fields of a batch whose first example has this number, with what is told of its rows."""
+    if against is not None:
+        whom = "another for each example" if isinstance(against, list) else against
+        fields = {**fields, "settings": f"{fields['settings']}, against {whom}"}
     report = {**fields["report"], "examples": list(about)}
     if "example" in report:
         report["example"] = [start + i for i in report["example"]]
     return {**fields, "report": report}
 
 
+def _check_against(model: Any, against: Any) -> None:
+    if against is not None and not hasattr(model, "contrasted"):
+        raise ValueError(
+            f"against= contrasts the score with others, and {type(model).__name__} has no "
+            "contrasted(rows, against); explain a function of your own: "
+            "jaxrel.contrastive(fun, target, against)"
+        )
+
+
+def _one_each(against: Any, count: int) -> Any:
+    if isinstance(against, list) and len(against) != count:
+        raise ValueError(
+            f"against: a list has one for each of the {count} examples, got {len(against)}; a "
+            "tuple names several to contrast each with"
+        )
+    return against
+
+
+def _by_row(against: Any, rows: Mapping[str, Any]) -> Any:
+    """What each row is contrasted with; one thing for all as it is."""
+    if not isinstance(against, list) or "example" not in rows:
+        return against
+    return [against[i] for i in np.asarray(rows["example"])]
+
+
 def _check_explainable(model: Any) -> None:
-    needed = [name for name in vars(Explainable) if name[0] != "_" and name != "examples"]
+    left_out = ("examples", "contrasted")
+    needed = [name for name in vars(Explainable) if name[0] != "_" and name not in left_out]
     missing = [name for name in needed if not hasattr(model, name)]
     if missing:
         raise TypeError(

@@ -8,7 +8,7 @@ from jaxrel import attention
 from jaxrel.attention.methods import TABLE
 from jaxrel.flags import Flag
 from jaxrel.propagation import composites, rules
-from jaxrel.propagation.composites import Composite, everything
+from jaxrel.propagation.composites import Composite, everything, op
 
 # What is propagated to the embedded tokens, and there summed over features.
 BY_RULES = {
@@ -16,8 +16,17 @@ BY_RULES = {
     "cp_lrp": composites.cp_lrp(),
     "input_x_gradient": Composite([(everything(), rules.Gradient())]),
 }
+# Of image encoders of convolutions: ZPlus for these, the rest as AttnLRP has it.
+_ZPLUS = Composite([(op("conv"), rules.ZPlus())])
+BY_RULES_OF_CONVOLUTIONS = {
+    "lrp": _ZPLUS + BY_RULES["lrp"],
+    "cp_lrp": _ZPLUS + BY_RULES["cp_lrp"],
+    "input_x_gradient": BY_RULES["input_x_gradient"],
+}
+# Of models whose image encoder has no attention over tokens.
+CONVOLUTIONAL_METHODS = ("grad_cam", *BY_RULES_OF_CONVOLUTIONS)
 # Of models whose streams attend to themselves alone.
-METHODS = (*attention.METHODS, *BY_RULES)
+METHODS = (*attention.METHODS, *attention.ENCODER_METHODS, *BY_RULES)
 # Of models whose streams attend to each other.
 BIMODAL_METHODS = (*attention.BIMODAL_METHODS, *BY_RULES)
 SIGNED = frozenset({*(one.name for one in TABLE.values() if one.signed), *BY_RULES})
@@ -51,6 +60,12 @@ MEANINGS = {
     "of the attention.",
     "equal_lrp": "As equal, with the relevance of the attention by LRP in its place.",
     "partial_lrp": "The relevance of the last layer's attention by LRP, averaged over its heads.",
+    "token_tm": "The attention of all layers, times the gradient of the score, accumulated from "
+    "layer to layer; each layer counts as much as it changes the tokens in length and direction.",
+    "legrad": "Where the score that each layer's own tokens would get is sensitive to the layer's "
+    "attention, averaged over layers; what speaks against the score is left out.",
+    "grad_eclip": "What the last layer's attention could take of each token for the score, by the "
+    "gradient, weighted by how alike its key and the reading token's query are.",
     "lrp": "The score itself, handed back from operation to operation to the input by the rules of "
     "layer-wise relevance propagation; positive parts raise the score, negative ones lower it.",
     "cp_lrp": "As lrp, but attention maps count as constants.",
@@ -72,15 +87,26 @@ class Family:
       methods: their names.
       usual: the one that is used when none is named.
       signed: those whose relevance may be negative.
+      by_rules: those that propagate by rules, and their rules.
+      what: what an error calls a method.
     """
 
     methods: tuple[str, ...]
     usual: str
     signed: frozenset[str]
+    by_rules: Mapping[str, Composite] = dataclasses.field(default_factory=lambda: BY_RULES)
+    what: str = "method"
 
 
 UNIMODAL = Family(METHODS, "weighted", SIGNED)
 BIMODAL = Family(BIMODAL_METHODS, "weighted", SIGNED)
+CONVOLUTIONAL = Family(
+    CONVOLUTIONAL_METHODS,
+    "grad_cam",
+    SIGNED,
+    BY_RULES_OF_CONVOLUTIONS,
+    "method of a model that has no attention over an image's tokens",
+)
 WORD_BY_WORD = Family(WORD_METHODS, "lrp", SIGNED_WORDS)
 
 
@@ -89,6 +115,8 @@ def family(model: Any) -> Family:
     layout = model.layout
     if getattr(layout, "by_word", False):
         return WORD_BY_WORD
+    if any(getattr(stream, "features", "") for stream in layout.streams):
+        return CONVOLUTIONAL
     return BIMODAL if getattr(layout, "schedule", ()) else UNIMODAL
 
 
@@ -124,3 +152,4 @@ class Request:
     importance: str = "grad_value"
     lrp: Any = None
     detector: Detector | None = None
+    sinks: Any = None

@@ -13,13 +13,24 @@ from jaxrel.attention.discovery import sites
 from jaxrel.attention.followed import Coverage
 from jaxrel.attention.importance import measure
 from jaxrel.attention.maps import indices
-from jaxrel.attention.methods import check_methods
+from jaxrel.attention.methods import TABLE, check_methods
+from jaxrel.attention.pooling import Pooling
 from jaxrel.attention.unimodal_relevance import covered_relevance
 from jaxrel.explanations.examples import Rows, rows_of
-from jaxrel.explanations.methods import BY_RULES, LAST_LAYER, Request, computed, family
+from jaxrel.explanations.methods import (
+    BY_RULES,
+    CONVOLUTIONAL,
+    LAST_LAYER,
+    Request,
+    computed,
+    family,
+)
+from jaxrel.gradients import grad_cam
 from jaxrel.propagation.composites import Composite, as_composite
 from jaxrel.propagation.conservation import value_and_measured_lrp
 from jaxrel.tracing.sharding import compiler_sharded, fetch, shard_rows
+
+NEEDING_SCORES = frozenset(one.name for one in TABLE.values() if "layer scores" in one.needs)
 
 
 def check(model: Any, request: Request) -> None:
@@ -31,18 +42,29 @@ def check(model: Any, request: Request) -> None:
             f"have, such as Captioner; {name} does not"
         )
     measure(request.importance)
-    if request.layers is None and request.heads is None:
+    needing = NEEDING_SCORES & {*request.methods}
+    if needing and not hasattr(model, "layer_scores"):
+        raise ValueError(
+            f"method {min(needing)!r} scores the tokens of every layer by the model's head, and "
+            f"{name} has no layer_scores(inputs); see jaxrel.models.CLIP.layer_scores"
+        )
+    if request.layers is None and request.heads is None and request.sinks is None:
         return
+    asked = "layers and heads choose" if request.sinks is None else "layers, heads and sinks choose"
+    if family(model) is CONVOLUTIONAL:
+        raise ValueError(f"{asked} attention maps, and {name} reads images by convolutions")
     if _schedule(model):
         raise ValueError(
-            "layers and heads choose attention maps of a model whose streams attend to "
+            f"{asked} attention maps of a model whose streams attend to "
             f"themselves; in {name} they attend to each other, and all maps count"
         )
     if set(request.methods) <= set(BY_RULES):
         raise ValueError(
-            "layers and heads choose attention maps; method "
+            f"{asked} attention maps; method "
             f"{', '.join(request.methods)} goes through all of the model"
         )
+    if request.sinks is not None:
+        _sinks(model, request.sinks)
 
 
 def relevance(
@@ -160,7 +182,8 @@ def _schedule(model: Any) -> tuple[Any, ...]:
 
 def _options(model: Any, request: Request) -> dict[str, Any]:
     """A request as the static arguments of the compiled program."""
-    by_rules = {one: BY_RULES[one] for one in request.methods if one in BY_RULES}
+    known = family(model).by_rules
+    by_rules = {one: known[one] for one in request.methods if one in known}
     if "lrp" in by_rules and request.lrp is not None:
         by_rules["lrp"] = as_composite(request.lrp)
     return {
@@ -216,13 +239,19 @@ def _explained_rows(
         explained = covered_relevance(
             _score,
             method=methods,
-            target_token=target_token,
-            attention=tuple(stream.name for stream in streams),
+            target_token=_targets(streams, target_token),
+            attention=tuple(stream.name for stream in streams if not _features(stream)),
             layers=chosen.get("layers"),
             heads=chosen.get("heads"),
+            sinks=chosen.get("sinks"),
             importance=importance,
+            layer_scores=_layer_scores if NEEDING_SCORES & {*methods} else None,
         )
         score, relevance, coverage = explained(model, inputs)
+        for stream in filter(_features, streams):
+            # Grad-CAM, in pixels: the one method of attention that such a model has.
+            maps = grad_cam(_score, stream.features, size=stream.grid)(model, inputs)
+            relevance["grad_cam"][stream.name] = maps.reshape(len(maps), -1)
     for name, composite in propagated:
         tags = tuple(f"{stream.name}/tokens" for stream in streams)
         explained = value_and_measured_lrp(_asked_score, composite, argnums=None, at=tags)
@@ -230,6 +259,17 @@ def _explained_rows(
         relevance[name] = {stream.name: _by_token(stream, found) for stream in streams}
     counts = {one: (of.followed, of.layers) for one, of in coverage.items()}
     return score, relevance, reports, counts
+
+
+def _features(stream: Any) -> str:
+    """The tag of the feature maps of a stream of pixels; "" where tokens attend."""
+    return getattr(stream, "features", "")
+
+
+def _targets(streams: tuple[Any, ...], target_token: Mapping[str, Any]) -> dict[str, Any]:
+    """What each stream's score is read from: a token, or what is pooled of all."""
+    pooled = {s.name: Pooling(s.pooling) for s in streams if getattr(s, "pooling", "")}
+    return {**target_token, **pooled}
 
 
 def _coverage(counts: Any) -> dict[str, Any]:
@@ -242,17 +282,22 @@ def _coverage(counts: Any) -> dict[str, Any]:
 
 
 def _chosen(model: Any, inputs: Any, request: Request) -> dict[str, Any]:
-    """Which layers and heads of each stream count, as bool arrays: one program serves all choices.
+    """Which layers and heads of each stream count, and which tokens are sinks, as bool arrays.
+
+    One program serves all choices.
 
     Raises:
       ValueError: a layer or head does not exist.
     """
     asked = {"layers": request.layers, "heads": request.heads}
     asked = {what: x for what, x in asked.items() if x is not None}
+    chosen: dict[str, Any] = {}
+    if request.sinks is not None:
+        chosen["sinks"] = _sinks(model, request.sinks)
     if not asked:
-        return {}
+        return chosen
     counts = jax.device_get(_counts(model, inputs))
-    chosen: dict[str, Any] = {what: {} for what in asked}
+    chosen |= {what: {} for what in asked}
     for what, some in asked.items():
         for stream in model.layout.streams:
             count = int(counts[stream.name][what])
@@ -260,6 +305,26 @@ def _chosen(model: Any, inputs: Any, request: Request) -> dict[str, Any]:
             mask[list(indices(some, count, what))] = True
             chosen[what][stream.name] = mask
     return chosen
+
+
+def _sinks(model: Any, sinks: Any) -> dict[str, np.ndarray]:
+    """Which tokens of each stream are sinks.
+
+    Raises:
+      ValueError: a stream or a token does not exist.
+    """
+    streams = {stream.name: stream.tokens for stream in model.layout.streams}
+    by_stream = sinks if isinstance(sinks, Mapping) else dict.fromkeys(streams, sinks)
+    for name in by_stream:
+        if name not in streams:
+            raise ValueError(f"sinks: there is no stream {name!r}; there are {', '.join(streams)}")
+    found = {}
+    for name, some in by_stream.items():
+        if len(some):
+            mask = np.zeros(streams[name], bool)
+            mask[list(indices(some, len(mask), f"tokens of {name!r}"))] = True
+            found[name] = mask
+    return found
 
 
 @jax.jit
@@ -274,6 +339,10 @@ def _counts(model: Any, inputs: Any) -> Any:
 
 def _score(model: Any, inputs: Any) -> Any:
     return model.score(inputs)
+
+
+def _layer_scores(model: Any, inputs: Any) -> Any:
+    return model.layer_scores(inputs)
 
 
 def _asked_score(model: Any, inputs: Any, asked: Any) -> Any:
@@ -309,6 +378,8 @@ def _settings(method: str, request: Request) -> str:
         chosen[0] = "last layer" if request.layers is None else f"last of {chosen[0]}"
     if method == "weighted":
         chosen.append(f"importance {request.importance}")
+    if request.sinks is not None:
+        chosen.append(f"without the sinks {request.sinks}")
     return ", ".join(chosen)
 
 

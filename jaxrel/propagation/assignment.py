@@ -27,7 +27,7 @@ from jaxrel.tracing.facts import Fact, Facts, active_ins, analyse, is_elementwis
 from jaxrel.tracing.graph import Graph, Node, Value
 from jaxrel.tracing.opaque import cure
 from jaxrel.tracing.primitives import CUSTOM, CUSTOM_JVP
-from jaxrel.tracing.rewrite import cut_scans, open_calls
+from jaxrel.tracing.rewrite import associate, cut_scans, divide_first, open_calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,10 @@ def prepare(
         return analyse(graph, ins, sources=found_in(graph), barriers=barriers, names=names)
 
     graph, facts = _opened(graph, composite, known)
+    ordered = divide_first(graph, lambda value: facts[value].active)
+    facts = facts if ordered is graph else known(ordered)
+    graph = associate(ordered, facts, found_in(ordered))
+    facts = facts if ordered is graph else known(graph)
     while any(map(cuts := Cuts(facts, composite, found_in(graph), whole), graph.walk())):
         graph = cut_scans(graph, cuts)
         facts = known(graph)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -12,6 +13,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxrel.propagation.assignment import Prepared, prepare
+from jaxrel.propagation.blocks import by_blocks
 from jaxrel.propagation.composites import Where, as_composite
 from jaxrel.tracing.capture import find_tags, gather, tap_names
 from jaxrel.tracing.evaluate import Edits, Interceptor
@@ -31,6 +33,7 @@ def lrp(
     has_aux: bool = False,
     at: Any = (),
     unknown: Unknown = "error",
+    block: int | None = None,
 ) -> Callable:
     """Make a function return the relevance of its input for its output.
 
@@ -51,6 +54,8 @@ def lrp(
         `argnums=None` only these are explained: for functions of integer tokens, tag what is
         looked up.
       unknown: 'error', or 'warn' to use the derivative of operations that have no rule.
+      block: compute attention by blocks of so many queries, forward and backward, so that memory
+        is tokens x block and no map of all tokens is ever there; None for whole maps.
 
     Returns:
       A function `(*args, seed=None, target=None, **kwargs)`. `seed` is the relevance of the output,
@@ -67,9 +72,12 @@ def lrp(
       ValueError: (when called) a seed of the wrong shape; NaN or infinity in an argument or seed
         (only where values are known: not inside jit); an entry of the composite that matches
         nothing; an unknown tag or path.
-      NotImplementedError: (when called) an operation carries relevance and has no rule.
+      NotImplementedError: (when called) an operation carries relevance and has no rule; with
+        `block`, attention whose rows are not computed apart.
     """
-    explain = value_and_lrp(fun, rules, argnums=argnums, has_aux=has_aux, at=at, unknown=unknown)
+    explain = value_and_lrp(
+        fun, rules, argnums=argnums, has_aux=has_aux, at=at, unknown=unknown, block=block
+    )
 
     def explained(*args, seed: Any = None, **kwargs):
         # A target is among the keywords.
@@ -120,10 +128,19 @@ def value_and_lrp(
     has_aux: bool = False,
     at: Any = (),
     unknown: Unknown = "error",
+    block: int | None = None,
 ) -> Callable:
     """Like `lrp`, but the function returns `(fun(*args), relevance)`."""
-    run = explained_vjp("lrp", fun, rules, argnums=argnums, has_aux=has_aux, at=at, unknown=unknown)
-
+    run = explained_vjp(
+        "lrp",
+        fun,
+        rules,
+        argnums=argnums,
+        has_aux=has_aux,
+        at=at,
+        unknown=unknown,
+        block=block,
+    )
     own = _takes_target(fun)
 
     def explained(*args, seed: Any = None, **kwargs):
@@ -143,6 +160,7 @@ def lrp_vjp(
     at: Any = (),
     unknown: Unknown = "error",
     gradient: bool = False,
+    block: int | None = None,
 ) -> Callable:
     """Run a function once, and explain its output as often as wanted, as `jax.vjp` does.
 
@@ -153,7 +171,7 @@ def lrp_vjp(
         relevance = jax.vmap(explain)(jnp.eye(classes) * value)
 
     Args:
-      fun, rules, argnums, at, unknown: as in `lrp`.
+      fun, rules, argnums, at, unknown, block: as in `lrp`.
       gradient: whether the cotangents themselves, relevance / value, go in and come out in the
         place of relevance: with rules that change the derivative (`Guided`, `Deconvnet`) these
         are their method's result, and with `Gradient` everywhere the gradient.
@@ -166,7 +184,14 @@ def lrp_vjp(
       TypeError, ValueError, NotImplementedError: see `lrp`.
     """
     return explained_vjp(
-        "lrp_vjp", fun, rules, argnums=argnums, at=at, unknown=unknown, gradient=gradient
+        "lrp_vjp",
+        fun,
+        rules,
+        argnums=argnums,
+        at=at,
+        unknown=unknown,
+        gradient=gradient,
+        block=block,
     )
 
 
@@ -180,6 +205,7 @@ def explained_vjp(
     at: Any = (),
     unknown: Unknown = "error",
     gradient: bool = False,
+    block: int | None = None,
 ) -> Callable:
     """`lrp_vjp` in the name of another function, for errors; with `has_aux` as in `lrp`."""
     composite = as_composite(rules)
@@ -187,11 +213,15 @@ def explained_vjp(
     _check_argnums(argnums, at)
     if unknown not in get_args(Unknown):
         raise ValueError(f"{caller}: unknown must be 'error' or 'warn', got {unknown!r}")
+    if block is not None and operator.index(block) < 1:
+        raise ValueError(f"{caller}: block must be 1 or more queries, got {block}")
 
     def run(*args, **kwargs):
         whole = functools.partial(fun, **kwargs)
         call = traced_call(caller, whole, args, argnums, has_aux, tokens=not gradient)
-        outs, back = forward(call, prepare_call(call, composite, at, unknown), at)
+        prepared = prepare_call(call, composite, at, unknown)
+        prepared = prepared if block is None else by_blocks(prepared, operator.index(block))
+        outs, back = forward(call, prepared, at)
 
         def explain(seed: Any) -> Any:
             if gradient:

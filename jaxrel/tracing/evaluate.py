@@ -3,7 +3,8 @@
 Three kinds of change can be asked for (`Edits`), each keyed by the node or value it concerns,
 in whichever body that lies:
 
-* `steps`: a node is computed by another function (a relevance rule, say);
+* `steps`: a node is computed by another function (a relevance rule, say), of values of its own
+  graph or of those around it;
 * `taps`: a value is handed out, after a probe has been added to it if one was given; the
   derivative by a zero probe is the derivative by the value;
 * `interceptors`: a value and the carrier pass through a function. The carrier is a pytree that
@@ -29,10 +30,14 @@ from jaxrel.tracing.sharding import shaped_like, zeros
 
 
 class Step(NamedTuple):
-    """Compute a node's outputs as `function(*ins)`; `ins` need not be the node's own."""
+    """Compute a node's outputs as `function(*ins)`; `ins` need not be the node's own.
+
+    With `carried` it is `function(carrier, *ins) -> (carrier, outputs)`.
+    """
 
     ins: tuple[Atom, ...]
-    function: Callable[..., Sequence]
+    function: Callable[..., Any]
+    carried: bool = False
 
 
 class Interceptor(NamedTuple):
@@ -80,6 +85,7 @@ def evaluate(
     *,
     probes: Mapping[str, Any] | None = None,
     carrier: Any = None,
+    around: Mapping[Value, Any] | None = None,
 ) -> Evaluated:
     """Run a graph on flat arguments, with edits.
 
@@ -89,6 +95,7 @@ def evaluate(
       edits: what to do differently; nothing, by default.
       probes: arrays of the tapped values' shapes (see `tap_shapes`), by tap name, added to them.
       carrier: the initial carrier, any pytree of arrays.
+      around: the values of the graphs that hold this one, for steps that read them.
 
     Returns:
       `Evaluated(outs, taps, carrier)`.
@@ -98,7 +105,7 @@ def evaluate(
         a function with a derivative of its own, a kernel); the message has the source line.
     """
     edits = edits or Edits()
-    env: dict[Value, Any] = dict(graph.constants)
+    env: dict[Value, Any] = {**(around or {}), **graph.constants}
     taps: dict[str, Any] = {}
 
     def read(atom: Atom) -> Any:
@@ -117,12 +124,18 @@ def evaluate(
 
     for value, arg in zip(graph.ins, args, strict=True):
         write(value, arg)
-    for node in _needed(graph, edits) if edits.steps else graph.nodes:
+    for node in _needed(graph, edits)[0] if edits.steps else graph.nodes:
         if node in edits.steps:
             step = edits.steps[node]
-            outs = step.function(*map(read, step.ins))
+            ins = list(map(read, step.ins))
+            if step.carried:
+                carrier, outs = step.function(carrier, *ins)
+            else:
+                outs = step.function(*ins)
         elif node.cuts or any(map(edits.reach, node.bodies)):
-            inner = _enter(node)(node, list(map(read, node.ins)), edits, probes or {}, carrier)
+            unread = _unread(node, edits)
+            args = [None if i in unread else read(atom) for i, atom in enumerate(node.ins)]
+            inner = _enter(node)(node, args, edits, probes or {}, carrier, env)
             outs, carrier = inner.outs, inner.carrier
             taps |= inner.taps
         else:
@@ -132,8 +145,8 @@ def evaluate(
     return Evaluated([read(atom) for atom in graph.outs], taps, carrier)
 
 
-def _needed(graph: Graph, edits: Edits) -> list[Node]:
-    """The nodes without those that only replaced steps would have read."""
+def _needed(graph: Graph, edits: Edits) -> tuple[list[Node], set[Value]]:
+    """The nodes without those that only replaced steps would have read, and what is read."""
     edited = {*edits.taps, *edits.interceptors}
     reads = [value for interceptor in edits.interceptors.values() for value in interceptor.reads]
     needed = {atom for atom in (*graph.outs, *reads) if isinstance(atom, Value)}
@@ -141,10 +154,32 @@ def _needed(graph: Graph, edits: Edits) -> list[Node]:
     for node in reversed(graph.nodes):
         keep = any(out in needed or out in edited for out in node.outs)
         if keep or node.equation.effects or any(map(edits.reach, node.bodies)):
-            ins = edits.steps[node].ins if node in edits.steps else node.ins
+            ins = list(edits.steps[node].ins if node in edits.steps else node.ins)
+            if node not in edits.steps and any(map(edits.reach, node.bodies)):
+                unread = _unread(node, edits)
+                ins = [atom for i, atom in enumerate(ins) if i not in unread]
+                steps = (edits.steps.get(one) for body in node.bodies for one in body.walk())
+                ins += [atom for step in steps if step is not None for atom in step.ins]
             needed.update(atom for atom in ins if isinstance(atom, Value))
             nodes.append(node)
-    return nodes[::-1]
+    return nodes[::-1], needed
+
+
+def _unread(node: Node, edits: Edits) -> set[int]:
+    """The inputs of control flow, by place, that nothing in its bodies reads any longer.
+
+    Of those that are the same for every branch and iteration.
+    """
+    if not edits.steps or not node.is_open:
+        return set()
+    given = operands(node, range(len(node.ins)))
+    edited = {*edits.taps, *edits.interceptors}
+    read = [(body.ins, edited | _needed(body, edits)[1]) for body in node.bodies]
+    return {
+        place
+        for number, place in enumerate(given.fixed)
+        if not any(ins[number] in found for ins, found in read)
+    }
 
 
 def tap_shapes(graph: Graph, taps: Mapping[Value, str]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -191,7 +226,9 @@ def _within(bodies: Sequence[Graph], edits: Edits, probes: Mapping[str, Any]) ->
     return {name: probe for name, probe in probes.items() if name in names}
 
 
-def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
+def _scan(
+    node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any, around: Mapping
+) -> Evaluated:
     assert node.scan is not None
     _, fixed, state, xs = operands(node, args)
     whole = len(node.bodies) == 1
@@ -200,7 +237,7 @@ def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -
     for start, stop, body in node.segments():
         part = xs if whole else [x[start:stop] for x in xs]
         state, ys, carrier, inner = _segment(
-            node, body, stop - start, (fixed, state, part), edits, probes, carrier
+            node, body, stop - start, (fixed, state, part), edits, probes, carrier, around
         )
         taps |= inner
         found.append(ys)
@@ -210,7 +247,14 @@ def _scan(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -
 
 
 def _segment(
-    node: Node, body: Graph, length: int, args: tuple, edits: Edits, probes: Mapping, carrier: Any
+    node: Node,
+    body: Graph,
+    length: int,
+    args: tuple,
+    edits: Edits,
+    probes: Mapping,
+    carrier: Any,
+    around: Mapping,
 ) -> tuple[list, list, Any, dict]:
     assert node.scan is not None
     fixed, state, xs = args
@@ -222,7 +266,9 @@ def _segment(
 
     def step(loop, x):
         (state, carrier), (xs, probes) = loop, x
-        inner = evaluate(body, [*fixed, *state, *xs], edits, probes=probes, carrier=carrier)
+        inner = evaluate(
+            body, [*fixed, *state, *xs], edits, probes=probes, carrier=carrier, around=around
+        )
         new = [_strong(x, v) for x, v in zip(inner.outs[:carries], types, strict=True)]
         return (new, inner.carrier), (inner.outs[carries:], inner.taps)
 
@@ -243,18 +289,22 @@ def _strong(x: Any, value: Value) -> Any:
     return lax.convert_element_type(x, value.aval.dtype)
 
 
-def _remat(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
+def _remat(
+    node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any, around: Mapping
+) -> Evaluated:
     assert node.remat is not None
     (body,) = node.bodies
 
     def run(args, probes, carrier):
-        return tuple(evaluate(body, args, edits, probes=probes, carrier=carrier))
+        return tuple(evaluate(body, args, edits, probes=probes, carrier=carrier, around=around))
 
     run = jax.checkpoint(run, policy=node.remat.policy, prevent_cse=node.remat.prevent_cse)
     return Evaluated(*run(args, _within(node.bodies, edits, probes), carrier))
 
 
-def _cond(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -> Evaluated:
+def _cond(
+    node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any, around: Mapping
+) -> Evaluated:
     (index,), inputs, *_ = operands(node, args)
     # Every branch hands out the same structure: a tap of a branch not taken is zero.
     blank: dict[str, jax.ShapeDtypeStruct] = {}
@@ -263,7 +313,7 @@ def _cond(node: Node, args: list, edits: Edits, probes: Mapping, carrier: Any) -
 
     def branch(body):
         def run(inputs, probes, carrier):
-            inner = evaluate(body, inputs, edits, probes=probes, carrier=carrier)
+            inner = evaluate(body, inputs, edits, probes=probes, carrier=carrier, around=around)
             empty = {name: zeros(shape) for name, shape in blank.items()}
             return inner.outs, empty | inner.taps, inner.carrier
 

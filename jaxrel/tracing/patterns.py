@@ -9,6 +9,7 @@ be shifted, clipped, masked, and to any base.
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,6 +62,29 @@ def softmaxes(
       again: also what normalises a softmax once more, as after a mask.
     """
     yield from _Matcher(graph, varies).softmaxes(again)
+
+
+class Late(NamedTuple):
+    """A softmax whose division comes after the product with the values.
+
+    Attributes:
+      last: the node that divides.
+      moves: what moves the product before that, in order.
+      product: the product of exponentials and values.
+      side: which operand of it the exponentials are.
+      sums: what it is divided by.
+    """
+
+    last: Node
+    moves: tuple[Node, ...]
+    product: Node
+    side: int
+    sums: Value
+
+
+def late_softmaxes(graph: Graph, varies: Varies | None = None) -> Iterator[Late]:
+    """Each (exp(s) @ v) / sum(exp(s)) of the graph, not of its bodies."""
+    yield from _Matcher(graph, varies).late()
 
 
 def logsumexps(graph: Graph, varies: Varies | None = None) -> Iterator[tuple[Node, Value]]:
@@ -129,6 +153,29 @@ class _Matcher:
                 exps = [self._logsumexp_below(node)]
             if exps and isinstance(start := self.unshifted(exps[0]), Value):
                 yield node, start
+
+    def late(self) -> Iterator[Late]:
+        """See `late_softmaxes`."""
+        for node in (
+            self.graph.nodes if any(n.name in EXPONENTIALS for n in self.graph.nodes) else ()
+        ):
+            for above, below in self._quotients(node) if node.name in SCALES else ():
+                product = self.before(above)
+                if product is None or product.name not in DOT or not isinstance(below, Value):
+                    continue
+                sums = self.summed(below)
+                exps = [self.exponentials(atom) if sums else [] for atom in product.ins]
+                sides = [i for i, found in enumerate(exps) if len(found) == 1 and found[0] in sums]
+                if len(sides) == 1:
+                    yield Late(node, self._moves(above, product), product, sides[0], below)
+
+    def _moves(self, atom: Atom, start: Node) -> tuple[Node, ...]:
+        """The nodes between one and a value that is its output, moved."""
+        moves: list[Node] = []
+        while isinstance(atom, Value) and (node := self.producers[atom]) is not start:
+            moves.insert(0, node)
+            atom = node.ins[0]
+        return tuple(moves)
 
     def logsumexps(self) -> Iterator[tuple[Node, Value]]:
         """See the function."""

@@ -10,7 +10,7 @@ and `jax.interpreters`; they ask here. With `JAX_REMAT3` and `JAX_CUSTOM_VJP3`, 
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +90,7 @@ MAXIMA = _names("reduce_max reduce_window_max")
 REDUCE_PROD = _names("reduce_prod")
 TRANSPOSE = _names("transpose")
 BROADCAST = _names("broadcast_in_dim")
+IOTA = _names("iota")
 SLICES = _names("slice dynamic_slice split")
 CONCATENATE = _names("concatenate")
 RESHAPES = _names("reshape squeeze")
@@ -289,6 +290,23 @@ def is_inner(equation: Any) -> bool:
     )
 
 
+def product_axes(equation: Any, side: int) -> dict[int, int]:
+    """By axis of an operand that a matrix product keeps, the axis of the result that it is."""
+    contracted, batched = contraction(equation)
+    free = [
+        [a for a in range(len(atom.aval.shape)) if a not in (*contracted[i], *batched[i])]
+        for i, atom in enumerate(equation.invars)
+    ]
+    kept = {axis: place for place, axis in enumerate(batched[side])}
+    start = len(batched[side]) + (len(free[0]) if side else 0)
+    return kept | {axis: start + i for i, axis in enumerate(free[side])}
+
+
+def is_outer(equation: Any) -> bool:
+    """Whether a matrix product sums over nothing, as `einsum("bd,bd->bd")` does: a product."""
+    return name_of(equation) in DOT and not any(contraction(equation)[0])
+
+
 def conv_features(equation: Any) -> tuple[int, int]:
     """The feature axis of a convolution's output, and the axis of its kernel that makes it."""
     numbers = equation.params["dimension_numbers"]
@@ -451,10 +469,52 @@ def same_as(equation: Any) -> Any:
     return key
 
 
-def bind(equation: Any, values: Sequence) -> list:
-    """Apply an operation as the user wrote it, its own derivative included."""
+# The parameter, of operations that have one, that says how long the axes of the output are.
+_LENGTHS = {
+    "broadcast_in_dim": "shape",
+    "iota": "shape",
+    "reshape": "new_sizes",
+    "slice": "limit_indices",
+    "dynamic_slice": "slice_sizes",
+}
+
+
+def acts_along(equation: Any) -> frozenset[int] | None:
+    """The axes along which an operation that leaves all others in place mixes; None for others."""
+    name, params = name_of(equation), equation.params
+    if name in ("concatenate", "sort"):
+        return frozenset([params["dimension"]])
+    if name in ("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "split"):
+        return frozenset([params["axis"]])
+    if name == "rev":
+        return frozenset(params["dimensions"])
+    if name == "pad":
+        return frozenset(i for i, width in enumerate(params["padding_config"]) if any(width))
+    if name in ("slice", "dynamic_slice"):
+        shapes = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+        return frozenset(i for i, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b)
+    return None
+
+
+def bind_part(equation: Any, values: Sequence, axis: int, start: Any, size: int) -> list:
+    """Apply an operation to operands of which those with an axis of the output are cut along it.
+
+    The part of the axis begins at `start` and has `size` entries.
+    """
+    name = name_of(equation)
+    if name not in _LENGTHS:
+        return bind(equation, values)
+    lengths = list(equation.params[_LENGTHS[name]])
+    lengths[axis] = size
+    (out,) = bind(equation, values, {_LENGTHS[name]: tuple(lengths)})
+    counts = name in IOTA and equation.params["dimension"] == axis
+    return [out + jnp.asarray(start).astype(out.dtype) if counts else out]
+
+
+def bind(equation: Any, values: Sequence, changed: Mapping[str, Any] | None = None) -> list:
+    """Apply an operation, parameters `changed`, as the user wrote it, with its own derivative."""
     primitive = equation.primitive
-    params = primitive.get_bind_params(equation.params)
+    params = primitive.get_bind_params({**equation.params, **(changed or {})})
     apply: Callable = functools.partial(primitive.bind, **params)
     if any(_explicit(atom.aval) for atom in equation.invars):
         # Op by op, JAX cannot differentiate all operations of an explicit mesh (a maximum).

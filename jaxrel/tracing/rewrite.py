@@ -1,9 +1,22 @@
-"""Rewrites of a graph that leave what it computes unchanged: calls opened, scans cut."""
+"""Rewrites of a graph that leave what it computes unchanged.
+
+Calls are opened, scans cut, and the factors of products brought into one order.
+"""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Collection
+from typing import Any
 
-from jaxrel.tracing.graph import Atom, Graph, Node, Value
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array
+
+from jaxrel.tracing import primitives
+from jaxrel.tracing.facts import Facts, active_ins
+from jaxrel.tracing.graph import Atom, Graph, Node, Value, build
+from jaxrel.tracing.patterns import Late, Varies, late_softmaxes
+from jaxrel.tracing.primitives import DIV, SCALES, TAG, TRANSPOSE
 
 
 def open_calls(graph: Graph, opens: Callable[[Node], bool]) -> Graph:
@@ -53,6 +66,165 @@ def cut_scans(graph: Graph, cuts: Callable[[Node], Collection[int]]) -> Graph:
         else:
             nodes.append(dataclasses.replace(node, bodies=bodies))
     return Graph(graph.ins, tuple(nodes), graph.outs, graph.constants)
+
+
+def associate(graph: Graph, facts: Facts, kept: Collection[Value]) -> Graph:
+    """(h * g) * f(g) as h * (g * f(g)): functions of one value are one, in any order of factors.
+
+    `kept` are values that must stay what they are. Without a change the graph itself is returned.
+    """
+    return _Association(graph, facts, kept).run()
+
+
+class _Association:
+    """One graph whose products are put into order; `roots` as in `facts.Fact`."""
+
+    def __init__(self, graph: Graph, facts: Facts, kept: Collection[Value]):
+        self.graph, self.facts, self.kept = graph, facts, kept
+        self.users = graph.users()
+        self.nodes: list[Node] = []
+        self.producers: dict[Value, Node] = {}
+        self.roots = {out: facts[out].root for node in graph.nodes for out in node.outs}
+
+    def run(self) -> Graph:
+        for node in self.graph.nodes:
+            inner = node.bodies if node.is_open else ()
+            bodies = tuple(associate(body, self.facts, self.kept) for body in inner)
+            if any(map(operator.is_not, bodies, inner)):
+                node = dataclasses.replace(node, bodies=bodies)
+            found = self._apart(node) if node.name in SCALES else None
+            for made in [node] if found is None else self._together(node, *found):
+                self.nodes.append(made)
+                self.producers.update((out, made) for out in made.outs)
+        if all(map(operator.is_, self.nodes, self.graph.nodes)):
+            return self.graph
+        return dataclasses.replace(self.graph, nodes=tuple(self.nodes))
+
+    def _apart(self, node: Node) -> tuple[Value, list[tuple[Node, int]]] | None:
+        """The factor that is moved, and the way down to the one it belongs to."""
+        active = active_ins(self.facts, node)
+        if len(active) != 2 or self.roots[node.outs[0]] is not node.outs[0]:
+            return None
+        for product, factor in [active] if node.name in DIV else [active, active[::-1]]:
+            root = self.roots.get(factor, factor)
+            way = self._way(product, root) if factor.shape == node.outs[0].shape else None
+            if way is not None:
+                return factor, way
+        return None
+
+    def _way(self, value: Value, root: Value | None) -> list[tuple[Node, int]] | None:
+        """From a product, used once, to its factor that is a function of the root."""
+        node = self.producers.get(value)
+        alone = len(self.users.get(value, ())) == 1 and value not in self.graph.outs
+        if node is None or node.name not in SCALES or not alone or value in self.kept:
+            return None
+        for i, atom in enumerate(node.ins[:1] if node.name in DIV else node.ins):
+            if isinstance(atom, Value) and atom.shape == value.shape:
+                if self.roots.get(atom, atom) is root:
+                    return [(node, i)]
+                deeper = self._way(atom, root)
+                if deeper is not None:
+                    return [(node, i), *deeper]
+        return None
+
+    def _together(self, node: Node, factor: Value, way: list[tuple[Node, int]]) -> list[Node]:
+        """The factor multiplied first, then what is on the way, up to the node's own output."""
+        last, place = way[-1]
+        both = Value(node.outs[0].aval)
+        self.roots[both] = self.roots.get(factor, factor)
+        old = last.ins[place]
+        ins = tuple(factor if atom is factor else old for atom in node.ins)
+        made = [dataclasses.replace(node, ins=ins, outs=(both,))]
+        for step, i in reversed(way):
+            self.nodes.remove(step)
+            ins = tuple(both if j == i else atom for j, atom in enumerate(step.ins))
+            both = node.outs[0] if step is way[0][0] else step.outs[0]
+            made.append(dataclasses.replace(step, ins=ins, outs=(both,)))
+        return made
+
+
+def divide_first(graph: Graph, varies: Varies | None = None) -> Graph:
+    """(exp(s) @ v) / sum(exp(s)) as (exp(s) / sum(exp(s))) @ v, in bodies too.
+
+    `varies` says whether a value depends on the data, as in `patterns.softmaxes`. Without a
+    change the graph itself is returned.
+    """
+    used = graph.users()
+    late = {one.last: one for one in late_softmaxes(graph, varies)}
+    late = {last: one for last, one in late.items() if _alone(one, used)}
+    gone = {node for one in late.values() for node in (one.product, *one.moves)}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        inner = node.bodies if node.is_open else ()
+        bodies = tuple(divide_first(body, varies) for body in inner)
+        if node in late:
+            nodes += _divided_first(late[node])
+        elif any(map(operator.is_not, bodies, inner)):
+            nodes.append(dataclasses.replace(node, bodies=bodies))
+        elif node not in gone:
+            nodes.append(node)
+    same = len(nodes) == len(graph.nodes) and all(map(operator.is_, nodes, graph.nodes))
+    return graph if same else dataclasses.replace(graph, nodes=tuple(nodes))
+
+
+def _alone(late: Late, used: dict[Value, list[Node]]) -> bool:
+    """Whether the quotient alone reads the product, whose axes the moves put in order at most."""
+    chain = [late.product, *late.moves]
+    plain = all(
+        move.name in TRANSPOSE or (move.name not in TAG and move.ins[0].shape == move.outs[0].shape)
+        for move in late.moves
+    )
+    rank = len(late.product.outs[0].shape)
+    sums = _sums_by_key(late) if plain and len(late.sums.shape) == rank else None
+    return sums is not None and all(len(used[node.outs[0]]) == 1 for node in chain)
+
+
+def _sums_by_key(late: Late) -> Callable[[Array], Array] | None:
+    """From the sums, along the result's axes, to those along the exponentials'; or None."""
+    order = tuple(range(len(late.product.outs[0].shape)))
+    for move in late.moves:
+        if move.name in TRANSPOSE:
+            order = tuple(order[axis] for axis in primitives.permutation(move.equation))
+    kept = primitives.product_axes(late.product.equation, late.side)
+    places = [order.index(axis) for axis in kept.values()]
+    others = set(range(len(order))) - set(places)
+    if any(late.sums.shape[axis] != 1 for axis in others):
+        return None
+    exps = late.product.ins[late.side]
+    sizes = [late.sums.shape[place] for place in places]
+    shape = [1] * len(exps.shape)
+    for axis, size in zip(kept, sizes, strict=True):
+        shape[axis] = size
+
+    def moved(sums: Array) -> Array:
+        rows = jnp.transpose(sums, (*others, *places)).reshape(sizes)
+        rows = jnp.transpose(rows, np.argsort(list(kept)).tolist())
+        return rows.reshape(shape).astype(exps.aval.dtype)
+
+    return moved
+
+
+def _divided_first(late: Late) -> list[Node]:
+    """The nodes that divide the exponentials, multiply the values and move the product."""
+    moved = _sums_by_key(late)
+    assert moved is not None
+    exps = late.product.ins[late.side]
+
+    def divide(exps, sums):
+        return exps / moved(sums)
+
+    quotient = build(primitives.make_program(divide, exps.aval, late.sums.aval)[0])
+    env: dict[Any, Atom] = dict(zip(quotient.ins, (exps, late.sums), strict=True))
+    within = (late.last.equation, *late.last.callers)
+    nodes = [
+        dataclasses.replace(node, ins=tuple(env.get(a, a) for a in node.ins), callers=within)
+        for node in quotient.nodes
+    ]
+    ins = list(late.product.ins)
+    ins[late.side] = quotient.outs[0]
+    nodes += [dataclasses.replace(late.product, ins=tuple(ins)), *late.moves]
+    nodes[-1] = dataclasses.replace(nodes[-1], outs=late.last.outs)
+    return nodes
 
 
 def copy_graph(graph: Graph) -> Graph:

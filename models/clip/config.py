@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxrel.models.checkpoint import CONFIG
+from jaxrel.models.patches import ImageSize, Patched
 from jaxrel.models.sizes import check_numbers, check_sizes, is_number, is_size
 from jaxrel.models.transformer import check_transformer
 
@@ -12,7 +13,7 @@ MODEL_TYPE = "clip"
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(Patched):
     """Sizes of the image tower; the defaults are those of ViT-B/32.
 
     Args:
@@ -20,7 +21,7 @@ class VisionConfig:
       layers: number of layers.
       heads: attention heads; divides `width`.
       mlp_width: hidden features of the MLP.
-      image_size: pixels of a side of the square input.
+      image_size: pixels of a side of the square input, or (height, width).
       patch_size: pixels of a side of a patch.
       activation: "quick_gelu" or "gelu".
       layer_norm_eps: added to the variance in layer norms.
@@ -30,29 +31,19 @@ class VisionConfig:
     layers: int = 12
     heads: int = 12
     mlp_width: int = 3072
-    image_size: int = 224
+    image_size: ImageSize = 224
     patch_size: int = 32
     activation: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        check_transformer(self, "vision", "image_size", "patch_size")
-        if self.image_size < self.patch_size:
-            raise ValueError(
-                f"vision: image_size {self.image_size} is smaller than one patch of "
-                f"{self.patch_size} pixels"
-            )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        side = self.image_size // self.patch_size
-        return side, side
+        check_transformer(self, "vision")
+        self.check_patches("vision")
 
     @property
     def tokens(self) -> int:
         """The class token and the patches."""
-        return 1 + self.grid[0] * self.grid[1]
+        return 1 + self.patches
 
 
 @dataclass(frozen=True)
@@ -87,7 +78,7 @@ class TextConfig:
 
 
 # Field of our configuration: key of the Hugging Face configuration.
-_TOWER_KEYS = {
+TOWER_KEYS = {
     "width": "hidden_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
@@ -95,14 +86,20 @@ _TOWER_KEYS = {
     "activation": "hidden_act",
     "layer_norm_eps": "layer_norm_eps",
 }
-_VISION_KEYS = _TOWER_KEYS | {"image_size": "image_size", "patch_size": "patch_size"}
-_TEXT_KEYS = _TOWER_KEYS | {
+_VISION_KEYS = TOWER_KEYS | {"image_size": "image_size", "patch_size": "patch_size"}
+_TEXT_KEYS = TOWER_KEYS | {
     "vocab_size": "vocab_size",
     "context": "max_position_embeddings",
     "eos_token_id": "eos_token_id",
 }
 _COMMON_KEYS = {"projection": "projection_dim", "logit_scale": "logit_scale_init_value"}
 _NUMBERS = ("layer_norm_eps", "logit_scale_init_value")
+
+
+def check_channels(section: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a section of a config.json is of images with three channels."""
+    if section.get("num_channels", 3) != 3:
+        raise ValueError(f"{CONFIG}: num_channels must be 3, got {section['num_channels']!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -142,20 +139,17 @@ class CLIPConfig:
         Raises:
           ValueError: a value that is out of range or that this model does not support.
         """
-        vision, text = _section(config, "vision_config"), _section(config, "text_config")
-        if vision.get("num_channels", 3) != 3:
-            raise ValueError(
-                f"{CONFIG}: num_channels must be 3, got {vision['num_channels']!r:.80}"
-            )
-        for key in ("image_size", "patch_size"):
-            vision[key] = _one(vision.get(key, getattr(VisionConfig, key)), f"vision_config.{key}")
-        text["eos_token_id"] = _one(
+        vision, text = read_section(config, "vision_config"), read_section(config, "text_config")
+        check_channels(vision)
+        for key, read in (("image_size", read_image_size), ("patch_size", read_one)):
+            vision[key] = read(vision.get(key, getattr(VisionConfig, key)), f"vision_config.{key}")
+        text["eos_token_id"] = read_one(
             text.get("eos_token_id", TextConfig.eos_token_id), "text_config.eos_token_id"
         )
         return cls(
-            vision=VisionConfig(**_pick(vision, _VISION_KEYS, "vision_config.")),
-            text=TextConfig(**_pick(text, _TEXT_KEYS, "text_config.")),
-            **_pick(config, _COMMON_KEYS),
+            vision=VisionConfig(**read_fields(vision, _VISION_KEYS, "vision_config.")),
+            text=TextConfig(**read_fields(text, _TEXT_KEYS, "text_config.")),
+            **read_fields(config, _COMMON_KEYS),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,7 +167,8 @@ class CLIPConfig:
         }
 
 
-def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def read_section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Read a section of a config.json; ValueError if it is no object."""
     # Configurations of 2021 have a second copy, `*_config_dict`, which wins in transformers, also
     # where it says nothing: then by its defaults, which are those of this module.
     copy = f"{name}_dict" if config.get(f"{name}_dict") is not None else name
@@ -183,8 +178,19 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(section)
 
 
-def _pick(section: Mapping[str, Any], keys: Mapping[str, str], name: str = "") -> dict[str, Any]:
-    """Our fields of a section, whose values are of the types they should be."""
+def read_fields(
+    section: Mapping[str, Any], keys: Mapping[str, str], name: str = ""
+) -> dict[str, Any]:
+    """Our fields of a section, whose values are of the types they should be.
+
+    Args:
+      section: a section of a config.json.
+      keys: by field, the key that it has there.
+      name: of the section, with a dot, for the message.
+
+    Raises:
+      ValueError: a value of another type.
+    """
     found = {ours: section[key] for ours, key in keys.items() if key in section}
     for ours, value in found.items():
         key = keys[ours]
@@ -193,13 +199,26 @@ def _pick(section: Mapping[str, Any], keys: Mapping[str, str], name: str = "") -
         elif key == "hidden_act":
             fits, wanted = isinstance(value, str), "a name"
         else:
-            fits, wanted = is_size(value) or key == "eos_token_id", "a positive integer"
+            read = key in ("eos_token_id", "image_size")  # looked at before
+            fits, wanted = is_size(value) or read, "a positive integer"
         if not fits:
             raise ValueError(f"{CONFIG}: {name}{key} must be {wanted}, got {value!r:.80}")
     return found
 
 
-def _one(value: Any, name: str) -> int:
+def read_image_size(value: Any, name: str) -> ImageSize:
+    """Read an image size of a config.json: one number, or height and width, equal or not.
+
+    Raises:
+      ValueError: another value.
+    """
+    if isinstance(value, list | tuple) and len(value) == 2 and all(map(is_size, value)):
+        return value[0] if value[0] == value[1] else (value[0], value[1])
+    return read_one(value, name)
+
+
+def read_one(value: Any, name: str) -> int:
+    """Read one integer, which a config.json may repeat; ValueError if it is another value."""
     values = value if isinstance(value, (list, tuple)) else [value]
     if not values or any(type(one) is not int or one != values[0] for one in values):
         raise ValueError(f"{CONFIG}: {name} must be one integer, got {value!r:.80}")

@@ -5,37 +5,26 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrel import capture_with_grad
-from jaxrel.models.base import Model, empty
-from jaxrel.models.captions import sentences
-from jaxrel.models.checkpoint import fill, find_folder, read_config, read_values
+from jaxrel.models.checkpoint import find_folder, read_config, read_tensors
+from jaxrel.models.clip import open_clip
 from jaxrel.models.clip.config import MODEL_TYPE, CLIPConfig
-from jaxrel.models.clip.hugging_face import PARAMETERS, interpolate_positions
+from jaxrel.models.clip.hugging_face import PARAMETERS
+from jaxrel.models.clip.resnet import FEATURES, CLIPResNetConfig, ResNetTower
 from jaxrel.models.clip.tokens import content, end_of_text, token_ids
-from jaxrel.models.clip.towers import TextTower, VisionTower
-from jaxrel.models.display import SPELLING
+from jaxrel.models.clip.towers import TextTower, VisionTower, normalise
+from jaxrel.models.contrastive import Contrastive, Maps, load
 from jaxrel.models.familiarity import read_familiarity
-from jaxrel.models.inputs import (
-    Inputs,
-    as_list,
-    as_pairs,
-    by_example,
-    check_floats,
-    check_held,
-    check_text,
-)
+from jaxrel.models.inputs import Inputs, words_before
 from jaxrel.models.layout import Layout, Stream
+from jaxrel.models.patches import ImageSize
 from jaxrel.models.processor import Processor
 
-_ADVICE = "as many images as texts, one image, one text, or target= the text's index for each image"
 
-
-class CLIP(Model):
+class CLIP(Contrastive):
     """CLIP with both towers (Radford et al. 2021).
 
     `inputs` is always a dict {"image": float [batch, height, width, 3], normalised; "text": int
@@ -53,6 +42,7 @@ class CLIP(Model):
     """
 
     parameter_table = PARAMETERS
+    vision: Any  # of a subclass another tower
 
     def __init__(
         self, config: CLIPConfig, *, rngs: nnx.Rngs, processor: Processor | None = None
@@ -70,17 +60,20 @@ class CLIP(Model):
         cls,
         name_or_folder: str | os.PathLike,
         *,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         dtype: str | None = None,
         allow_pickle: bool = False,
     ) -> "CLIP":
         """Load a model and its tokenizer and image preprocessing.
 
         Args:
-          name_or_folder: a bundled model, a local folder in the Hugging Face layout
-            (config.json with model.safetensors or shards), or a hub name.
-          image_size: another side of the square input, in pixels; the position embedding is
-            interpolated (bicubic).
+          name_or_folder: a bundled model, a local folder, or a hub name: in the Hugging Face
+            layout (config.json with model.safetensors or shards), or in that of OpenCLIP
+            (open_clip_config.json with open_clip_model.safetensors), of which it reads ViTs and
+            OpenAI's ResNets (as a `CLIPResNet`) with a causal text tower.
+          image_size: another side of the square input, in pixels, or (height, width), to which
+            images are then resized without keeping their aspect; the position embedding is
+            interpolated (bicubic, as the library whose layout it is does).
           dtype: dtype of the computation, "float32" (default) or "bfloat16".
           allow_pickle: read a pickled checkpoint where there is nothing else; needs torch.
 
@@ -88,21 +81,29 @@ class CLIP(Model):
           FileNotFoundError: no such model, or a file is missing.
           OSError: the hub did not answer, or a file is truncated.
           ValueError: config.json or the weights are not those of a CLIP model, do not belong
-            together, are pickled, or hold values that are not finite.
+            together, are pickled, or hold values that are not finite; a model of OpenCLIP that is
+            of another kind, with the field that says so.
         """
         folder = find_folder(name_or_folder)
-        config = CLIPConfig.from_dict(read_config(folder, MODEL_TYPE))
+        options: dict[str, Any] = {"image_size": image_size}
+        if open_clip.is_one(folder):
+            config, processor, more = open_clip.read(folder, image_size, allow_pickle=allow_pickle)
+            options |= more
+        else:
+            config = CLIPConfig.from_dict(read_config(folder, MODEL_TYPE))
+            processor = Processor.from_folder(folder, image_size=image_size)
+            tensors = read_tensors(folder, allow_pickle=allow_pickle)
+            options |= {"tensors": tensors, "table": PARAMETERS}
         config = replace(config, dtype=dtype or config.dtype)
-        processor = Processor.from_folder(folder, image_size=image_size)
-        model = empty(cls, config, processor)
-        parameters = read_values(folder, model, PARAMETERS, allow_pickle=allow_pickle)
-        if image_size is not None:
-            native = config.vision.grid
-            config = replace(config, vision=replace(config.vision, image_size=image_size))
-            model = empty(cls, config, processor)
-            where = ("vision", "position_embedding")
-            parameters[where] = interpolate_positions(parameters[where], native, config.vision.grid)
-        fill(model, parameters)
+        resnet = isinstance(config, CLIPResNetConfig)
+        kind = CLIPResNet if resnet and cls is CLIP else cls
+        if resnet != issubclass(kind, CLIPResNet):
+            tower = "ResNet" if resnet else "ViT"
+            raise ValueError(
+                f"{folder} holds a CLIP with a {tower}, and this class, {cls.__name__}, has "
+                "another image tower; load it with CLIP.from_pretrained"
+            )
+        model = load(kind, config, processor=processor, **options)
         model.familiar = read_familiarity(folder) if image_size is None else None
         return model
 
@@ -118,126 +119,26 @@ class CLIP(Model):
             target="text",
         )
 
-    def __call__(self, inputs: Inputs, *, return_attention: bool = False) -> Any:
-        """Compare every image with every text.
+    def layer_scores(self, inputs: Inputs) -> Float[Array, " batch"]:
+        """Return the sum over all layers of both towers of the score of each layer's own tokens.
+
+        It is what LeGrad differentiates (Bousselham et al. 2025): the similarity of the mean token
+        after a layer, embedded as the last layer's are, with the embedding of the pair's other
+        part. A gradient goes through a layer's own score alone. For texts, of which the paper does
+        not speak, the mean is over the tokens up to the end.
 
         Args:
-          inputs: images and texts, of batch sizes that may differ.
-          return_attention: also return the attention maps.
-
-        Returns:
-          A dict: "logits_per_image" [images, texts], "image_embeds" and "text_embeds"
-          (of length 1). With `return_attention`, a pair of it and {"vision": [layers, images,
-          heads, query, key], "text": [layers, texts, heads, query, key]}.
-
-        Raises:
-          ValueError: an input is missing or has a wrong shape.
-          TypeError: an input has a wrong dtype.
+          inputs: pairs, as `pairs` returns them.
         """
         image, text = self._check(inputs)
-        image, vision_maps = self._encode_image(image, return_attention)
-        text, text_maps = self._encode_text(text, return_attention)
-        output = {
-            "logits_per_image": jnp.exp(self.logit_scale[...]) * image @ text.T,
-            "image_embeds": image,
-            "text_embeds": text,
-        }
-        if return_attention:
-            return output, {"vision": vision_maps, "text": text_maps}
-        return output
-
-    def encode_image(
-        self, image: Float[Array | np.ndarray, "batch height width 3"]
-    ) -> Float[Array, "batch embed"]:
-        """Return the embeddings of images, of length 1."""
-        return self._encode_image(self._check_image(image), False)[0]
-
-    def encode_text(
-        self, text: Int[Array | np.ndarray, "batch tokens"]
-    ) -> Float[Array, "batch embed"]:
-        """Return the embeddings of texts, of length 1."""
-        return self._encode_text(self._check_text(text), False)[0]
-
-    def pairs(self, inputs: Inputs, target: Any = None) -> dict[str, Array]:
-        """Bring inputs to one image and one text per row, which `score` compares.
-
-        Args:
-          inputs: images and texts.
-          target: the index of the text for each image, or one for all. None: image i goes
-            with text i, and one image (or text) goes with all texts (or images).
-
-        Returns:
-          Inputs with the same number of images and texts.
-
-        Raises:
-          ValueError: the numbers do not fit, or `target` is no index of a text.
-        """
-        image, text = self._check(inputs)
-        texts = {"text": text, **{name: inputs[name] for name in (SPELLING,) if name in inputs}}
-        if target is not None:
-            target = jnp.atleast_1d(jnp.asarray(target))
-            _check_target(target, len(text))
-            texts = {name: jnp.asarray(x)[target] for name, x in texts.items()}
-        return as_pairs({"image": image, **texts}, "texts", _ADVICE)
-
-    def examples(self, *, image: Any, text: Any, target: Any = None) -> dict[str, Any]:
-        """Return images and texts as lists with an entry per pair, before they are prepared.
-
-        Args:
-          image: as in `prepare`.
-          text: as in `prepare`.
-          target: as in `pairs`.
-
-        Raises:
-          ValueError: see `pairs`.
-        """
-        if target is not None:
-            texts = as_list(text)
-            chosen = np.atleast_1d(np.asarray(target))
-            _check_target(chosen, len(texts))
-            text = [texts[i] for i in chosen]
-        return by_example(image, text, "texts", _ADVICE) | {"target": None}
-
-    def score(self, inputs: Inputs, target: Any = None) -> Float[Array, " batch"]:
-        """Return the similarity of each pair: the scalar that explanations explain.
-
-        Inputs are brought to pairs before the towers, so that each score depends on its own
-        row of the attention maps only, and the gradient of the sum is each row's own.
-
-        Args:
-          inputs: images and texts.
-          target: see `pairs`.
-
-        Returns:
-          `logits_per_image[i, target[i]]`, float32.
-
-        Raises:
-          ValueError: see `pairs`.
-        """
-        inputs = self.pairs(inputs, target)
-        image, _ = self._encode_image(inputs["image"], False)
-        text, _ = self._encode_text(inputs["text"], False)
-        return jnp.exp(self.logit_scale[...]) * jnp.sum(image * text, axis=-1)
-
-    def predict(self, inputs: Inputs) -> Float[Array, "images texts"]:
-        """Return the probability of each text for each image, among the texts given."""
-        return jax.nn.softmax(self(inputs)["logits_per_image"], axis=-1)
-
-    def attention_gradients(
-        self, inputs: Inputs, target: Any = None
-    ) -> tuple[Float[Array, " batch"], dict[str, Array], dict[str, Array]]:
-        """Return scores, attention maps and the scores' gradients by them, in one pass.
-
-        Args:
-          inputs: images and texts.
-          target: see `pairs`.
-
-        Returns:
-          The scores, and two dicts {"vision": [layers, batch, heads, query, key], "text": ...}:
-          maps and gradients, float32.
-        """
-        score = capture_with_grad(lambda inputs: self.score(inputs, target), ("vision", "text"))
-        return score(inputs)
+        end = end_of_text(text, self.config.text.eos_token_id)
+        remat = self.config.remat
+        of_image, image_layers = self.vision.each_layer(image, remat=remat)
+        of_text, text_layers = self.text.each_layer(text, end, remat=remat)
+        of_image, of_text = jax.lax.stop_gradient((of_image, of_text))
+        of_layers = self._similarity(image_layers, of_text, inputs.get("against"))
+        of_words = self._similarity(text_layers, of_image, None)
+        return of_layers.sum(axis=0) + of_words.sum(axis=0)
 
     def target_tokens(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
         """Return the index of the token each embedding is read from: class and end token."""
@@ -252,85 +153,80 @@ class CLIP(Model):
         image, text = self._check(inputs)
         return content(self.config, image, text)
 
-    def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
-        """Make inputs from images and sentences, with the model's own preprocessing.
-
-        Args:
-          image: a PIL image, a uint8 [height, width, 3] array, or a list of them.
-          text: a sentence or a list of sentences.
-
-        Returns:
-          Inputs: "image" float32 NHWC, "text" int32, padded to the context length. Where ids do
-          not tell how a text is spelled, also "spelling", which only `tokens` reads.
-
-        Raises:
-          TypeError: not an image or not text.
-          ValueError: no image, no or empty text, a text that is too long or of which the
-            model knows no word, a tokenizer that is not this model's, or a model folder
-            without tokenizer or preprocessing.
-
-        Warns:
-          UserWarning: the model does not know some of the words.
-        """
+    def _read_text(self, text: Any) -> tuple[Array, Any]:
         ids = token_ids(self.processor, text, self.config.text)
-        side = self.config.vision.image_size
-        spelling = self.processor.spelling(text, self.config.text.context)
-        return {
-            "image": jnp.asarray(self.processor.image(image, side=side)),
-            "text": ids,
-            **spelling,
-        }
+        return ids, self.processor.spelling(text, self.config.text.context)
 
-    def tokens(self, inputs: Inputs) -> list[list[str]]:
-        """Return one string per text token to display it.
-
-        Args:
-          inputs: what `prepare` returns.
-
-        Returns:
-          Per text, as many strings as tokens: "##" in front continues the word before;
-          "" stands for special and padding tokens. A word that the model does not know is
-          marked "(unknown)".
-        """
-        return self.processor.shown(inputs)
-
-    def describe(self, inputs: Inputs) -> list[str]:
-        """Return what each pair's score says of its image: the text, as the model reads it."""
-        return sentences(self.tokens(inputs))
-
-    def _encode_image(self, image: Array, return_attention: bool) -> tuple[Array, Array | None]:
+    def _embed_image(self, image: Array, return_attention: bool) -> tuple[Array, Maps]:
         tokens, maps = self.vision(
             image, remat=self.config.remat, return_attention=return_attention
         )
-        return self.vision.embed(tokens), maps
+        return self.vision.embed(tokens), {"vision": maps}
 
-    def _encode_text(self, text: Array, return_attention: bool) -> tuple[Array, Array | None]:
+    def _embed_text(self, text: Array, return_attention: bool) -> tuple[Array, Maps]:
         tokens, maps = self.text(text, remat=self.config.remat, return_attention=return_attention)
-        return self.text.embed(tokens, end_of_text(text, self.config.text.eos_token_id)), maps
+        end = end_of_text(text, self.config.text.eos_token_id)
+        return self.text.embed(tokens, end), {"text": maps}
 
-    def _check(self, inputs: Inputs) -> tuple[Array, Array]:
-        check_held(inputs, "image", "text")
-        return self._check_image(inputs["image"]), self._check_text(inputs["text"])
-
-    def _check_image(self, image: Any) -> Array:
-        side = self.config.vision.image_size
-        advice = "use model.prepare, or load the model with from_pretrained(..., image_size=...)"
-        check_floats("image", image, (side, side, 3), advice=advice)
-        return jnp.asarray(image)
-
-    def _check_text(self, text: Any) -> Array:
-        check_text(text, self.config.text.context)
-        return jnp.asarray(text)
+    def _logit(self, cosine: Array) -> Array:
+        return jnp.exp(self.logit_scale[...]) * cosine
 
 
-def _check_target(target: Array | np.ndarray, texts: int) -> None:
-    if not jnp.issubdtype(target.dtype, jnp.integer) or target.ndim != 1:
-        raise ValueError(
-            f"target must be the text's index, one or one per image, got {target.dtype} of "
-            f"shape {list(target.shape)}"
+class CLIPResNet(CLIP):
+    """CLIP with a ResNet as its image tower, as `CLIP.from_pretrained` reads it from OpenCLIP.
+
+    There is no attention over an image's tokens: `jaxrel.explain` explains it by LRP and gradients
+    in pixels, and by Grad-CAM of the last features. `inputs` and tags of the text are those of
+    `CLIP`; see `ResNetTower` for those of the image.
+
+    Args:
+      config: the sizes.
+      rngs: keys for the initial parameters (stream "params").
+      processor: tokenizer and image preprocessing for `prepare` and `tokens`.
+
+    Raises:
+      ValueError: the tokenizer has more tokens than the model.
+    """
+
+    def __init__(
+        self, config: CLIPResNetConfig, *, rngs: nnx.Rngs, processor: Processor | None = None
+    ) -> None:
+        dtype = jnp.dtype(config.dtype)
+        self.config = config
+        self.processor = processor or Processor()
+        self.processor.check_vocabulary(config.text.vocab_size)
+        self.vision = ResNetTower(config.vision, config.projection, dtype, rngs=rngs)
+        self.text = TextTower(config.text, config.projection, dtype, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.asarray(2.6592, jnp.float32))
+
+    @property
+    def layout(self) -> Layout:
+        """What the axes of the relevance mean: pixels, and text tokens."""
+        height, width = self.config.vision.sides
+        pixels = Stream("vision", "image", height * width, (height, width), 0, features=FEATURES)
+        return Layout((pixels, Stream("text", "text", self.config.text.context)), target="text")
+
+    def target_tokens(self, inputs: Inputs) -> dict[str, Int[Array, " batch"]]:
+        """Return the index of the token that the text's embedding is read from, its end."""
+        _, text = self._check(inputs)
+        return {"text": end_of_text(text, self.config.text.eos_token_id)}
+
+    def content(self, inputs: Inputs) -> dict[str, Bool[Array, "batch tokens"]]:
+        """Return where the tokens are that stand for something: all pixels, and words."""
+        image, text = self._check(inputs)
+        height, width = self.config.vision.sides
+        end = end_of_text(text, self.config.text.eos_token_id)
+        pixels = jnp.ones((len(image), height * width), bool)
+        return {"vision": pixels, "text": words_before(text, end)}
+
+    def save_pretrained(self, folder: str | os.PathLike, *, dtype: str = "float32") -> None:
+        """Raise NotImplementedError: the Hugging Face layout has no such model."""
+        del dtype
+        raise NotImplementedError(
+            f"{folder}: a CLIP with a ResNet cannot be saved, since the Hugging Face layout has no "
+            "such model; keep the folder of OpenCLIP that it was loaded from"
         )
-    # A traced index cannot be looked at; out of range it would be clamped by XLA.
-    if not isinstance(target, jax.core.Tracer):
-        wrong = [int(i) for i in target if not 0 <= i < texts]
-        if wrong:
-            raise ValueError(f"target {wrong[0]} names no text: there are {texts}, 0..{texts - 1}")
+
+    def _embed_image(self, image: Array, return_attention: bool) -> tuple[Array, Maps]:
+        pooled, maps = self.vision(image)
+        return normalise(pooled), {"vision/pooling": maps}

@@ -8,6 +8,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrel import contrast
 from jaxrel.models import captions
 from jaxrel.models.clip.tokens import end_of_text, token_ids
 from jaxrel.models.clip.towers import Kept, kept_mask
@@ -62,7 +63,8 @@ class CLIPMapperCaption(CLIPMapper):
 
         Args:
           inputs: images and captions; "position" int [batch], if there, is the target. With
-            "words" bool [batch, tokens] it is the mean of the logits of several words.
+            "words" bool [batch, tokens] it is the mean of the logits of several words. "against"
+            bool [batch, vocabulary], if there, are the words that it is contrasted with.
           target: the position of the word in its caption, from 1 (0 is the start token), one or
             one per caption.
 
@@ -75,7 +77,49 @@ class CLIPMapperCaption(CLIPMapper):
         position = captions.explained_position(inputs, target)
         logits = self(inputs)
         word = read_at(jnp.asarray(inputs["text"]), position)
+        if "against" in inputs:
+            return contrast(read_at(logits, position - 1), word, inputs["against"])
         return read_at(read_at(logits, position - 1), word)
+
+    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Array | np.ndarray]:
+        """Return rows whose score is their word's logit less that of others: see `score`.
+
+        Args:
+          inputs: rows, one per word, as `pairs` returns them.
+          against: another word of the vocabulary, a tuple of them, or "*" for all others; or a list
+            with one of these for each row.
+
+        Raises:
+          ValueError: other numbers, a word that is no token of the model, a row's own word, or
+            rows of whole captions.
+        """
+        if "words" in inputs:
+            raise ValueError("against contrasts a word with others; explain words, not captions")
+        word = np.asarray(read_at(jnp.asarray(inputs["text"]), jnp.asarray(inputs["position"])))
+        each = against if isinstance(against, list) else [against] * len(word)
+        if len(each) != len(word):
+            raise ValueError(f"against: {len(each)} for {len(word)} rows; give one for each")
+        mask = np.zeros((len(word), self.config.clip.text.vocab_size), bool)
+        for row, own, others in zip(mask, word, each, strict=True):
+            if isinstance(others, str) and others == "*":
+                row[:] = True
+                row[own] = False
+                continue
+            row[[self._word(x) for x in (others if isinstance(others, tuple) else (others,))]] = 1
+            if row[own]:
+                raise ValueError(
+                    "against: a word cannot be contrasted with itself; say which words are "
+                    "explained with target="
+                )
+        return {**inputs, "against": jnp.asarray(mask)}
+
+    def _word(self, word: Any) -> int:
+        """The id of a word that is one token."""
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"] if tokenizer else []
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ValueError(f"against: {word!r} is no single token of this model")
+        return ids[0]
 
     def generate(
         self, image: Float[Array, "batch height width 3"], keep: Kept | None = None
@@ -178,7 +222,7 @@ class CLIPMapperCaption(CLIPMapper):
           TypeError, ValueError: see `CLIP.prepare`.
         """
         sizes = self.config.clip
-        pixels = jnp.asarray(self.processor.image(image, side=sizes.vision.image_size))
+        pixels = jnp.asarray(self.processor.image(image, side=sizes.vision.sides))
         if text is None:
             return {"image": pixels, "text": _generate(self, pixels)}
         ids = token_ids(self.processor, text, sizes.text)

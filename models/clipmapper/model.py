@@ -290,8 +290,7 @@ class CLIPMapper(Model):
     def _check(self, inputs: Inputs) -> None:
         check_held(inputs, "image", "text")
         image, text = inputs["image"], inputs["text"]
-        side = self.config.clip.vision.image_size
-        check_floats("image", image, (side, side, 3))
+        check_floats("image", image, (*self.config.clip.vision.sides, 3))
         check_text(text, self.config.clip.text.context)
         if len(image) != len(text):
             raise ValueError(

@@ -8,6 +8,7 @@ import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrel import contrast
 from jaxrel.models.clip.tokens import end_of_text, token_ids
 from jaxrel.models.clipmapper.model import KINDS, CLIPMapper
 from jaxrel.models.display import without_spelling
@@ -62,7 +63,8 @@ class CLIPMapperVQA(CLIPMapper):
         """Return the logit of one answer per question: the scalar that explanations explain.
 
         Args:
-          inputs: images and questions; "answer" int [batch], if there, is the target.
+          inputs: images and questions; "answer" int [batch], if there, is the target, and
+            "against" bool [batch, answers] those it is contrasted with.
           target: the answer's index, one or one per question; None: those of the inputs, or
             else the most probable.
         """
@@ -70,7 +72,38 @@ class CLIPMapperVQA(CLIPMapper):
         logits = self(inputs)
         # An index has no gradient: the choice of the answer is not explained, its logit is.
         chosen = logits.argmax(-1) if target is None else jnp.asarray(target)
+        if "against" in inputs:
+            return contrast(logits, chosen, inputs["against"])
         return read_at(logits, chosen)
+
+    def contrasted(self, inputs: Inputs, against: Any) -> dict[str, Array | np.ndarray]:
+        """Return rows whose score is their answer's logit less that of others: see `score`.
+
+        Args:
+          inputs: rows, as `pairs` returns them.
+          against: another answer, in words or as an index, a tuple of them, or "*" for all others;
+            or a list with one of these for each row.
+
+        Raises:
+          ValueError: other numbers, an answer that the model does not have, or a row's own answer.
+        """
+        answer = np.asarray(inputs["answer"])
+        each = against if isinstance(against, list) else [against] * len(answer)
+        if len(each) != len(answer):
+            raise ValueError(f"against: {len(each)} for {len(answer)} rows; give one for each")
+        mask = np.zeros((len(answer), len(self.config.answers)), bool)
+        for row, own, others in zip(mask, answer, each, strict=True):
+            if isinstance(others, str) and others == "*":
+                row[:] = True
+                row[own] = False
+                continue
+            row[[self._answer(x) for x in (others if isinstance(others, tuple) else (others,))]] = 1
+            if row[own]:
+                raise ValueError(
+                    f"against: the answer {self.config.answers[own]!r} is explained, and cannot be "
+                    "contrasted with itself; leave it out, or name another target"
+                )
+        return {**inputs, "against": jnp.asarray(mask)}
 
     def prepare(self, *, image: Any = None, text: Any = None) -> dict[str, Array]:
         """Make inputs from images and questions, with the model's own preprocessing.
@@ -84,7 +117,7 @@ class CLIPMapperVQA(CLIPMapper):
         """
         sizes = self.config.clip
         ids = token_ids(self.processor, text, sizes.text)
-        pixels = jnp.asarray(self.processor.image(image, side=sizes.vision.image_size))
+        pixels = jnp.asarray(self.processor.image(image, side=sizes.vision.sides))
         spelling = self.processor.spelling(text, sizes.text.context, known=True)
         return {"image": pixels, "text": ids, **spelling}
 
@@ -143,7 +176,8 @@ class CLIPMapperVQA(CLIPMapper):
     def describe(self, inputs: Inputs) -> list[str]:
         """Return each row's answer, with its probability."""
         answer = np.asarray(inputs["answer"])
-        asked = without_spelling({n: x for n, x in inputs.items() if n != "answer"})
+        left_out = ("answer", "against")
+        asked = without_spelling({n: x for n, x in inputs.items() if n not in left_out})
         probability = np.asarray(_predict(self, asked))[np.arange(len(answer)), answer]
         named = [self.config.answers[i] for i in answer]
         return [f"{name} ({p:.0%})" for name, p in zip(named, probability, strict=True)]

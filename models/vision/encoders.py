@@ -93,13 +93,18 @@ class ConvNorm(nnx.Module):
 class Block(nnx.Module):
     """A residual block (He et al. 2016, figure 5): relu(f(x) + x).
 
-    Where f changes the shape, x goes through a 1 x 1 convolution.
+    Where f changes the shape, x goes through a 1 x 1 convolution. The kind "antialiased" is a
+    bottleneck whose stride is an average pool, before its last convolution and before that of x
+    (Radford et al. 2021, section 2.4).
     """
 
     def __init__(
         self, kind: str, inputs: int, width: int, stride: int, *, dtype: Any, rngs: nnx.Rngs
     ) -> None:
         conv = partial(ConvNorm, dtype=dtype, rngs=rngs)
+        same = stride == 1
+        self.pool = stride if kind == "antialiased" else 1
+        stride = stride // self.pool
         if kind == "basic":
             outputs = width
             convs = [conv(inputs, width, 3, stride), conv(width, width, 3, 1)]
@@ -108,7 +113,7 @@ class Block(nnx.Module):
             first, last = conv(inputs, width, 1, 1), conv(width, outputs, 1, 1)
             convs = [first, conv(width, width, 3, stride), last]
         self.convs = nnx.List(convs)
-        same = stride == 1 and inputs == outputs
+        same = same and inputs == outputs
         self.shortcut = None if same else conv(inputs, outputs, 1, stride)
 
     def __call__(
@@ -118,6 +123,8 @@ class Block(nnx.Module):
         y = x
         for conv in self.convs[:-1]:
             y = jax.nn.relu(conv(y))
+        if self.pool > 1:
+            x, y = (nnx.avg_pool(z, (self.pool,) * 2, strides=(self.pool,) * 2) for z in (x, y))
         y = self.convs[-1](y)
         return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 

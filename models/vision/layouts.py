@@ -91,21 +91,42 @@ def _resnet_table(
 
     Every stage gets a shortcut and later blocks, whether or not it has them.
     """
-    table = _conv_norm(Parameter, ("stem",), "", stem)
-    for stage in range(len(config.stages)):
+    stages = stages_table(config.stages, config.convolutions, block, conv, shortcut)
+    return [*conv_norm(Parameter, ("stem",), "", stem), *stages]
+
+
+def stages_table(
+    stages: Sequence[int],
+    convolutions: int,
+    block: str,
+    conv: tuple[str, ...],
+    shortcut: tuple[str, ...],
+) -> list[Parameter]:
+    """The stages of a ResNet.
+
+    Args:
+      stages: the number of blocks of each.
+      convolutions: of a block, without its shortcut's.
+      block: begins the names of a block; as of `_resnet_table`, as are the others.
+      conv: names of a convolution and its normalisation.
+      shortcut: the same of the shortcut's.
+    """
+    table: list[Parameter] = []
+    for stage in range(len(stages)):
         for kind, part, layer in ((Parameter, "first", "0"), (_Later, "rest", "{layer}")):
             path = ("stages", str(stage), part)
             prefix = block.format(index=stage, number=stage + 1, layer=layer) + "."
-            for i in range(config.convolutions):
+            for i in range(convolutions):
                 names = tuple(name.format(index=i, number=i + 1) for name in conv)
-                table += _conv_norm(kind, (*path, "convs", str(i)), prefix, names)
-            table += _conv_norm(kind, (*path, "shortcut"), prefix, shortcut)
+                table += conv_norm(kind, (*path, "convs", str(i)), prefix, names)
+            table += conv_norm(kind, (*path, "shortcut"), prefix, shortcut)
     return table
 
 
-def _conv_norm(
+def conv_norm(
     kind: type[Parameter], path: tuple[str, ...], prefix: str, names: tuple[str, ...]
 ) -> list[Parameter]:
+    """A convolution without bias and its normalisation, whose names begin with `prefix`."""
     conv, norm = (prefix + name for name in names)
     ours = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
     return [
@@ -154,7 +175,7 @@ _LAYOUTS = (
 )
 
 # The number of batches that a normalisation has seen, which is no value of the model.
-_COUNTER = "num_batches_tracked"
+COUNTER = "num_batches_tracked"
 
 # What the tensors of a Hugging Face ResNet do not show.
 _HUGGING_FACE_VARIANTS = {
@@ -249,7 +270,7 @@ def encoder_from_tensors(
     found = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
-        if name.startswith(prefix) and not name.endswith(_COUNTER)
+        if name.startswith(prefix) and not name.endswith(COUNTER)
     }
     layout = _find_layout(config, found, prefix)
     found = {name: x for name, x in found.items() if not name.startswith(layout.ignored)}

@@ -27,6 +27,16 @@ def random_maps(seed, layers=3, batch=2, heads=2, tokens=5, width=4, dtype=np.fl
     return attn, grad, dict(zip(Layers._fields[2:], values, strict=True))
 
 
+def random_inputs(seed, layers=3, batch=2, heads=2, tokens=5, width=4, dtype=np.float64):
+    """Maps, their gradients, and by name all that any method takes beside them."""
+    attn, grad, values = random_maps(seed, layers, batch, heads, tokens, width, dtype)
+    rng = np.random.default_rng(seed + 100)
+    values["following"] = rng.normal(size=values["before"].shape).astype(dtype)
+    for name in ("query", "key", "value", "mixed_grad"):
+        values[name] = rng.normal(size=(layers, batch, tokens, heads, 3)).astype(dtype)
+    return attn, grad, values
+
+
 def one_head(*layers):
     """Maps [layers, 1, 1, T, T]; with a gradient of 1 they are their own head mean."""
     attn = np.array(layers, np.float32)[:, None, None]

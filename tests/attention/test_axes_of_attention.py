@@ -271,6 +271,53 @@ def test_heads_that_are_cut_across_tokens_are_refused(tokens):
         attention.relevance(model, method="equal")(x)
 
 
+@pytest.mark.parametrize("join", ["concatenate", "sum"])
+def test_heads_one_by_one_are_no_layers(join):
+    """Their outputs side by side, or each through its rows of the last weight; advice is right."""
+    cuts = [slice(4 * i, 4 * i + 4) for i in range(HEADS)]
+
+    def head(x, cut):
+        q, k, v = (x @ w[:, cut] for w in W[:3])
+        return maps(q, k) @ v
+
+    def apart(x):
+        heads = [head(x, cut) for cut in cuts]
+        if join == "sum":
+            return (x + sum(h @ W[3][cut] for h, cut in zip(heads, cuts, strict=True)))[:, 0].sum(
+                -1
+            )
+        return (x + jnp.concatenate(heads, -1) @ W[3])[:, 0].sum(-1)
+
+    def together(x):
+        whole = W[:3].reshape(3, WIDTH, HEADS, 4)
+        q, k, v = (jnp.einsum("btd,dhe->bhte", x, w) for w in whole)
+        heads = maps(q, k) @ v
+        return (x + heads.swapaxes(1, 2).reshape(x.shape) @ W[3])[:, 0].sum(-1)
+
+    np.testing.assert_allclose(apart(X), together(X), **CLOSE)
+    with pytest.raises(ValueError, match=r"one sum may be heads of one layer.*jax\.vmap"):
+        equal(apart, X)
+    assert equal(together, X).shape == (BATCH, TOKENS, TOKENS)
+
+
+def test_parts_of_unknown_tokens_beside_self_attention_are_no_silent_choice():
+    """An encoder whose heads are cut across tokens, and a decoder of learned queries."""
+
+    def across(x):
+        return x.reshape(BATCH, HEADS, -1, WIDTH // HEADS)
+
+    def fun(x):
+        q, k, v = (across(x @ w) for w in W[:3])
+        x = x + (maps(q, k) @ v).reshape(x.shape)
+        y = jnp.broadcast_to(QUERIES, x.shape)
+        y = y + attend(y, x, i=4)
+        return (y + attend(y, i=8))[:, 0].sum(-1)
+
+    with pytest.raises(ValueError, match=r"'attention' is self-attention beside .* is not known"):
+        equal(fun, X)
+    assert equal(fun, X, attention="attention_2").shape == (BATCH, TOKENS, TOKENS)
+
+
 def test_scores_that_are_shifted_by_a_reshape_are_of_their_tokens():
     """Relative positions as in Transformer-XL (Dai et al. 2019): padded, cut anew and sliced."""
     heads, width = 2, 4

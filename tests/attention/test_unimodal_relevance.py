@@ -89,6 +89,9 @@ FROM_MAPS = tuple(m for m in attention.METHODS if m not in ("equal_lrp", "partia
 def matrix(method, maps, **options):
     if method == "weighted":
         return attention.weighted(**maps, **options)
+    if method == "token_tm":
+        values = {name: maps[name] for name in ("before", "after")}
+        return attention.token_tm(maps["attn"], maps["grad"], **values, **options)
     if method in ("raw", "rollout"):
         return getattr(attention, method)(maps["attn"], **options)
     return getattr(attention, method)(maps["attn"], maps["grad"], **options)

@@ -79,7 +79,7 @@ FORMS_NOTE = f"""\
 A pre-norm transformer of {streaming_forms.LAYERS} layers, width {streaming_forms.WIDTH} and \
 {streaming_forms.HEADS} heads, each layer rematerialised in one scan; one class is explained by the
 row of token 0. `jax.grad` is of the same model by its input. Blockwise has {BLOCK} queries to a
-block and the carrier written into the model. Memory is XLA's: temporary, arguments and results."""
+block. Memory is XLA's: temporary, arguments and results."""
 PRECISION = {
     "float32": " Products of float32 have XLA's default precision, which is TF32 on these GPUs."
 }
@@ -184,7 +184,7 @@ def forms_piece(tokens: int, dtype: str) -> Piece:
     # A layer's map and its gradient; stacked, those of all layers.
     maps = 2 * streaming_forms.HEADS * tokens**2 * jnp.dtype(dtype).itemsize
     least = {"streaming": maps, "stacked": streaming_forms.LAYERS * maps}
-    blockwise = partial(streaming_forms.explain_blockwise, block=min(BLOCK, tokens))
+    blockwise = partial(streaming_forms.explain, form="blockwise", block=BLOCK)
     programs = [Program(TOKENS, streaming_forms.grad, TOKENS, maps)]
     programs += [Program(f"blockwise {method}", blockwise(method), TOKENS) for method in METHODS]
     for form, size in least.items():

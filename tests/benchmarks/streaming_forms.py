@@ -7,7 +7,6 @@ import jax
 from jax import numpy as jnp
 
 from jaxrel import attention
-from jaxrel.attention import streaming as carriers
 from tests.benchmarks.table import Table, targets
 from tests.benchmarks.timing import MIB, Measured, compiled, measure
 
@@ -17,9 +16,8 @@ METHODS = ("equal", "weighted")
 NOTE = f"""\
 A pre-norm transformer of {LAYERS} layers, width {WIDTH} and {HEADS} heads, each layer
 rematerialised in one scan, on {{batch}} x {{tokens}} tokens; one class is explained by the row of
-token 0. `jax.grad` is of the same model by its input. Blockwise has {BLOCK} queries to a block and
-the carrier written into the model; the other forms take the model as it stands. Memory is XLA's
-temporary memory.
+token 0. `jax.grad` is of the same model by its input. Blockwise has {BLOCK} queries to a block.
+Memory is XLA's temporary memory.
 
 Targets: streaming takes at most 1.1 times the time and the memory of `jax.grad`."""
 
@@ -37,9 +35,8 @@ def run(*, tokens: int, batch: int, quick: bool, repeats: int) -> Table:
     weights = random_weights(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (batch, tokens, WIDTH))
     candidates = [compiled("jax.grad", grad, weights, x)]
-    for form in ("streaming", "stacked"):
+    for form in ("streaming", "stacked", "blockwise"):
         candidates += [compiled(f"{form} {m}", explain(m, form), weights, x) for m in METHODS]
-    candidates += [compiled(f"blockwise {m}", explain_blockwise(m), weights, x) for m in METHODS]
     what = f"Forms, {tokens} tokens, batch {batch}"
     measured = measure(candidates, repeats=repeats, what=what)
     note = NOTE.format(batch=batch, tokens=tokens)
@@ -70,7 +67,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits), value)
 
 
-def attention_branch(weights: Mapping, x: jax.Array, attend: Callable) -> jax.Array:
+def attention_branch(weights: Mapping, x: jax.Array) -> jax.Array:
     """What attention adds to the stream."""
     split = lambda x: x.reshape(*x.shape[:2], HEADS, -1).swapaxes(1, 2)
     heads = attend(*(split(norm(x) @ weights[name]) for name in ("query", "key", "value")))
@@ -91,7 +88,7 @@ def score(weights: Mapping, x: jax.Array) -> jax.Array:
     """Class 0 of each example."""
 
     def layer(x, weights):
-        x = x + attention_branch(weights, x, attend)
+        x = x + attention_branch(weights, x)
         return x + mlp_branch(weights, x), None
 
     x, _ = scan_layers(layer, x, weights)
@@ -114,40 +111,9 @@ def grad(weights: Mapping, x: jax.Array) -> jax.Array:
     return jax.grad(lambda x: score(weights, x).sum())(x)
 
 
-def explain(method: str, form: Any) -> Callable:
+def explain(method: str, form: Any, block: int = BLOCK) -> Callable:
     """Relevance of the model as it stands."""
-    return attention.relevance(score, method=method, form=form, argnums=1)
-
-
-def explain_blockwise(method: str, block: int = BLOCK) -> Callable:
-    """Relevance of the model with the carrier threaded through blockwise attention."""
-
-    def run(weights, x, carrier):
-        def layer(state, weights):
-            x, carrier = state
-
-            def attend(query, key, value):
-                nonlocal carrier
-                out, carrier = attention.blockwise(query, key, value, carrier, block=block)
-                return out
-
-            added = attention_branch(weights, x, attend)
-            if method == "weighted":
-                carrier, added = carriers.weigh(carrier, x, added)
-            x = x + added
-            return (x + mlp_branch(weights, x), carrier), None
-
-        (x, carrier), _ = scan_layers(layer, (x, carrier), weights)
-        return class_score(weights, x), carrier
-
-    def explained(weights, x):
-        batch, tokens, _ = x.shape
-        zero = carriers.zeros(batch, tokens)
-        (out, _), pullback = jax.vjp(lambda carrier: run(weights, x, carrier), zero)
-        seed = carriers.seed(0, batch=batch, tokens=tokens)
-        return pullback((jnp.ones_like(out), seed))[0].keep
-
-    return explained
+    return attention.relevance(score, method=method, form=form, block=block, argnums=1)
 
 
 def row(name: str, measured: Mapping[str, Measured]) -> dict[str, Any]:

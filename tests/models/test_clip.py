@@ -262,8 +262,11 @@ def test_config_round_trip():
     assert CLIPConfig.from_dict({}) == CLIPConfig()
     with pytest.raises(ValueError, match="dtype must be 'float32' or 'bfloat16', got 'int8'"):
         replace(SMALL, dtype="int8")
-    with pytest.raises(ValueError, match=r"vision_config.image_size must be one integer, got \[8"):
-        CLIPConfig.from_dict({"vision_config": {"image_size": [8, 16]}})
+    with pytest.raises(ValueError, match=r"vision_config.patch_size must be one integer, got \[8"):
+        CLIPConfig.from_dict({"vision_config": {"patch_size": [8, 16]}})
+    wide = replace(SMALL, vision=replace(SMALL.vision, image_size=(8, 16)))
+    assert CLIPConfig.from_dict(wide.to_dict()) == wide
+    assert wide.vision.grid == (1, 2)
 
 
 def test_interpolated_positions_keep_a_constant_and_a_same_sized_grid():

@@ -134,3 +134,15 @@ def test_a_processor_of_transformers_works_too():
     image = noise(40, 30)
     np.testing.assert_array_equal(theirs.image(image), ours.image(image))
     assert theirs.seen(image).size == ours.seen(image).size == (30, 30)
+
+
+def test_without_a_crop_height_and_width_are_what_is_made():
+    fields = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 8, "width": 6}}
+    images = ImageProcessing.from_dict(fields)
+    assert (images.sides, images.mean, images.made((30, 20))) == ((8, 6), (0.5,) * 3, (8, 6))
+    by_side = ImageProcessing.from_dict({**fields, "size": {"shortest_edge": 8}})
+    assert (by_side.sides, by_side.made((30, 20))) == (None, (8, 12))
+    assert by_side.for_size(10).sides == (10, 10)
+    # As CLIP's, which crops.
+    assert ImageProcessing.from_dict({"size": 8, "crop_size": 6}).sides == (6, 6)
+    assert ImageProcessing().for_size((8, 6)).sides == (8, 6)

@@ -89,6 +89,51 @@ SOFTMAXES = {
 }
 
 
+# The division comes after the product with the values, [batch, query, key] @ [batch, key, width].
+LATE = {
+    "sum": lambda s, v: (exp(s) @ v) / total(exp(s)),
+    "reciprocal": lambda s, v: (exp(s) @ v) * (1 / (total(exp(s)) + EPS)),
+    "einsum": lambda s, v: (
+        jnp.einsum("bqk,bkd->bdq", exp(s), v) / exp(s).sum(-1)[:, None]
+    ).swapaxes(1, 2),
+    "values first": lambda s, v: (
+        jnp.einsum("bkd,bkq->bqd", v, exp(s).swapaxes(1, 2)) / total(exp(s))
+    ),
+    "in a scan": lambda s, v: lax.scan(
+        lambda c, s: (c, (exp(s) @ v) / total(exp(s))), 0.0, s[None]
+    )[1][0],
+    "rematerialised": lambda s, v: jax.checkpoint(lambda s, v: (exp(s) @ v) / total(exp(s)))(s, v),
+}
+
+
+def attend_late(product, mask):
+    def fun(x):
+        s = jnp.einsum("bqd,bkd->bqk", x @ WEIGHTS[0], x @ WEIGHTS[1])
+        return (x + product(jnp.where(mask, s, -1e9), x @ WEIGHTS[2]) @ WEIGHTS[3]).sum((1, 2))
+
+    return fun
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_softmax_that_divides_after_the_product_with_the_values(name):
+    late = attend_late(LATE[name], CAUSAL)
+    plain = attend_late(lambda s, v: softmax(s) @ v, CAUSAL)
+    for composite in (composites.attn_lrp(), composites.cp_lrp()):
+        found, right = (jaxrel.lrp(f, composite)(X) for f in (late, plain))
+        np.testing.assert_allclose(found, right, **CLOSE)
+    found, right = (attention.relevance(f, method=("equal", "weighted"))(X) for f in (late, plain))
+    for method in right:
+        np.testing.assert_allclose(found[method], right[method], **CLOSE)
+
+
+def test_a_product_that_is_read_elsewhere_is_divided_where_it_is():
+    tagged = attend_late(lambda s, v: jaxrel.tag(exp(s) @ v, "sums") / total(exp(s)), CAUSAL)
+    with pytest.raises(NotImplementedError, match="divides after the product with the values"):
+        jaxrel.lrp(tagged, composites.attn_lrp())(X)
+    with pytest.raises(NotImplementedError, match="is not recognised"):
+        attention.relevance(tagged)(X)
+
+
 def _over_sum(e):
     return e / total(e)
 
@@ -254,6 +299,59 @@ def test_a_sigmoid_in_any_spelling_is_a_gate(name):
     found = jaxrel.lrp(fun, rules)(X)
     constant = GATES[name](jnp.asarray(X) @ WEIGHTS[0])
     np.testing.assert_allclose(found, X * (constant @ WEIGHTS[1].T), **CLOSE)
+
+
+TANH = lambda g: jnp.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))
+# Gated units with the activation's factors apart, and the activation.
+UNITS = {
+    "h * 0.5 * g * (1 + tanh)": (lambda h, g: h * 0.5 * g * (1 + TANH(g)), jax.nn.gelu),
+    "g * h * 0.5 * (1 + tanh)": (lambda h, g: g * h * 0.5 * (1 + TANH(g)), jax.nn.gelu),
+    "h * g * sigmoid": (lambda h, g: h * g * jax.nn.sigmoid(g), jax.nn.silu),
+    "sigmoid * (g * h)": (lambda h, g: jax.nn.sigmoid(g) * (g * h), jax.nn.silu),
+    "h * g / (1 + exp)": (lambda h, g: h * g / (1 + jnp.exp(-g)), jax.nn.silu),
+    "h * g * relu6": (lambda h, g: h * g * jax.nn.relu6(g + 3) / 6, jax.nn.hard_swish),
+    "twice relu": (lambda h, g: h * jax.nn.relu(g) * jax.nn.relu(g), lambda g: jax.nn.relu(g) ** 2),
+    "einsum": (lambda h, g: jnp.einsum("btd,btd->btd", h, jax.nn.silu(g)), jax.nn.silu),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_a_gated_unit_whose_factors_are_in_any_order(name):
+    spelled, activation = UNITS[name]
+    units = (spelled, lambda h, g: h * activation(g))
+    # In a scan too.
+    funs = [
+        lambda x, f=f: lax.scan(lambda h, w: (f(h @ w, x @ WEIGHTS[1]), None), x, WEIGHTS[2][None])[
+            0
+        ]
+        for f in units
+    ]
+    for rules in (composites.attn_lrp(), composites.cp_lrp(), composites.captioning()):
+        found, right = (jaxrel.lrp(f, rules)(X) for f in funs)
+        np.testing.assert_allclose(found, right, **CLOSE)
+    found, right = (gradients.guided_backprop(f)(X) for f in funs)
+    np.testing.assert_allclose(found, right, **CLOSE)
+
+
+def test_a_gated_unit_by_hand():
+    """Half of relevance to each factor, and the activation's half passes it unchanged."""
+    h, g = X @ WEIGHTS[0], X @ WEIGHTS[1]
+    out = h * g / (1 + np.exp(-g))
+    right = X * ((out / 2 / h) @ WEIGHTS[0].T + (out / 2 / g) @ WEIGHTS[1].T)
+    fun = lambda x: (x @ WEIGHTS[0]) * (x @ WEIGHTS[1]) * jax.nn.sigmoid(x @ WEIGHTS[1])
+    found = jaxrel.lrp(fun, composites.attn_lrp(0.0))(X)
+    np.testing.assert_allclose(found, right, **CLOSE)
+
+
+def test_a_factor_that_is_tagged_stays_where_it_is():
+    def fun(x):
+        return jaxrel.tag((x @ WEIGHTS[0]) * (x @ WEIGHTS[1]), "both") * jax.nn.sigmoid(
+            x @ WEIGHTS[1]
+        )
+
+    _, at = jaxrel.lrp(fun, composites.attn_lrp(0.0), at="both")(X)
+    both = (X @ WEIGHTS[0]) * (X @ WEIGHTS[1])
+    np.testing.assert_allclose(at["both"], both / (1 + np.exp(-X @ WEIGHTS[1])) / 2, **CLOSE)
 
 
 # Where what a gate and a signal are made of stands in one array: of six gates, and of two of three.

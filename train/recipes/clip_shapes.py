@@ -77,7 +77,7 @@ def new_model(recipe: ClipShapes) -> CLIP:
         ),
         projection=recipe.projection,
     )
-    processor = Processor(tokenizer, image_processing(config.vision.image_size))
+    processor = Processor(tokenizer, image_processing(SIDE))
     return CLIP(config, rngs=nnx.Rngs(recipe.seed), processor=processor)
 
 
