@@ -290,18 +290,6 @@ def is_inner(equation: Any) -> bool:
     )
 
 
-def product_axes(equation: Any, side: int) -> dict[int, int]:
-    """By axis of an operand that a matrix product keeps, the axis of the result that it is."""
-    contracted, batched = contraction(equation)
-    free = [
-        [a for a in range(len(atom.aval.shape)) if a not in (*contracted[i], *batched[i])]
-        for i, atom in enumerate(equation.invars)
-    ]
-    kept = {axis: place for place, axis in enumerate(batched[side])}
-    start = len(batched[side]) + (len(free[0]) if side else 0)
-    return kept | {axis: start + i for i, axis in enumerate(free[side])}
-
-
 def is_outer(equation: Any) -> bool:
     """Whether a matrix product sums over nothing, as `einsum("bd,bd->bd")` does: a product."""
     return name_of(equation) in DOT and not any(contraction(equation)[0])

@@ -179,13 +179,25 @@ def _alone(late: Late, used: dict[Value, list[Node]]) -> bool:
     return sums is not None and all(len(used[node.outs[0]]) == 1 for node in chain)
 
 
+def _product_axes(equation: Any, side: int) -> dict[int, int]:
+    """By axis of an operand that a matrix product keeps, the axis of the result that it is."""
+    contracted, batched = primitives.contraction(equation)
+    free = [
+        [a for a in range(len(atom.aval.shape)) if a not in (*contracted[i], *batched[i])]
+        for i, atom in enumerate(equation.invars)
+    ]
+    kept = {axis: place for place, axis in enumerate(batched[side])}
+    start = len(batched[side]) + (len(free[0]) if side else 0)
+    return kept | {axis: start + i for i, axis in enumerate(free[side])}
+
+
 def _sums_by_key(late: Late) -> Callable[[Array], Array] | None:
     """From the sums, along the result's axes, to those along the exponentials'; or None."""
     order = tuple(range(len(late.product.outs[0].shape)))
     for move in late.moves:
         if move.name in TRANSPOSE:
             order = tuple(order[axis] for axis in primitives.permutation(move.equation))
-    kept = primitives.product_axes(late.product.equation, late.side)
+    kept = _product_axes(late.product.equation, late.side)
     places = [order.index(axis) for axis in kept.values()]
     others = set(range(len(order))) - set(places)
     if any(late.sums.shape[axis] != 1 for axis in others):
