@@ -16,8 +16,10 @@ from jaxrel.tracing.primitives import (
     DIV,
     DOT,
     EXACT,
+    EXP,
     LINEAR,
     LINEAR_IN,
+    LOG,
     MAXIMA,
     MEANS,
     MOVES,
@@ -80,10 +82,13 @@ def norm_nodes(graph: Graph, facts: Facts) -> tuple[list[Node], set[Node]]:
     these roots alone before it scales: an epsilon added, a maximum, the product of two norms.
     """
     users = graph.users()
+    by_logs = _roots_by_logs(graph, facts)
     roots = [
         node
         for node in graph.nodes
-        if node.name in ROOTS and facts[node.outs[0]].active and facts[node.outs[0]].stat
+        if (node.name in ROOTS or node in by_logs)
+        and facts[node.outs[0]].active
+        and facts[node.outs[0]].stat
     ]
     sizes = {node.outs[0] for node in roots}
     made: set[Node] = set()
@@ -97,6 +102,21 @@ def norm_nodes(graph: Graph, facts: Facts) -> tuple[list[Node], set[Node]]:
         return _scales(node.outs[0], users, facts, sizes)
 
     return [*filter(scales, roots)], {*filter(scales, made)}
+
+
+def _roots_by_logs(graph: Graph, facts: Facts) -> set[Node]:
+    """Exponentials of logarithms times a number, as `exp(0.5 * log(x))` spells a root."""
+    sums = {last for last, _ in logsumexps(graph, lambda value: facts[value].active)}
+    logs = {node.outs[0] for node in graph.nodes if node.name in LOG and node not in sums}
+    roots = set()
+    for node in graph.nodes:
+        (*ins,) = active_ins(facts, node)
+        if len(ins) == 1 and ins[0] in logs:
+            if node.name in EXP:
+                roots.add(node)
+            elif node.name in SCALES or node.name in MOVES:
+                logs.update(node.outs)
+    return roots
 
 
 def _scales(value: Value, users: dict[Value, list[Node]], facts: Facts, sizes: set[Value]) -> bool:

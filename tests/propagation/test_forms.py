@@ -434,6 +434,8 @@ def _norms():
         "epsilon": lambda h: h / (jnp.sqrt(squares(h)) + EPS),
         "power": lambda h: h * squares(h) ** -0.5,
         "reciprocal": lambda h: h * (1 / jnp.sqrt(squares(h))),
+        "logarithm": lambda h: h / jnp.exp(0.5 * jnp.log(squares(h))),
+        "logarithm, reciprocal": lambda h: h * jnp.exp(jnp.log(squares(h)) / -2),
     }
 
 
