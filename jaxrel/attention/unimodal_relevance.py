@@ -239,14 +239,7 @@ def covered_relevance(
     some = {"layers": layers, "heads": heads, "layer_weights": layer_weights}
     streaming = _choose_form(form, methods, target_token, some)
     how = How(methods, layers, heads, layer_weights, importance)
-    if operator.index(block) < 1:
-        raise ValueError(f"block must be 1 or more queries, got {block}")
-    if form == "blockwise" and sinks is not None:
-        raise ValueError(
-            "form='blockwise' reads whole maps a block at a time, and sinks= is not among what it "
-            "can leave out of them; use form='streaming'"
-        )
-    size = operator.index(block) if form == "blockwise" else None
+    size = _block_size(form, block, sinks)
 
     def explained(*args):
         traced = trace_attention(fun, *args)
@@ -259,13 +252,7 @@ def covered_relevance(
             name: of_stacks(TABLE[name], stacks, everything, layers, pooled) for name in methods
         }
         rests = {s.name: sink_tokens(sinks, s) for s in stacks}
-        mapped = _mapped(stacks)
-        if mapped is not None and form in ("streaming", "blockwise"):
-            raise NotImplementedError(
-                f"form={form!r}: the heads at {mapped.where} are computed one after another "
-                "in a loop, and relevance must see them together; use form='auto'"
-            )
-        if streaming and mapped is None:
+        if streaming and not _mapped(stacks, form):
             out, result = _stream(
                 traced, stacks, methods[0], target_tokens, rests, importance, size
             )
@@ -292,10 +279,28 @@ def _by_lrp(traced: Traced, fun: Callable, args: tuple, argnums: Any, rules: Any
     return functools.partial(lrp_of_maps, traced, rules=rules, data=data, paths=paths)
 
 
-def _mapped(stacks: list[Stack]) -> Site | None:
-    """A site whose heads are computed in a loop, if there is one."""
+def _mapped(stacks: list[Stack], form: Form) -> bool:
+    """Whether some heads are computed in a loop, which some forms cannot follow."""
     sites = (site for stack in stacks for site in stack.sites)
-    return next((site for site in sites if site.mapped), None)
+    mapped = next((site for site in sites if site.mapped), None)
+    if mapped is not None and form in ("streaming", "blockwise"):
+        raise NotImplementedError(
+            f"form={form!r}: the heads at {mapped.where} are computed one after another in a "
+            "loop, and relevance must see them together; use form='auto'"
+        )
+    return mapped is not None
+
+
+def _block_size(form: Form, block: int, sinks: Any) -> int | None:
+    """How many queries are computed at a time; None where all are."""
+    if operator.index(block) < 1:
+        raise ValueError(f"block must be 1 or more queries, got {block}")
+    if form == "blockwise" and sinks is not None:
+        raise ValueError(
+            "form='blockwise' leaves no columns out of the maps, and sinks= asks for that; use "
+            "form='streaming'"
+        )
+    return operator.index(block) if form == "blockwise" else None
 
 
 def _check_scalars(traced: Traced) -> None:

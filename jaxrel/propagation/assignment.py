@@ -97,11 +97,7 @@ def prepare(
     def known(graph: Graph, barriers: Iterable[Node] = ()) -> Facts:
         return analyse(graph, ins, sources=found_in(graph), barriers=barriers, names=names)
 
-    graph, facts = _opened(graph, composite, known)
-    ordered = divide_first(graph, lambda value: facts[value].active)
-    facts = facts if ordered is graph else known(ordered)
-    graph = associate(ordered, facts, found_in(ordered))
-    facts = facts if ordered is graph else known(graph)
+    graph, facts = _rewritten(*_opened(graph, composite, known), known, found_in)
     while any(map(cuts := Cuts(facts, composite, found_in(graph), whole), graph.walk())):
         graph = cut_scans(graph, cuts)
         facts = known(graph)
@@ -141,6 +137,16 @@ def prepare(
     steps = probed.steps | _steps(choices, weights)
     probes = {v: probed.probes[v].value for v in sources if v in probed.probes}
     return Prepared(probed.graph, facts, carrying, choices, steps, explained, tagged, probes)
+
+
+def _rewritten(
+    graph: Graph, facts: Facts, known: Callable[[Graph], Facts], found_in: Callable
+) -> tuple[Graph, Facts]:
+    """The same computation in the order in which rules read it: see `tracing.rewrite`."""
+    divided = divide_first(graph, lambda value: facts[value].active)
+    facts = facts if divided is graph else known(divided)
+    ordered = associate(divided, facts, found_in(divided))
+    return ordered, facts if ordered is divided else known(ordered)
 
 
 def _gates(found: Iterable[tuple], facts: Facts) -> dict[Node, frozenset[Value]]:

@@ -379,6 +379,11 @@ ERRORS = {
         ValueError,
         "block must be 1 or more queries, got 0",
     ),
+    "sinks": (
+        lambda x: relevance(scanned, "blockwise", sinks=[0], x=x),
+        ValueError,
+        "form='blockwise' leaves no columns out of the maps, and sinks= asks for that; use form=",
+    ),
 }
 
 

@@ -116,7 +116,19 @@ def divided_later(x):
     return (e @ (x @ W[2])) / e.sum(-1, keepdims=True) @ W[3]
 
 
-@pytest.mark.parametrize("other", [summed_by_hand, key_by_key, divided_later])
+def test_attention_that_divides_after_the_values_is_found():
+    def model(x, second):
+        x = x + attend(x, softmax)
+        return (x + second(x))[:, 0].sum(-1)
+
+    found, plain = (
+        attention.relevance(lambda x, f=f: model(x, f), method="equal")(X)
+        for f in (divided_later, lambda x: attend(x, softmax))
+    )
+    np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-6)  # float32 rounding
+
+
+@pytest.mark.parametrize("other", [summed_by_hand, key_by_key])
 def test_attention_without_a_map_that_meets_its_values_is_named(other):
     plain = lambda x: attend(x, softmax)
     np.testing.assert_allclose(other(X), plain(X), rtol=1e-4, atol=1e-5)  # float32 rounding
