@@ -288,11 +288,19 @@ def _weighting(options: argparse.Namespace) -> None:
     from jaxrel.train.evaluate import record, weighting
 
     rules = shared.names(options.rule, tuple(weighting.FAMILY))
+    models = {}
+    for name in shared.names(options.model):  # all are loaded before the first is judged
+        options.model = name
+        models[name] = _mapper(options)
+    if len(depths := {model.config.layers for model in models.values()}) > 1:
+        raise ValueError(
+            f"a table compares rules on mappers of one depth, got mappers of "
+            f"{', '.join(map(str, sorted(depths)))} layers; judge each depth by itself"
+        )
     result: dict[str, Any] = {}
-    for model in shared.names(options.model):
-        options.model = model
+    for model, loaded in models.items():
         found = weighting.evaluate(
-            _mapper(options),
+            loaded,
             modality=shared.names(options.modality),
             rules=rules,
             split=options.split,

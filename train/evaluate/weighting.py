@@ -331,9 +331,9 @@ def judge(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def best(judged: Mapping[str, Mapping[str, float]]) -> str:
-    """The rule that the plan chooses."""
-    return min(judged, key=lambda name: (judged[name]["clearly worse"], -judged[name]["score"]))
+def ranked(judged: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The rules by the plan, the one that it chooses first."""
+    return sorted(judged, key=lambda name: (judged[name]["clearly worse"], -judged[name]["score"]))
 
 
 def tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
@@ -348,7 +348,6 @@ def tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
     for one in results:
         check_protocol("tables", one, perturbation.PROTOCOL)
     judged = judge(results)
-    order = sorted(judged, key=lambda x: (judged[x]["clearly worse"], -judged[x]["score"]))
     figures = [(one, sign) for one in results for sign in BETTER]
     rows = [
         [
@@ -358,7 +357,7 @@ def tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
             f"{judged[name]['clearly worse']}",
             f"{judged[name]['score']:+.2f}",
         ]
-        for name in order
+        for name in ranked(judged)
     ]
     first = results[0]
     note = (

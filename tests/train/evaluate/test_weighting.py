@@ -147,7 +147,7 @@ def test_the_judgement_by_hand():
     assert judged["length"] == {"score": (8 - 0.5 + 0.5) / 4, "better": 2, "clearly worse": 0}
     assert judged["turn"]["clearly worse"] == 1
     assert judged["turn"]["score"] > judged["length"]["score"]
-    assert weighting.best(judged) == "length"
+    assert weighting.ranked(judged) == ["length", "norm", "turn"]
     (table,) = weighting.tables([first, second])
     assert [line[0] for line in table.rows] == ["length", "norm", "turn"]
     assert table.rows[1][1:3] == ["**+3.00 [+1.00, +5.00]**", "**-2.00 [-3.00, -1.00]**"]
