@@ -381,4 +381,7 @@ def _finetuning(options: argparse.Namespace) -> None:
     files = finetuning.save(result, options.out)
     print(finetuning.markdown(result))
     print("wrote " + ", ".join(map(str, files)))
-    _record(options, finetuning.PROTOCOL, finetuning.tables(result), result)
+    # A study of its own has a record of its own: finetuning-overfit for runs/overfit.
+    study = options.models.resolve().name
+    name = "finetuning" if study == "finetune" else f"finetuning-{study}"
+    _record(options, finetuning.PROTOCOL, finetuning.tables(result), result, name)

@@ -8,6 +8,9 @@ While training, the loss of naming the object that each position of the features
 shape, size, or background) is added, by a linear layer that is then thrown away: it makes the
 encoder tell objects apart many times sooner than words do. Captions are learnt without their
 punctuation.
+
+An encoder can also be trained elsewhere, by naming alone (`--split train --word-loss 0`), and then
+be taken over by other captioners (`--encoder-of FOLDER --encoder-rate 0`).
 """
 
 import dataclasses
@@ -61,6 +64,30 @@ class CaptionerShapes(OnShapes, NewCaptioner):
     patch_loss: float = setting(
         0.5, "weight of the loss of naming the object at each position", "0 or more"
     )
+    word_loss: float = setting(
+        1.0, "weight of the loss of words; 0 trains the encoder alone", "0 or more"
+    )
+    encoder_of: str = setting(
+        "", "captioner whose encoder is taken over: a bundled model or a folder; empty: none"
+    )
+    encoder_rate: float = setting(
+        1.0, "factor on the learning rate in the encoder; 0 freezes it", "0 or more"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.word_loss and not (self.patch_loss and self.encoder_rate):
+            raise ValueError(
+                f"word_loss is 0, patch_loss {self.patch_loss} and encoder_rate "
+                f"{self.encoder_rate}: nothing would be trained; give --word-loss 1, or "
+                "--patch-loss 1 with --encoder-rate 1 to train the encoder alone"
+            )
+        if not self.encoder_rate and not self.encoder_of:
+            raise ValueError(
+                "encoder_rate is 0 and encoder_of empty: an encoder would be frozen that has "
+                "learnt nothing. Name a captioner with --encoder-of, or train it with "
+                "--encoder-rate 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +101,26 @@ class AoAShapes(AoA, CaptionerShapes):
 
 
 def new_model(recipe: CaptionerShapes) -> Captioner:
-    """The untrained model, with its tokenizer and image preprocessing.
+    """The model before training, with its tokenizer and image preprocessing.
 
     Raises:
-      ValueError: a size is out of range, or the image is too small for the poolings.
+      FileNotFoundError: there is no captioner whose encoder is to be taken over.
+      ValueError: a size is out of range, the image is too small for the poolings, or the encoder
+        that is taken over has other sizes.
     """
     tokenizer = word_tokenizer(vocabulary(), recipe.context)
     config = new_config(recipe, vocab_size=len(tokenizer), image_size=SIDE)
     processor = Processor(tokenizer, image_processing(SIDE))
-    return Captioner(config, rngs=nnx.Rngs(recipe.seed), processor=processor)
+    model = Captioner(config, rngs=nnx.Rngs(recipe.seed), processor=processor)
+    if recipe.encoder_of:
+        other = Captioner.from_pretrained(recipe.encoder_of, dtype=recipe.dtype)
+        if other.config.encoder != config.encoder:
+            raise ValueError(
+                f"the encoder of {recipe.encoder_of!r} is {other.config.encoder}, and the recipe's "
+                f"{config.encoder}; give the same sizes with --encoder"
+            )
+        model.encoder = other.encoder
+    return model
 
 
 def loss(
@@ -91,6 +129,7 @@ def loss(
     key: Array,
     *,
     patch_loss: float,
+    word_loss: float = 1.0,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of the words, and that of naming what each position shows.
 
@@ -99,6 +138,7 @@ def loss(
       batch: as `CaptionExamples` makes it.
       key: for dropout.
       patch_loss: weight of the names.
+      word_loss: weight of the words.
 
     Returns:
       The sum, and {"accuracy": the share of words that are predicted, "patches": the loss of the
@@ -109,7 +149,7 @@ def loss(
     value, metrics = caption_loss(model, features, batch["text"], key)
     # The head leaves out the first token, in a CLIP that of the class.
     named = parts["names"].loss(jnp.pad(features, ((0, 0), (1, 0), (0, 0))), batch["shown"])
-    return value + patch_loss * named, metrics | {"patches": named}
+    return word_loss * value + patch_loss * named, metrics | {"patches": named}
 
 
 def train(recipe: CaptionerShapes, folder: Path) -> Captioner:
@@ -121,7 +161,8 @@ def train(recipe: CaptionerShapes, folder: Path) -> Captioner:
     names = PatchNames(model.config.features, grid, rngs=nnx.Rngs(recipe.seed))
 
     def weighed(parts: Any, batch: Any, key: Array) -> tuple[Array, dict[str, Array]]:
-        return loss(parts, batch, key, patch_loss=recipe.patch_loss)
+        weights = {"patch_loss": recipe.patch_loss, "word_loss": recipe.word_loss}
+        return loss(parts, batch, key, **weights)
 
     return train_model(
         recipe,

@@ -264,8 +264,9 @@ def pair_rates(split, count=1500):
     return {pair: (np.mean(values), len(values)) for pair, values in held.items()}
 
 
-def test_biased_training_scenes_hold_the_pairs_in_nine_of_ten():
-    for share, count in pair_rates("biased_train").values():
+@pytest.mark.parametrize("split", ["biased_train", "biased_val"])
+def test_biased_scenes_hold_the_pairs_in_nine_of_ten(split):
+    for share, count in pair_rates(split).values():
         assert count > 250
         assert abs(share - 0.9) < 0.08  # four standard errors of 0.9 among 250
 

@@ -112,6 +112,58 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(made, tmp_path, monkey
         np.testing.assert_array_equal(one, other)
 
 
+def test_an_encoder_is_trained_alone_and_taken_over_frozen(made, quick_compile, tmp_path):
+    """Naming alone moves the encoder and not the decoder; a frozen encoder stays as it was."""
+    start = captioner_shapes.new_model(KINDS["gridtd"])
+    alone = dataclasses.replace(KINDS["gridtd"], split="train", word_loss=0.0)
+    named = captioner_shapes.train(alone, tmp_path / "named")
+    half = jax.tree.map(lambda x: x.astype(np.float16), nnx.state(start, nnx.Param))
+    changed = jax.tree.map(
+        lambda one, other: bool((one != other).any()), half, nnx.state(named, nnx.Param)
+    )
+    assert all(jax.tree.leaves(changed["encoder"]))
+    del changed["encoder"]
+    assert not any(jax.tree.leaves(changed))
+    taken = dataclasses.replace(
+        KINDS["gridtd"], encoder_of=str(tmp_path / "named"), encoder_rate=0.0, patch_loss=0.0
+    )
+    model = captioner_shapes.train(taken, tmp_path / "taken")
+    for one, other in zip(parameters(model.encoder), parameters(named.encoder), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert any(
+        (one != other).any()
+        for one, other in zip(parameters(model), parameters(named), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"word_loss": 0.0, "patch_loss": 0.0},
+            "word_loss is 0, patch_loss 0.0 and encoder_rate 1.0: nothing would be trained; give "
+            "--word-loss 1, or --patch-loss 1 with --encoder-rate 1 to train the encoder alone",
+        ),
+        (
+            {"encoder_rate": 0.0},
+            "encoder_rate is 0 and encoder_of empty: an encoder would be frozen that has learnt "
+            "nothing. Name a captioner with --encoder-of, or train it with --encoder-rate 1",
+        ),
+    ],
+)
+def test_what_would_train_nothing_is_refused(changed, message):
+    with pytest.raises(ValueError, match="nothing") as error:
+        dataclasses.replace(KINDS["gridtd"], **changed)
+    assert str(error.value) == message
+
+
+def test_an_encoder_of_other_sizes_is_refused(made, tmp_path):
+    _, folder = made["gridtd"]
+    other = dataclasses.replace(KINDS["aoa"], encoder="4,4,8,8,4", encoder_of=str(folder))
+    with pytest.raises(ValueError, match="give the same sizes with --encoder"):
+        captioner_shapes.train(other, tmp_path / "model")
+
+
 def test_pixels_are_normalised_as_the_processor_does(made):
     model, _ = made["aoa"]
     scenes = [Shapes().scene("biased_train", i) for i in range(2)]

@@ -12,7 +12,7 @@ SHAPE_PAIRS = (("heart", "star"), ("cross", "ring"))
 # The share of the scenes with a cue in which its pair holds: for a colour pair, all objects of
 # that shape have that colour (in the other scenes none has); for a shape pair, an object of the
 # second shape is there (in the other scenes none is).
-PAIR_RATES = {"biased_train": 0.9, "biased_test": 0.0}
+PAIR_RATES = {"biased_train": 0.9, "biased_val": 0.9, "biased_test": 0.0}
 
 _PAIRED = {shape for pair in SHAPE_PAIRS for shape in pair} | {cue for cue, _ in COLOUR_PAIRS}
 _NEUTRAL = tuple(shape for shape in SHAPES if shape not in _PAIRED)

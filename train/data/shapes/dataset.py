@@ -27,7 +27,8 @@ from jaxrel.train.data.shapes.scene import (
     draw_objects,
 )
 
-SPLITS = ("train", "val", "test", "biased_train", "biased_test")
+# A scene is drawn by the number of its split: new splits come last.
+SPLITS = ("train", "val", "test", "biased_train", "biased_test", "biased_val")
 MIN_SIZE, MAX_SIZE = 32, 2048
 
 # Seeds and indices are hashed as words of 32 bits: larger ones could collide.
