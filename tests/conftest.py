@@ -53,6 +53,10 @@ if TYPES_CHECKED:
 import jax
 import pytest
 
+# Traces make many objects that live on; to look through them for garbage again and again takes a
+# twentieth of the tests' time.
+gc.set_threshold(100_000, 20, 50)
+
 
 def pytest_report_header():
     """Where the tests run, and whether types are checked."""

@@ -15,7 +15,7 @@ from jaxrel.train.loop.batches import Source, batches
 from jaxrel.train.loop.fit import fit
 from jaxrel.train.loop.optimiser import adamw, warmup_cosine
 
-# (parts, batch, key) -> (value, metrics), with the metric "accuracy".
+# (parts, batch, key) -> (value, metrics).
 Loss = Callable[[dict[str, Any], dict[str, Array], Array], tuple[Array, dict[str, Array]]]
 
 SETTINGS_FILE = "settings.json"
@@ -30,6 +30,7 @@ def train_model(
     *,
     name: str,
     dtype: str = "float16",
+    show: str = "accuracy",
 ) -> Any:
     """Train, and write the model, its settings and `train.jsonl` into a folder.
 
@@ -48,6 +49,7 @@ def train_model(
         processes read them.
       name: the recipe's, for the progress bar and messages.
       dtype: of the file. float16 halves it, and hardly an answer or a word changes.
+      show: the metric that the progress bar shows beside the loss.
 
     Returns:
       The model as it is in the folder.
@@ -77,7 +79,7 @@ def train_model(
         checkpoint_every=recipe.checkpoint_every,
         accumulate=recipe.accumulate,
         schedule=rate,
-        show="accuracy",
+        show=show,
         name=name,
     )
     model = nnx.merge(graph, params, *rest)["model"]

@@ -138,17 +138,19 @@ def loss(
       batch: as `CaptionExamples` makes it.
       key: for dropout.
       patch_loss: weight of the names.
-      word_loss: weight of the words.
+      word_loss: weight of the words; at 0 they are not predicted.
 
     Returns:
-      The sum, and {"accuracy": the share of words that are predicted, "patches": the loss of the
-      names}.
+      The sum, and {"accuracy": the share of words that are predicted, if any are, "patches": the
+      loss of the names}.
     """
     model = parts["model"]
     features = model.encode(normalise(batch["image"]))
-    value, metrics = caption_loss(model, features, batch["text"], key)
     # The head leaves out the first token, in a CLIP that of the class.
     named = parts["names"].loss(jnp.pad(features, ((0, 0), (1, 0), (0, 0))), batch["shown"])
+    if not word_loss:
+        return patch_loss * named, {"patches": named}
+    value, metrics = caption_loss(model, features, batch["text"], key)
     return word_loss * value + patch_loss * named, metrics | {"patches": named}
 
 
@@ -171,6 +173,7 @@ def train(recipe: CaptionerShapes, folder: Path) -> Captioner:
         weighed,
         CaptionExamples(recipe, recipe.split, model.processor, recipe.context, grid),
         name=f"{recipe.kind}-shapes",
+        show="accuracy" if recipe.word_loss else "patches",
     )
 
 
