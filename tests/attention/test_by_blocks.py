@@ -203,27 +203,39 @@ def relevance(fun, form, method="weighted", block=3, x=None, **options):
     return jax.jit(explain)(jnp.asarray(tokens_of() if x is None else x))
 
 
+def by_form(fun, *methods, forms, **options):
+    """By method and form, from one program: what the forms share is compiled once."""
+
+    def explain(x):
+        return {
+            (method, form): attention.relevance(fun, method=method, form=form, block=3, **options)(
+                x
+            )
+            for method in methods
+            for form in forms
+        }
+
+    return jax.jit(explain)(tokens_of())
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("make_map", MAPS.values(), ids=MAPS.keys())
 def test_every_map_that_is_recognised(make_map):
     fun = functools.partial(scanned, layer=functools.partial(layer, make_map=make_map))
+    found = by_form(fun, "equal", "weighted", forms=("blockwise", "streaming"))
     for method in ("equal", "weighted"):
-        want = relevance(fun, "streaming", method)
-        assert want.any()
-        np.testing.assert_allclose(relevance(fun, "blockwise", method), want, **SAME)
+        assert found[method, "streaming"].any()
+        np.testing.assert_allclose(found[method, "blockwise"], found[method, "streaming"], **SAME)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("fun", PROGRAMS.values(), ids=PROGRAMS.keys())
 @pytest.mark.parametrize("method", ["equal", "weighted"])
 def test_every_program_gives_what_streaming_and_stacked_give(fun, method):
-    target = [2, -1]
-    found = relevance(fun, "blockwise", method, target_token=target)
-    np.testing.assert_allclose(
-        found, relevance(fun, "streaming", method, target_token=target), **SAME
-    )
-    stacked = attention.relevance(fun, method=method, form="stacked", target_token=target)
-    np.testing.assert_allclose(found, jax.jit(stacked)(tokens_of()), **SAME)
+    forms = ("blockwise", "streaming", "stacked")
+    found = by_form(fun, method, forms=forms, target_token=[2, -1])
+    for form in forms[1:]:
+        np.testing.assert_allclose(found[method, "blockwise"], found[method, form], **SAME)
 
 
 @pytest.mark.usefixtures("x64")

@@ -25,7 +25,7 @@ def scene():
 
 
 def test_one_text_against_another(model, scene):
-    methods = ("input_x_gradient", "lrp", "equal", "legrad")
+    methods = ("input_x_gradient", "lrp", "equal")
     options = {"image": scene, "method": methods}
     red, blue = (
         jaxrel.explain(model, text=text, **options) for text in ("a red circle", "a blue square")
@@ -39,8 +39,7 @@ def test_one_text_against_another(model, scene):
             both[i].image, red[i].image - blue[i].image, rtol=5e-3, atol=2e-4
         )
         np.testing.assert_allclose(both[i].text, red[i].text, **CLOSE)
-    for i in range(2, 4):
-        assert not np.allclose(both[i].image, red[i].image)
+    assert not np.allclose(both[2].image, red[2].image)
     assert both[0].settings.endswith(", against a blue square")
 
 
@@ -77,13 +76,10 @@ def test_answers(scene):
     red, blue = answers.index("red"), answers.index("blue")
     one = jaxrel.explain(vqa, against="blue", method="weighted", **options)
     np.testing.assert_allclose(one.score, logits[red] - logits[blue], rtol=1e-5)
-    rest = jaxrel.explain(vqa, against="*", method=("weighted", "lrp"), **options)
+    rest = jaxrel.explain(vqa, against="*", method="lrp", **options)
     others = np.delete(logits, red)
-    for found in rest:
-        np.testing.assert_allclose(
-            found.score, logits[red] - np.log(np.exp(others).sum()), rtol=1e-5
-        )
-        assert found.image.any()
+    np.testing.assert_allclose(rest.score, logits[red] - np.log(np.exp(others).sum()), rtol=1e-5)
+    assert rest.image.any()
     with pytest.raises(ValueError, match="the answer 'red' is explained, and cannot be contrasted"):
         jaxrel.explain(vqa, against="red", **options)
 
