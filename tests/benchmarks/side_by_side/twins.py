@@ -202,9 +202,11 @@ class Captioner(nn.Module):
         self.project, self.gates = dense(weights["project"]), dense(cell["lstm"]["gates"])
         self.query, self.key, self.value = (dense(cell[name]) for name in ("query", "key", "value"))
         self.out, self.gate = dense(cell["out"]), dense(cell["gate"])
-        self.words = parameter(weights["embedding"]["embedding"][text[0, :-1]])
-        head, last = weights["head"], text[0, -1]
-        self.head = dense({"kernel": head["kernel"][:, [last]], "bias": head["bias"][[last]]})
+        self.words = parameter(np.asarray(weights["embedding"]["embedding"])[text[0, :-1]])
+        # Only the column of the one word.
+        last = slice(text[0, -1], text[0, -1] + 1)
+        head = {name: np.asarray(array)[..., last] for name, array in weights["head"].items()}
+        self.head = dense(head)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         values = F.relu(self.project(self.features(x).flatten(2).mT))
