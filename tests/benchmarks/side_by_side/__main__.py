@@ -37,7 +37,7 @@ Ask = Callable[..., Any]
 def main(argv: Sequence[str]) -> None:
     """Measure what is not kept yet, and write the tables and the plot."""
     args = parse(argv)
-    start, kept_in, tools = time.perf_counter(), args.folder / "side_by_side.json", setting()
+    start, kept_in, tools = time.perf_counter(), args.folder / page.KEPT, setting()
     figures = json.loads(kept_in.read_text(encoding="utf-8")) if kept_in.exists() else {}
     if {name: figures.get(name) for name in tools} != tools:
         figures = {**tools, "groups": {}}

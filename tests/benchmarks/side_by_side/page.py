@@ -13,6 +13,7 @@ from tests.benchmarks.table import Cell, Table
 from tests.benchmarks.timing import MIB
 
 BEGIN, END = "<!-- side by side: begin -->", "<!-- side by side: end -->"
+KEPT = "side_by_side.json"
 PLOT = Path("images") / "side_by_side.svg"
 # Of peers; `peers` itself needs torch.
 TORCH, CAM = "torch", "pytorch-grad-cam"
@@ -61,7 +62,10 @@ def write(folder: Path, figures: Figures) -> None:
     """Put the tables between the marks in README.md, and the plot beside it."""
     groups = figures["groups"]
     versions = "; ".join(f"{name} {number}" for name, number in figures["versions"].items())
-    parts = [f"{figures['hardware']}; {versions}.\n", f"![Time over a gradient]({PLOT})\n"]
+    parts = [
+        f"{figures['hardware']}; {versions}. All figures are in [{KEPT}]({KEPT}).\n",
+        f"![Times over a gradient of the same framework, by network, method and tool]({PLOT})\n",
+    ]
     for network, methods in METHODS_OF.items():
         found = {m: groups[f"{network}: {m}"] for m in methods if f"{network}: {m}" in groups}
         if found:

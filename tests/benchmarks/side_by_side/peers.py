@@ -223,7 +223,11 @@ def captum_lrp(network: Network, *, method: str) -> Run:
     from captum.attr._utils.custom_modules import Addition_Module
     from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule
 
-    conv = {"z+": Alpha1_Beta0_Rule, "gamma": partial(GammaRule, GAMMA)}.get(method, EpsilonRule)
+    conv = {
+        "epsilon": partial(EpsilonRule, EPSILON),
+        "z+": Alpha1_Beta0_Rule,
+        "gamma": partial(GammaRule, GAMMA),
+    }[method]
     model, x = twin(network, Addition_Module), tensor(network.x)
 
     def run() -> np.ndarray:
