@@ -15,7 +15,7 @@ from tests.benchmarks import captioner, clip_attention, lrp, lrp_models
 from tests.benchmarks.clip_attention import CLIP, CLIPConfig
 
 ATTENTION, GRAD_CAM, INTEGRATED = "attention relevance", "Grad-CAM", "integrated gradients"
-STEPS = 8  # of integrated gradients
+STEPS = 4  # of integrated gradients
 WORD = 10  # of the captioner, with all words before it
 
 CONVOLUTIONAL = {
@@ -142,7 +142,7 @@ NETWORKS: Mapping[str, Callable[[str, bool], Network]] = {
     DECODER: plain,
     CAPTIONER: captions,
 }
-BATCH = {CLIP_B32: 4, VIT: 2, "VGG16": 1, "ResNet-50": 2, DECODER: 4, CAPTIONER: 1}
+BATCH = {CLIP_B32: 2, VIT: 1, "VGG16": 1, "ResNet-50": 2, DECODER: 2, CAPTIONER: 1}
 RULES = {
     CLIP_B32: CLIP_RULES,
     VIT: TRANSFORMER,

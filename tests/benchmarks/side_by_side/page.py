@@ -149,6 +149,7 @@ def plot(path: Path, groups: Mapping[str, Figures]) -> None:
                 left = place + (index - (len(bars) - 1) / 2) * width
                 drawn[tool] = panel.bar(left, height, width, color=COLOURS[tool])
         panel.set_xticks(range(len(methods)), [name.replace(" ", "\n") for name in methods])
+        panel.set_xlim(-0.6, len(methods) - 0.4)
         panel.set_ylabel("times a gradient")
     figure.legend(
         [drawn[tool] for tool in COLOURS if tool in drawn],
