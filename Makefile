@@ -30,7 +30,7 @@ help:
 	@echo 'make test        run the tests'
 	@echo 'make notebooks   run the notebooks of colab/; the executed copies are in OUT'
 	@echo 'make docs        build the site in OUT/docs, with the notebooks as executed in OUT'
-	@echo 'make bench       measure time and memory on this machine'
+	@echo 'make bench       measure time and memory on this machine, beside the peers of extra bench'
 	@echo 'make lint        check style and format'
 	@echo 'make clean       remove the environment and what was built'
 	@echo 'PYTHON=python3.13 VENV=.venv-313 use another Python, OUT=folder another folder'
@@ -73,8 +73,13 @@ docs: $(VENV)/.docs
 	  $(BIN)/mkdocs build --strict --config-file .mkdocs.yml
 	@echo 'wrote $(OUT)/docs/index.html'
 
-bench: $(VENV)/.installed
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+bench: $(VENV)/.bench
 	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.side_by_side
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

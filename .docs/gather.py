@@ -24,7 +24,8 @@ def main(out: Path) -> None:
     readmes = [page for room in ROOMS for page in (ROOT / room).rglob("*.md")]
     images = (ROOT / "colab/images").glob("*.png")
     tables = [ROOT / f"tests/{folder}/README.md" for folder in ("benchmarks", "zoo")]
-    linked = (ROOT / "tests/benchmarks").glob("*.json")
+    benchmarks = ROOT / "tests/benchmarks"
+    linked = [*benchmarks.glob("*.json"), *benchmarks.glob("images/*.svg")]
     for file in (ROOT / "README.md", *tables, *linked, *readmes, *images):
         copy(file, pages / file.relative_to(ROOT))
     shutil.copytree(ROOT / ".docs/api", pages / "api")

@@ -193,7 +193,8 @@ class LinearMaps(Body):
 def feature_axes(core: Node, position: int) -> dict[int, int]:
     """Axes of a linear map's output that come from its weight, and the weight's axes."""
     if core.name in CONV:
-        return dict([primitives.conv_features(core.equation)]) if position == 0 else {}
+        _, kernel, made = primitives.conv_axes(core.equation)
+        return {made[1]: kernel[0]} if position == 0 else {}
     contract, batch = primitives.contraction(core.equation)
     side = 1 - position
     taken = {*contract[side], *batch[side]}

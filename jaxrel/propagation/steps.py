@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array
 
 from jaxrel.propagation.bilinear import Bilinear
 from jaxrel.propagation.operations import BatchNorm, Elementwise, Linear, Operation, Product
+from jaxrel.propagation.patches import patch_product
 from jaxrel.propagation.rules import (
     ActivationRule,
     Epsilon,
@@ -106,12 +108,24 @@ def without_bias(operation: Linear) -> Callable[[Array, Array], Array]:
     """The operation as a function of its input and weight."""
     if isinstance(operation, BatchNorm):
         return jnp.multiply
-    core, moves = operation.core, operation.moves
-    position = core.ins.index(operation.x)
+    core = operation.core
+    return _moved(operation, lambda *ins: core.bind(*ins)[0])
+
+
+def for_rules(operation: Linear) -> Callable[[Array, Array], Array]:
+    """The same function, in a form that is cheap to transpose."""
+    core = operation.core
+    by_patches = not isinstance(operation, BatchNorm) and patch_product(core)
+    return _moved(operation, by_patches) if by_patches else without_bias(operation)
+
+
+def _moved(operation: Linear, product: Callable[[Array, Array], Array]) -> Callable:
+    """A product of the two operands of an operation's core, and the moves after it."""
+    position = operation.core.ins.index(operation.x)
 
     def function(x, w):
-        (z,) = core.bind(*((x, w) if position == 0 else (w, x)))
-        for node in moves:
+        z = product(*((x, w) if position == 0 else (w, x)))
+        for node in operation.moves:
             (z,) = node.bind(z)
         return z
 
@@ -155,14 +169,14 @@ def _apply(operation: Linear, rule: Rule, weights: bool, shared: Shared) -> Call
     A weight's relevance is the sum of the messages through it: the rule with the roles of input
     and weight exchanged.
     """
-    function = without_bias(operation)
+    function, of_rule = without_bias(operation), for_rules(operation)
     flags = {"nonneg": operation.nonneg, "relu_after": operation.relu_after}
 
     def found(x, w, b, z, c, present):
-        op = Bilinear(function, x, **flags, present=present)
+        op = Bilinear(of_rule, x, **flags, present=present)
         r = jnp.asarray(rule.bwd(op, x, w, b, z, c))
         # Of weights that are explained, the relevance through them is that of the swapped map.
-        swapped = Bilinear(function, x).swapped(w) if weights else None
+        swapped = Bilinear(of_rule, x).swapped(w) if weights else None
         through = rule.bwd(swapped, w, x, b, z, c).astype(w.dtype) if swapped else None
         return r, op.ones(r) if rule.direct else None, through
 
@@ -241,7 +255,9 @@ def _elementwise(operation: Elementwise, rule: ActivationRule, shared: Shared) -
 
     def bwd(residuals, c):
         x, consts = residuals
-        return backward(x, consts, c), None
+        # What the forward pass computed of x is not shared: XLA would keep the parts of f, three
+        # arrays of a GELU's erfc, and write each by a loop of its own.
+        return backward(lax.optimization_barrier(x), consts, c), None
 
     apply.defvjp(lambda x, consts: (f(x, consts), (x, consts)), bwd)
     return Step((operation.start, *operation.consts), lambda x, *consts: [apply(x, consts)])

@@ -408,7 +408,7 @@ def _broadcast(axes: Sequence[Axis], places: Sequence[int], shape: Sequence[int]
 
 def _convolution(node: Node, axes: tuple[Axis, ...], out: Value) -> tuple[Axis, ...]:
     """The batch keeps its identity, and so do axes in space that keep their length."""
-    given, made = primitives.conv_axes(node.equation)
+    given, _, made = primitives.conv_axes(node.equation)
     fresh = list(_new(out, out.shape, known=False))
     for number, (i, j) in enumerate(zip(given, made, strict=True)):
         # The second is the channels'.

@@ -295,12 +295,6 @@ def is_outer(equation: Any) -> bool:
     return name_of(equation) in DOT and not any(contraction(equation)[0])
 
 
-def conv_features(equation: Any) -> tuple[int, int]:
-    """The feature axis of a convolution's output, and the axis of its kernel that makes it."""
-    numbers = equation.params["dimension_numbers"]
-    return numbers.out_spec[1], numbers.rhs_spec[0]
-
-
 def permutation(equation: Any) -> tuple[int, ...]:
     """Where each axis of a transposed array comes from."""
     return tuple(equation.params["permutation"])
@@ -367,10 +361,19 @@ def picked_along(equation: Any) -> int | None:
     return axes[0] if plain and whole and not numbers.operand_batching_dims else None
 
 
-def conv_axes(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Batch, features and space of a convolution: their axes in its input and its output."""
-    numbers = equation.params["dimension_numbers"]
-    return tuple(numbers.lhs_spec), tuple(numbers.out_spec)
+def conv_axes(equation: Any) -> tuple[tuple[int, ...], ...]:
+    """A convolution's axes in image, kernel and result: batch (or output), features, space."""
+    return tuple(map(tuple, equation.params["dimension_numbers"]))
+
+
+def side_by_side(equation: Any) -> dict[str, Any] | None:
+    """Options of the same product of patches, of a convolution whose windows fill the image."""
+    params, kernel = equation.params, equation.invars[1].aval.shape
+    groups = params["feature_group_count"], params["batch_group_count"]
+    ones = {*groups, *params["lhs_dilation"], *params["rhs_dilation"]}
+    fill = params["window_strides"] == tuple(kernel[axis] for axis in conv_axes(equation)[1][2:])
+    options = {name: params[name] for name in ("precision", "preferred_element_type")}
+    return options if fill and ones == {1} and not any(map(any, params["padding"])) else None
 
 
 def placed(equation: Any, axis: int) -> list[tuple[int, int | None]] | None:

@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tests.benchmarks import batch, captioner, clip_attention, lrp, streaming_forms
+from tests.benchmarks import batch, captioner, clip_attention, streaming_forms
 from tests.benchmarks.table import hardware
 
 BENCHMARKS = {
@@ -14,10 +14,6 @@ BENCHMARKS = {
     "clip-32": partial(clip_attention.run, batch=32),
     "forms-257": partial(streaming_forms.run, tokens=257, batch=4),
     "forms-1025": partial(streaming_forms.run, tokens=1025, batch=1),
-    "lrp-vgg16": partial(lrp.run, "VGG16", batch=4),
-    "lrp-resnet50": partial(lrp.run, "ResNet-50", batch=4),
-    "lrp-vit": partial(lrp.run, "ViT-B/16", batch=4),
-    "lrp-decoder": partial(lrp.run, "12-layer decoder", batch=4),
     "captioner-gridtd": partial(captioner.run, "gridtd"),
     "captioner-aoa": partial(captioner.run, "aoa"),
     "batch-shapes": partial(batch.run, "clip-shapes", images=2000),

@@ -39,7 +39,7 @@ Targets: {count} words in {seconds} s, and a word more for {per_word} backward p
 def run(kind: str, *, quick: bool, repeats: int) -> Table:
     """Time the forward pass, a gradient, one word and all words, in different ways."""
     count = 3 if quick else 10
-    model, inputs = _model(kind, quick)
+    model, inputs = model_and_inputs(kind, quick)
     positions = jnp.arange(1, count + 1)[None]
 
     def scores(model: Any, image: Any) -> Any:
@@ -117,7 +117,7 @@ def _difference(found: Any, loop: Any) -> float:
     return max(float(abs(x[0, -1] - y[0]).max() / abs(y[0]).max()) for x, y in pairs)
 
 
-def _model(kind: str, quick: bool) -> tuple[Captioner, dict[str, Any]]:
+def model_and_inputs(kind: str, quick: bool) -> tuple[Captioner, dict[str, Any]]:
     """A captioner of the paper's size with random weights, and one image with a caption."""
     width, side, vocabulary = (16, 32, 40) if quick else (512, 224, 9586)
     tokenizer = word_tokenizer([f"word{i}" for i in range(vocabulary - 4)], 12)

@@ -1,7 +1,7 @@
 """The networks whose relevance is timed: plain JAX functions with random weights.
 
-`build(name, batch=, quick=)` gives the published sizes, or tiny ones. Weights are nested dicts;
-`peers` reads them too.
+`build(name, batch=, quick=)` gives the published sizes, or tiny ones. Weights are nested dicts,
+which `side_by_side.twins` reads too. Tags mark what Grad-CAM explains.
 """
 
 import dataclasses
@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.nn import relu
+
+from jaxrel import tag
 
 LOW, HIGH = -3.0, 3.0  # no pixel is outside
 ROPE_BASE = 10_000.0
@@ -62,10 +64,10 @@ def vgg16(rng: np.random.Generator, batch: int, quick: bool) -> Network:
 
 def apply_vgg(params: Params, x: Any) -> Any:
     """The function of `vgg16`."""
-    for stage in params["stages"]:
+    for index, stage in enumerate(params["stages"]):
         for layer in stage:
             x = relu(conv(x, layer, padding=1))
-        x = max_pool(x, 2, padding=0)
+        x = max_pool(tag(x, f"stages/{index}"), 2, padding=0)
     x = x.reshape(len(x), -1)
     *hidden, head = params["dense"]
     for layer in hidden:
@@ -103,6 +105,7 @@ def apply_resnet(params: Params, x: Any) -> Any:
     x = max_pool(x, 3, padding=1)
     for block, stride in zip(params["blocks"], strides(params["blocks"]), strict=True):
         x = bottleneck(x, block, stride)
+    x = tag(x, "blocks")
     return linear(jnp.mean(x, axis=(1, 2)), params["head"])
 
 
@@ -158,9 +161,9 @@ def apply_vit(params: Params, x: Any, *, heads: int) -> Any:
     x = x.reshape(len(x), -1, x.shape[-1])
     first = jnp.broadcast_to(params["class_token"], (len(x), 1, x.shape[-1]))
     x = jnp.concatenate([first, x], axis=1) + params["positions"]
-    for layer in params["layers"]:
+    for index, layer in enumerate(params["layers"]):
         attention = layer["attention"]
-        y = layer_norm(x, layer["norm1"])
+        y = tag(layer_norm(x, layer["norm1"]), f"norm1/{index}")
         query, key, value = (
             split_heads(linear(y, attention[name]), heads) for name in ("query", "key", "value")
         )

@@ -139,18 +139,24 @@ def relevance(
       ends: where each text ends.
       grad: `grad_per_layer` or `grad_once`.
     """
-    image = torch.from_numpy(inputs["image"]).permute(0, 3, 1, 2)
-    text, last = (torch.from_numpy(x).long() for x in (inputs["text"], ends))
+    image, text, last = tensors(inputs, ends)
     score, maps = model.score(image, text, last)
     every = grad(score, [*maps["vision"], *maps["text"]])
     grads = {"vision": every[: len(maps["vision"])], "text": every[len(maps["vision"]) :]}
     rows = {"vision": torch.zeros_like(last), "text": last}
-    return {name: _accumulate(maps[name], grads[name], rows[name]) for name in maps}
+    return {name: accumulate(maps[name], grads[name], rows[name]) for name in maps}
 
 
-def _accumulate(
+def tensors(inputs: Mapping[str, np.ndarray], ends: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """Images, texts and where they end, as the model takes them."""
+    image = torch.from_numpy(inputs["image"]).permute(0, 3, 1, 2)
+    return image, *(torch.from_numpy(x).long() for x in (inputs["text"], ends))
+
+
+def accumulate(
     maps: list[torch.Tensor], grads: list[torch.Tensor], rows: torch.Tensor
 ) -> np.ndarray:
+    """The given row of equal accumulation over maps [batch, heads, tokens, tokens]."""
     batch, _, tokens, _ = maps[0].shape
     matrix = torch.eye(tokens).expand(batch, tokens, tokens)
     for attn, grad in zip(maps, grads, strict=True):

@@ -1,160 +1,73 @@
-"""The comparison: the same networks in torch, explained by zennit and by LXT.
+"""The same networks in torch, as plain eager modules with the same weights."""
 
-Both are called as their documentation says, on plain eager modules with the weights of
-`lrp_models`. Importing this module needs torch; `zennit_peers` and `lxt_peers` need zennit, and
-the latter lxt.
-"""
-
-import importlib
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
-from types import MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from flax import nnx
 from torch import nn
 from torch.nn import functional as F
 
 from tests.benchmarks import lrp_models
-from tests.benchmarks.lrp_models import HIGH, LOW, Network, Params
+from tests.benchmarks.lrp_models import Params
+from tests.benchmarks.side_by_side.networks import CAPTIONER, CLIP_B32, DECODER, VIT, Network
 
 torch.set_num_threads(os.cpu_count() or 1)
 
-Explain = Callable[[], np.ndarray]
 
-
-def zennit_peers(network: Network, targets: np.ndarray) -> dict[str, Explain]:
-    """By composite: the relevance of the network's images for a class of each, by zennit.
-
-    What a canonizer does is done beforehand, and not timed: batch normalisation is folded into
-    the weights, and sums are modules.
-    """
-    zennit = load_zennit()
-    model, x, seed = twin(network, zennit.layer.Sum), tensor(network.x), one_hot(targets)
-    presets, rules, types = zennit.composites, zennit.rules, zennit.types
-    epsilon = [*presets.layer_map_base(), (types.Linear, rules.Epsilon())]
-    composites = {
-        "epsilon": presets.LayerMapComposite(epsilon),
-        "epsilon_plus": presets.EpsilonPlus(),
-        "epsilon_plus_flat": presets.EpsilonPlusFlat(),
-        "epsilon_gamma_box": presets.EpsilonGammaBox(low=LOW, high=HIGH),
-        "epsilon_alpha2_beta1": presets.EpsilonAlpha2Beta1(),
+def twin(network: Network, total: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """A network in torch; `total` makes the modules that add two values, of the ResNet."""
+    make: dict[str, Callable] = {
+        "VGG16": VGG,
+        "ResNet-50": partial(ResNet, total=total or Add),
+        VIT: ViT,
+        DECODER: Decoder,
     }
-
-    def explain(composite: Any) -> np.ndarray:
-        attribute = zennit.attribution.Gradient(model, composite)
-        _, relevance = attribute(x.clone(), lambda out: out * seed(out))
-        return array(relevance)
-
-    return {name: partial(explain, composite) for name, composite in composites.items()}
-
-
-def lxt_peers(network: Network, targets: np.ndarray) -> dict[str, Explain]:
-    """By composite: the relevance of the network's input for a class of each, by LXT."""
-    patches = load_lxt("patches")
-    x, seed = tensor(network.x), one_hot(targets)
-    mixed = {
-        "attn_lrp": (patches.wrap_attention_forward, patches.gated_mlp_forward),
-        "cp_lrp": (patches.cp_wrap_attention_forward, patches.cp_gated_mlp_forward),
-    }
-    mixed["cp_lrp, gamma"] = mixed["cp_lrp"]
-    models = {name: patched(twin(network), patches, *forms) for name, forms in mixed.items()}
-    add_gamma(models["cp_lrp, gamma"])
-
-    def explain(model: nn.Module) -> np.ndarray:
-        leaf = x.clone().requires_grad_()
-        out = model(leaf)
-        (grad,) = torch.autograd.grad(out, leaf, seed(out))
-        return array(x * grad)
-
-    return {name: partial(explain, model) for name, model in models.items()}
+    if network.name == CLIP_B32:
+        model: nn.Module = ClipScore(network.params, network.options["texts"])
+    elif network.name == CAPTIONER:
+        model = Captioner(network.params, network.options["text"])
+    else:
+        model = make[network.name](network.params, **network.options)
+    return model.eval().requires_grad_(False)
 
 
-def patched(model: nn.Module, patches: ModuleType, attention: Callable, mlp: Callable) -> nn.Module:
-    """LXT's forward methods in the places of a model's own, in this model alone."""
-    forwards = {
-        nn.LayerNorm: patches.layer_norm_forward,
-        RMSNorm: patches.rms_norm_forward,
-        nn.GELU: patches.non_linear_forward,
-        GatedMLP: mlp,
-    }
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.attend = attention(module.attend)
-        elif type(module) in forwards:
-            module.original_forward = module.forward
-            module.forward = MethodType(forwards[type(module)], module)
-    return model
-
-
-def add_gamma(model: nn.Module) -> None:
-    """Zennit's Gamma on the dense layers of all MLPs, in the form that LXT gives its hooks."""
-    zennit, changes = load_zennit(), load_lxt("zennit_patches")
-    methods = {"forward": changes.forward, "backward": changes.backward}
-    gamma = type("Gamma", (zennit.rules.Gamma,), methods)
-    names = [name for name, module in model.named_modules() if ".mlp." in name]
-    zennit.composites.NameMapComposite([(names, gamma())]).register(model)
-
-
-def load_zennit() -> ModuleType:
-    """zennit; without torchvision, whose networks it only names, too."""
-    parents = [] if find_spec("torchvision") else ["torchvision", "torchvision.models"]
-    for name in parents:
-        sys.modules[name] = ModuleType(name)
-    if parents:
-        resnet = ModuleType("torchvision.models.resnet")
-        resnet.Bottleneck = resnet.BasicBlock = type("Absent", (), {})  # type: ignore
-        sys.modules[resnet.__name__] = resnet
-        parents.append(resnet.__name__)
-    zennit = importlib.import_module("zennit")
-    for name in parents:
-        del sys.modules[name]
-    return zennit
-
-
-def load_lxt(name: str) -> ModuleType:
-    """A module of `lxt.efficient`, without the package's own imports.
-
-    Those bring patches of many networks, some of which recent versions of transformers lack.
-    """
-    package = "lxt.efficient"
-    if package not in sys.modules:
-        bare = ModuleType(package)
-        bare.__path__ = [str(Path(importlib.import_module("lxt").__path__[0]) / "efficient")]
-        sys.modules[package] = bare
-    return importlib.import_module(f"{package}.{name}")
-
-
-def twin(network: Network, total: Callable[[], nn.Module] = nn.Identity) -> nn.Module:
-    """A network in torch; `total` makes the modules that sum a last axis."""
-    make = {
-        lrp_models.apply_vgg: VGG,
-        lrp_models.apply_resnet: partial(ResNet, total=total),
-        lrp_models.apply_vit: ViT,
-        lrp_models.apply_decoder: Decoder,
-    }
-    fun = network.fun.func if isinstance(network.fun, partial) else network.fun
-    return make[fun](network.params, **network.options).eval().requires_grad_(False)
-
-
-def VGG(params: Params) -> nn.Module:
+class VGG(nn.Module):
     """VGG16."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        self.features = convolutions(params["stages"])
+        self.features.append(nn.MaxPool2d(2))
+        first, *others = params["dense"]
+        modules: list[nn.Module] = [flat(first, channels=len(params["stages"][-1][-1]["bias"]))]
+        for layer in others:
+            modules += [nn.ReLU(), dense(layer)]
+        self.classifier = nn.Sequential(*modules)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+def convolutions(stages: Iterable[Iterable[Params]]) -> nn.Sequential:
+    """The convolutions of a VGG, with pooling between the stages."""
     modules: list[nn.Module] = []
-    for stage in params["stages"]:
+    for stage in stages:
+        if modules:
+            modules.append(nn.MaxPool2d(2))
         for layer in stage:
             modules += [convolution(layer, padding=1), nn.ReLU()]
-        modules.append(nn.MaxPool2d(2))
-    modules.append(nn.Flatten())
-    first, *others = params["dense"]
-    modules += [flat(first, channels=params["stages"][-1][-1]["bias"].shape[0])]
-    for layer in others:
-        modules += [nn.ReLU(), dense(layer)]
     return nn.Sequential(*modules)
+
+
+class Add(nn.Module):
+    """The sum of two values."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
 
 
 class ResNet(nn.Module):
@@ -186,12 +99,12 @@ class Bottleneck(nn.Module):
         self.conv3 = convolution(block["conv3"])
         self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
         has = "shortcut" in block
-        self.shortcut = convolution(block["shortcut"], stride=stride) if has else nn.Identity()
+        self.shortcut = convolution(block["shortcut"], stride=stride) if has else None
         self.total = total
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv3(self.relu2(self.conv2(self.relu1(self.conv1(x)))))
-        return self.relu3(self.total(torch.stack([y, self.shortcut(x)], dim=-1)))
+        return self.relu3(self.total(y, x if self.shortcut is None else self.shortcut(x)))
 
 
 class ViT(nn.Module):
@@ -215,18 +128,102 @@ class ViT(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A layer of the ViT."""
+    """A layer of the ViT, or of CLIP's image tower."""
 
-    def __init__(self, layer: Params, heads: int) -> None:
+    def __init__(
+        self, layer: Params, heads: int, activation: type[nn.Module] = nn.GELU, eps: float = 1e-6
+    ) -> None:
         super().__init__()
         mlp = layer["mlp"]
-        self.norm1, self.norm2 = layer_norm(layer["norm1"]), layer_norm(layer["norm2"])
+        self.norm1, self.norm2 = layer_norm(layer["norm1"], eps), layer_norm(layer["norm2"], eps)
         self.attention = Attention(layer["attention"], heads, heads, causal=False)
-        self.mlp = nn.Sequential(dense(mlp["expand"]), nn.GELU(), dense(mlp["contract"]))
+        self.mlp = nn.Sequential(dense(mlp["expand"]), activation(), dense(mlp["contract"]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+
+class QuickGELU(nn.Module):
+    """CLIP's activation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Normalise(nn.Module):
+    """To length 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(x, dim=-1)
+
+
+class ClipScore(nn.Module):
+    """CLIP's image tower, and the similarity [batch, 1] of images and embedded texts."""
+
+    def __init__(self, model: Any, texts: np.ndarray) -> None:
+        super().__init__()
+        config = model.config.vision
+        weights = nnx.to_pure_dict(nnx.state(model.vision, nnx.Param))
+        stacked, eps = weights["transformer"]["blocks"], config.layer_norm_eps
+        self.patches = convolution(weights["patch_embedding"], stride=config.patch_size)
+        self.class_token = parameter(weights["class_embedding"])
+        self.positions = parameter(weights["position_embedding"])
+        layers = []
+        for index in range(config.layers):
+            layer = unstacked(stacked, index)
+            layer |= {"mlp": {name: layer[name] for name in ("expand", "contract")}}
+            layers.append(EncoderLayer(layer, config.heads, QuickGELU, eps))
+        self.before = layer_norm(weights["pre_norm"], eps)
+        self.layers = nn.Sequential(*layers)
+        self.after = layer_norm(weights["post_norm"], eps)
+        self.projection, self.normalise = dense(weights["projection"]), Normalise()
+        self.texts = parameter(texts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(x).flatten(2).mT
+        first = self.class_token.expand(len(x), 1, -1)
+        x = self.before(torch.cat([first, patches], 1) + self.positions)
+        embedded = self.normalise(self.projection(self.after(self.layers(x)[:, 0])))
+        # Several copies of the batch, as integrated gradients asks for, meet the same texts.
+        texts = self.texts.repeat(len(x) // len(self.texts), 1)
+        return (embedded * texts).sum(-1, keepdim=True)
+
+
+class Captioner(nn.Module):
+    """The captioner with multi-head attention; the logit [batch, 1] of the last word of `text`."""
+
+    def __init__(self, model: Any, text: np.ndarray) -> None:
+        super().__init__()
+        weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        cell, self.heads = weights["cell"], model.config.heads
+        stages = weights["encoder"]["stages"]
+        self.features = convolutions(stage.values() for stage in stages.values())
+        self.project, self.gates = dense(weights["project"]), dense(cell["lstm"]["gates"])
+        self.query, self.key, self.value = (dense(cell[name]) for name in ("query", "key", "value"))
+        self.out, self.gate = dense(cell["out"]), dense(cell["gate"])
+        self.words = parameter(np.asarray(weights["embedding"]["embedding"])[text[0, :-1]])
+        # Only the column of the one word.
+        last = slice(text[0, -1], text[0, -1] + 1)
+        head = {name: np.asarray(array)[..., last] for name, array in weights["head"].items()}
+        self.head = dense(head)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = F.relu(self.project(self.features(x).flatten(2).mT))
+        mean = values.mean(1)
+        hidden = cell = torch.zeros_like(mean)
+        for word in self.words:
+            read = torch.cat([word.expand(len(x), -1), mean, hidden], -1)
+            i, f, g, o = self.gates(read).chunk(4, -1)
+            cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+            hidden = torch.sigmoid(o) * torch.tanh(cell)
+        query = self.query(hidden).unflatten(-1, (self.heads, 1, -1))
+        key, value = (
+            layer(values).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.key, self.value)
+        )
+        found = F.scaled_dot_product_attention(query, key, value).flatten(1)
+        return self.head(torch.sigmoid(self.gate(hidden)) * self.out(found) + hidden)
 
 
 class Decoder(nn.Module):
@@ -332,7 +329,7 @@ def convolution(layer: Params, *, stride: int = 1, padding: int = 0) -> nn.Conv2
         scale = stats["scale"] / np.sqrt(stats["var"] + np.float32(1e-5))
         kernel, bias = kernel * scale, stats["bias"] - stats["mean"] * scale
     else:
-        bias = layer["bias"]
+        bias = layer.get("bias", np.zeros(kernel.shape[-1], np.float32))
     side, _, inputs, outputs = kernel.shape
     module = nn.utils.skip_init(nn.Conv2d, inputs, outputs, side, stride=stride, padding=padding)
     module.weight, module.bias = parameter(kernel.transpose(3, 2, 0, 1)), parameter(bias)
@@ -356,9 +353,9 @@ def flat(layer: Params, *, channels: int) -> nn.Linear:
     return dense({"kernel": reordered.reshape(kernel.shape), "bias": layer["bias"]})
 
 
-def layer_norm(layer: Params) -> nn.LayerNorm:
+def layer_norm(layer: Params, eps: float = 1e-6) -> nn.LayerNorm:
     """Layer normalisation."""
-    module = nn.LayerNorm(len(layer["scale"]), eps=1e-6)
+    module = nn.LayerNorm(len(layer["scale"]), eps=eps)
     module.weight, module.bias = parameter(layer["scale"]), parameter(layer["bias"])
     return module
 
@@ -384,8 +381,3 @@ def tensor(x: Any) -> torch.Tensor:
 def array(x: torch.Tensor) -> np.ndarray:
     """The way back."""
     return (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).numpy()
-
-
-def one_hot(targets: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of the output: 1 for each example's target."""
-    return lambda out: F.one_hot(torch.tensor(targets), out.shape[-1]).to(out)
