@@ -48,6 +48,8 @@ def pullback(
       of the final carrier, by default zeros; it may be called several times, and under `vmap`.
     """
     edits = edits or Edits()
+    inside = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, carrier)))
+    edits = dataclasses.replace(edits, once=inside)
     shapes = tap_shapes(graph, edits.taps)
 
     def run(xs, probes, carrier):
