@@ -35,8 +35,8 @@ from jaxrel.tracing.sharding import shaped_like, zeros
 class Step(NamedTuple):
     """Compute a node's outputs as `function(*ins)`; `ins` need not be the node's own.
 
-    With `carried` it is `function(carrier, *ins) -> (carrier, outputs)`. Steps of equal `key` are one
-    function; None has no equals.
+    With `carried` it is `function(carrier, *ins) -> (carrier, outputs)`. Steps of equal `key` are
+    one function; None has no equals.
     """
 
     ins: tuple[Atom, ...]
@@ -195,7 +195,7 @@ def _once(
     steps = dict(edits.steps)
     functions: dict[Any, Callable] = {}
     reads, key_of = (functools.partial(one, edits=edits) for one in (_reads, _key))
-    costly = lambda node: node in edits.steps or bool(node.bodies)
+    costly = {node for node in nodes if node in edits.steps or node.bodies}
     for part in parts(nodes, reads, key_of, costly, kept):
         if part.key is None:
             found += part.nodes

@@ -41,7 +41,7 @@ def parts(
     nodes: Sequence[Node],
     reads: Reads,
     key_of: Callable[[Node], Any],
-    costly: Callable[[Node], bool],
+    costly: Collection[Node],
     kept: Collection[Value],
 ) -> list[Part]:
     """Cut a program into parts, of which many are one function.
@@ -51,7 +51,7 @@ def parts(
       reads: what a node is computed of.
       key_of: equal for nodes that are one function of what they read; None for a node without
         equals.
-      costly: whether a node is worth a function of its own.
+      costly: the nodes that are worth a function of their own.
       kept: values that are used after all nodes.
     """
     symbols = _symbols(nodes, reads, key_of)
@@ -81,7 +81,7 @@ def parts(
         made = {out for node in inside for out in node.outs}
         ins = tuple(value for value in place if value not in made)
         outs = tuple(v for v, number in place.items() if v in made and number in used[form])
-        worth = count[form] > 1 and (len(inside) > 1 or costly(inside[0]))
+        worth = count[form] > 1 and (len(inside) > 1 or inside[0] in costly)
         return Part(inside, ins, outs, form if symbols[start] >= 0 and worth else None)
 
     return [part(*bound, *one) for bound, one in zip(bounds, found, strict=True)]
