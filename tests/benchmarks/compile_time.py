@@ -27,7 +27,7 @@ from tests.photographs.notebook import definitions
 
 KEPT = Path(__file__).with_name("compile_time.json")
 BATCH = 4
-REPEATS = 3
+REPEATS = 2
 GRAD = "jax.grad"
 STAGES = ("trace", "lower", "compile")
 

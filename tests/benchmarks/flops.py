@@ -33,7 +33,7 @@ def equations(fun: Callable, *args: Any) -> int:
 
     What it costs to trace and to lower a program, told without a clock.
     """
-    seen = set()
+    seen: set[int] = set()
 
     def count(program: Program) -> int:
         if id(program.jaxpr) in seen:
