@@ -138,6 +138,12 @@ def rows(kept: Mapping[str, Mapping[str, Figures]]) -> Iterator[dict[str, Cell]]
             yield cells | {"load": found["load"]}
 
 
+def write(figures: Mapping[str, Any]) -> None:
+    """Put the table of what is kept into README.md."""
+    table = Table("Seconds and equations", NOTE, [*rows(figures["networks"])])
+    write_section("compile time", f"{figures['hardware']}.\n\n{table.markdown()}")
+
+
 def main(argv: Sequence[str]) -> None:
     """Measure what is not kept yet, and write the table."""
     parser = argparse.ArgumentParser(
@@ -154,8 +160,7 @@ def main(argv: Sequence[str]) -> None:
         if network not in figures["networks"]:
             figures["networks"][network] = measured(network)
             KEPT.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    table = Table("Before the first result", NOTE, [*rows(figures["networks"])])
-    write_section("compile time", f"{machine}.\n\n{table.markdown()}")
+        write(figures)
 
 
 if __name__ == "__main__":
