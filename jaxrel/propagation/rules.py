@@ -276,15 +276,15 @@ class Gamma(Rule):
         positive_only = op.relu_after and self.bias != "separate"
         p, n = _by_contribution(op, x, w, z - b)
         z, b = _with_bias(z, b, self.bias)
-        enlarged, sign = p + _pos(b), 1
+        enlarged = p + _pos(b)
         if not positive_only:
             enlarged = jnp.where(z > 0, enlarged, n + _neg(b))
-            sign = jnp.sign(z)
         s = _quotient(z * c, p + n + b + self.gamma * enlarged, self.stabiliser)
         if positive_only and op.nonneg:
             return _by_sign(x, op.T(w + self.gamma * _pos(w), s), None)
         # Of w⁺ s where z > 0 and w⁻ s where z < 0, and of the others: their sum and difference.
-        both, size = op.T(w, s), op.T(jnp.abs(w), s * sign)
+        signed = s if positive_only else s * jnp.sign(z)
+        both, size = op.T(w, s), op.T(jnp.abs(w), signed)
         both, size = (1 + self.gamma / 2) * both, self.gamma / 2 * size
         return _by_sign(x, both + size, both - size)
 

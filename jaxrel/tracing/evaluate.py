@@ -187,7 +187,7 @@ def _reads(node: Node, edits: Edits) -> Sequence[Atom]:
 
 def _once(
     graph: Graph, nodes: Sequence[Node], edits: Edits
-) -> tuple[Sequence[Node], Mapping[Node, Step]]:
+) -> tuple[list[Node], Mapping[Node, Step]]:
     """The nodes and steps, with one step for each part that the graph repeats."""
     kept = {atom for atom in graph.outs if isinstance(atom, Value)}
     kept.update(value for one in edits.interceptors.values() for value in one.reads)
