@@ -285,8 +285,8 @@ class Gamma(Rule):
         # Of w⁺ s where z > 0 and w⁻ s where z < 0, and of the others: their sum and difference.
         signed = s if positive_only else s * jnp.sign(z)
         both, size = op.T(w, s), op.T(jnp.abs(w), signed)
-        both, size = (1 + self.gamma / 2) * both, self.gamma / 2 * size
-        return _by_sign(x, both + size, both - size)
+        halves = (both + size, both - size)
+        return _by_sign(x, *(both + self.gamma / 2 * half for half in halves))
 
 
 @dataclasses.dataclass(frozen=True)
