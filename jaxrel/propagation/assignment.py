@@ -20,7 +20,7 @@ from jaxrel.propagation.rules import (
     Rule,
     Stop,
 )
-from jaxrel.propagation.steps import Shared, share_sum, step_for
+from jaxrel.propagation.steps import share_sum, step_for
 from jaxrel.propagation.zero_inputs import Probe, add_probes
 from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.facts import Fact, Facts, active_ins, analyse, is_elementwise
@@ -233,7 +233,6 @@ def _opened(
 
 def _steps(choices: Iterable[Choice], weights: bool) -> dict[Node, Step]:
     steps: dict[Node, Step] = {}
-    shared: Shared = {}
     for choice in choices:
         operation, rule = choice.operation, choice.rule
         if rule is None:
@@ -242,14 +241,15 @@ def _steps(choices: Iterable[Choice], weights: bool) -> dict[Node, Step]:
             # A sum that a linear operation has taken in shares by its own rule.
             steps[operation.node] = _then_shared(steps[operation.node], rule)
             continue
-        step = step_for(operation, rule, probe=choice.probe, weights=weights, shared=shared)
+        step = step_for(operation, rule, probe=choice.probe, weights=weights)
         if step is not None:
             steps[step[0]] = step[1]
     return steps
 
 
 def _then_shared(step: Step, rule: Epsilon) -> Step:
-    return Step(step.ins, lambda *ins: [share_sum(step.function(*ins)[0], rule.epsilon)])
+    key = None if step.key is None else (step.key, rule)
+    return Step(step.ins, lambda *ins: [share_sum(step.function(*ins)[0], rule.epsilon)], key=key)
 
 
 # Coverage.

@@ -42,9 +42,15 @@ class Bilinear:
 
     def T(self, w: Array, s: Array) -> Array:
         """The transpose in x: sum_j w_ij s_j, in the shape of x."""
-        out = jax.eval_shape(self._function, self._x, w)
-        transpose = jax.linear_transpose(lambda x: self._function(x, w), self._x)
-        return transpose(s.astype(out.dtype))[0]
+        dtypes = []
+
+        def function(x: Array) -> Array:
+            z = self._function(x, w)
+            dtypes.append(z.dtype)
+            return z
+
+        transpose = jax.linear_transpose(function, self._x)
+        return transpose(s.astype(dtypes[0]))[0]
 
     def ones(self, x: Array) -> Array:
         """1 at every place of x that holds the input, 0 at constants beside it."""

@@ -7,7 +7,7 @@ from typing import Any
 from jaxrel.propagation.body import Body
 from jaxrel.propagation.operations import BatchNorm, Linear, Operation
 from jaxrel.tracing import primitives
-from jaxrel.tracing.facts import fact_of, is_relu
+from jaxrel.tracing.facts import fact_of, is_rectifier
 from jaxrel.tracing.graph import Atom, Node, Value, tag_name
 from jaxrel.tracing.primitives import (
     ADD,
@@ -73,7 +73,7 @@ class LinearMaps(Body):
             nonneg=self.facts[x].nonneg,
             relu_after=beside is None
             and bool(users)
-            and all(user is not None and is_relu(user) for user in users),
+            and all(user is not None and is_rectifier(user) for user in users),
         )
         if norm is not None:
             yield norm

@@ -48,6 +48,10 @@ class Operation:
         """The user's source line."""
         return self.node.where()
 
+    def key(self) -> Any:
+        """What operations have in common that are one function of what they read, or None."""
+        return primitives.same_as(self.node.equation)
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Linear(Operation):
@@ -74,10 +78,12 @@ class Linear(Operation):
         return self.core.name
 
     def key(self) -> Any:
-        """What linear maps have in common that are one function of input and weight, or None."""
+        """See `Operation.key`."""
         nodes = (self.core, *self.moves)
         same = [primitives.same_as(node.equation) for node in nodes]
-        return None if None in same else (self.core.ins.index(self.x), *same)
+        terms = tuple(node.name for node, _ in self.bias)
+        flags = (self.features, self.beside is not None, self.nonneg, self.relu_after)
+        return None if None in same else (self.x is self.core.ins[0], *same, terms, *flags)
 
     @property
     def folded(self) -> bool:
@@ -92,10 +98,6 @@ class BatchNorm(Linear):
     `bias` lists all that scales and shifts, in order; `core` and `w` are the first that scales.
     """
 
-    def key(self) -> Any:
-        """All are a product of input and weight."""
-        return (type(self),)
-
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Block(Operation):
@@ -106,7 +108,7 @@ class Block(Operation):
     consts: tuple[Value, ...]
 
     def key(self) -> Any:
-        """What blocks have in common that are one function of `start` and `consts`, or None."""
+        """See `Operation.key`: one function of `start` and `consts`."""
         values = (self.start, *self.consts, *(out for node in self.nodes for out in node.outs))
         place = {value: i for i, value in enumerate(values)}
         parts = []
@@ -177,3 +179,8 @@ class Product(Operation):
     """A product of values that both carry relevance, and whether each is a gate."""
 
     gates: tuple[str, ...]
+
+    def key(self) -> Any:
+        """See `Operation.key`."""
+        same = super().key()
+        return None if same is None else (same, self.gates)

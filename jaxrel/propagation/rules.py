@@ -193,7 +193,7 @@ class ZPlus(Rule):
         sp, _ = _by_contribution(op, x, w, z - b)
         z, b = _with_bias(z, b, self.bias)
         s = _quotient(z * c, sp + _pos(b), self.stabiliser)
-        return _by_sign(x, op.T(_pos(w), s), 0 if op.nonneg else op.T(_neg(w), s))
+        return _by_sign(x, op.T(_pos(w), s), None if op.nonneg else op.T(_neg(w), s))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ class AlphaBeta(Rule):
         sp = self.alpha * _quotient(z * c, sp + _pos(b), self.stabiliser)
         sn = -self.beta * _quotient(z * c, sn + _neg(b), self.stabiliser)
         positive = op.T(wp, sp) + op.T(wn, sn)
-        return _by_sign(x, positive, 0 if op.nonneg else op.T(wn, sp) + op.T(wp, sn))
+        return _by_sign(x, positive, None if op.nonneg else op.T(wn, sp) + op.T(wp, sn))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,20 +276,17 @@ class Gamma(Rule):
         positive_only = op.relu_after and self.bias != "separate"
         p, n = _by_contribution(op, x, w, z - b)
         z, b = _with_bias(z, b, self.bias)
-        total = p + n + b
-
-        def share(enlarged: Array, counts: Array) -> Array:
-            s = _quotient(z * c, total + self.gamma * enlarged, self.stabiliser)
-            return jnp.where(counts, s, 0)
-
-        sp = share(p + _pos(b), z > 0)
+        enlarged = p + _pos(b)
+        if not positive_only:
+            enlarged = jnp.where(z > 0, enlarged, n + _neg(b))
+        s = _quotient(z * c, p + n + b + self.gamma * enlarged, self.stabiliser)
         if positive_only and op.nonneg:
-            return _by_sign(x, op.T(w + self.gamma * _pos(w), sp), 0)
-        sn = jnp.zeros_like(sp) if positive_only else share(n + _neg(b), z < 0)
-        # w⁺ sp + w⁻ sn and w⁻ sp + w⁺ sn, of their sum and their difference.
-        both, size = op.T(w, sp + sn), op.T(jnp.abs(w), sp - sn)
-        halves = ((both + size) / 2, (both - size) / 2)
-        return _by_sign(x, *(both + self.gamma * half for half in halves))
+            return _by_sign(x, op.T(w + self.gamma * _pos(w), s), None)
+        # Of w⁺ s where z > 0 and w⁻ s where z < 0, and of the others: their sum and difference.
+        signed = s if positive_only else s * jnp.sign(z)
+        both, size = op.T(w, s), op.T(jnp.abs(w), signed)
+        halves = (both + size, both - size)
+        return _by_sign(x, *(both + self.gamma / 2 * half for half in halves))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -565,9 +562,13 @@ def _with_bias(z: Array, b: Array, bias: Bias) -> tuple[Array, Array]:
     return (z - b if bias == "separate" else z), jnp.zeros_like(b)
 
 
-def _by_sign(x: Array, positive: Any, negative: Any) -> Array:
-    """c of R = x⁺ positive + x⁻ negative: no division, and no relevance at x = 0."""
-    return jnp.where(x > 0, positive, jnp.where(x < 0, negative, 0))
+def _by_sign(x: Array, positive: Array, negative: Array | None) -> Array:
+    """c of R = x⁺ positive + x⁻ negative: no division, and no relevance at x = 0.
+
+    None where x is nowhere negative.
+    """
+    below = 0 if negative is None else jnp.where(x < 0, negative, 0)
+    return jnp.where(x > 0, positive, below)
 
 
 def _derivative(f: Callable, x: Array) -> Array:

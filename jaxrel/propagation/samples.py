@@ -11,7 +11,8 @@ from jax import numpy as jnp
 from jaxrel.propagation.operations import run
 from jaxrel.tracing.facts import is_elementwise
 from jaxrel.tracing.graph import Atom, Constant, Node, Value, identity
-from jaxrel.tracing.primitives import COMPARISONS, MOVES, same_as
+from jaxrel.tracing.primitives import COMPARISONS, CUSTOM_JVP, MOVES, same_as
+from jaxrel.tracing.repeats import wired
 
 _POINTS = (-1e4, -5e3, -40, -20, -2, -0.5, 0, 0.5, 2, 20, 40, 5e3, 1e4)
 _ZERO = _POINTS.index(0)
@@ -77,7 +78,7 @@ class Samples:
                 node = self._producers.get(atom)
                 part: Any = (atom.aval.dtype,)
                 if node is not None and _is_inside(node):
-                    part = (same_as(node.equation), *map(read, node.ins))
+                    part = (_same(node), *map(read, node.ins))
                 parts.append(part)
                 place[atom] = len(place)
             return place[atom]
@@ -88,7 +89,8 @@ class Samples:
 
     def _computed(self) -> list[np.ndarray]:
         with jax.ensure_compile_time_eval(), np.errstate(all="ignore"):
-            return [np.asarray(y, np.float64) for y in self._evaluated()]
+            # As one program: each operation by itself would be one to compile.
+            return [np.asarray(y, np.float64) for y in jax.jit(self._evaluated)()]
 
     def _evaluated(self) -> list[Any]:
         found = []
@@ -121,6 +123,18 @@ class Samples:
         else:
             env[atom] = fill(atom)
         return env[atom]
+
+
+def _same(node: Node) -> Any:
+    """What operations have in common that are one function, whatever its derivative; or None."""
+    if node.name not in CUSTOM_JVP:
+        return same_as(node.equation)
+    (body,) = node.bodies
+    keys = [_same(inner) for inner in body.nodes]
+    if body.constants or None in keys:
+        return None
+    form, place = wired(body.nodes, keys, lambda inner: inner.ins, body.ins)
+    return form, *(place[a] if isinstance(a, Value) else identity(a) for a in body.outs)
 
 
 def _is_pointwise(node: Node) -> bool:

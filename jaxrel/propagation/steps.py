@@ -28,9 +28,6 @@ from jaxrel.tracing.evaluate import Step
 from jaxrel.tracing.graph import Node
 from jaxrel.tracing.primitives import DIV, MUL, REDUCE_PROD, SCALES, SUB
 
-# A backward pass, by what it is of: a rule and an operation.
-Shared = dict[Any, Callable]
-
 
 def step_for(
     operation: Operation,
@@ -39,7 +36,6 @@ def step_for(
     probe: Probe | None = None,
     weights: bool = False,
     biased: bool = True,
-    shared: Shared | None = None,
 ) -> tuple[Node, Step] | None:
     """The node that an operation's rule changes, and how; None if its derivative is the rule.
 
@@ -49,17 +45,41 @@ def step_for(
       probe: what takes the relevance of a rule that gives it directly.
       weights: relevance of the weights is wanted too.
       biased: whether a linear operation has its bias (without it, to see what the bias takes).
-      shared: the backward passes of other operations, which an equal one takes over.
     """
-    node, shared = operation.node, {} if shared is None else shared
+    found = _step_for(operation, rule, probe, weights, biased)
+    if found is None:
+        return None
+    given = tuple(one is not None for one in probe or ())
+    return found[0], found[1]._replace(key=_key(operation, rule, given, weights, biased))
+
+
+def _key(operation: Operation, rule: Rule, *how: Any) -> Any:
+    """What steps have in common that are one function, or None."""
+    same = operation.key()
+    key = (type(operation), same, rule, *how)
+    try:
+        hash(key)
+    except TypeError:  # a rule that holds arrays, and cannot be compared
+        return None
+    return None if same is None else key
+
+
+def _step_for(
+    operation: Operation,
+    rule: Rule,
+    probe: Probe | None,
+    weights: bool,
+    biased: bool,
+) -> tuple[Node, Step] | None:
+    node = operation.node
     if isinstance(rule, Gradient):
         return None
     if isinstance(rule, Stop):
         return node, Step(node.ins, lambda *ins: _stopped(node.bind(*ins)))
     if isinstance(operation, Linear):
-        return _linear(operation, rule, probe, weights, biased, shared)
+        return _linear(operation, rule, probe, weights, biased)
     if isinstance(operation, Elementwise) and isinstance(rule, ActivationRule):
-        step = _elementwise(operation, rule, shared)
+        step = _elementwise(operation, rule)
         return None if step is None else (node, step)
     if isinstance(operation, Product) and isinstance(rule, ProductRule):
         return node, _product(operation, rule)
@@ -81,7 +101,6 @@ def _linear(
     probe: Probe | None,
     weights: bool,
     biased: bool,
-    shared: Shared,
 ) -> tuple[Node, Step]:
     node, pairs, beside = operation.node, operation.bias, operation.beside
     if getattr(rule, "bias", "fused") == "separate" and not operation.folded:
@@ -90,7 +109,7 @@ def _linear(
         pairs, beside = (), None
     extras = tuple(atom for atom in (beside, *(probe or ())) if atom is not None)
     ins = (operation.x, operation.w, *(operand for _, operand in pairs), *extras)
-    apply = _apply(operation, rule, weights, shared)
+    apply = _apply(operation, rule, weights)
     dtype = operation.core.outs[0].aval.dtype
 
     def function(x, w, *rest):
@@ -163,7 +182,7 @@ def _to_weight(operation: Linear, scale: Any, w: Any) -> Any:
     return scale.reshape(shape)
 
 
-def _apply(operation: Linear, rule: Rule, weights: bool, shared: Shared) -> Callable[..., Array]:
+def _apply(operation: Linear, rule: Rule, weights: bool) -> Callable[..., Array]:
     """z = op(x, w) + b, whose derivative by x is the rule, and by w its relevance.
 
     A weight's relevance is the sum of the messages through it: the rule with the roles of input
@@ -172,16 +191,13 @@ def _apply(operation: Linear, rule: Rule, weights: bool, shared: Shared) -> Call
     function, of_rule = without_bias(operation), for_rules(operation)
     flags = {"nonneg": operation.nonneg, "relu_after": operation.relu_after}
 
-    def found(x, w, b, z, c, present):
+    def backward(x, w, b, z, c, present):
         op = Bilinear(of_rule, x, **flags, present=present)
         r = jnp.asarray(rule.bwd(op, x, w, b, z, c))
         # Of weights that are explained, the relevance through them is that of the swapped map.
         swapped = Bilinear(of_rule, x).swapped(w) if weights else None
         through = rule.bwd(swapped, w, x, b, z, c).astype(w.dtype) if swapped else None
         return r, op.ones(r) if rule.direct else None, through
-
-    key = (rule, operation.key(), *flags.values(), weights)
-    backward = _shared(found, None if operation.key() is None else key, shared)
 
     @jax.custom_vjp
     def apply(x, w, b, probe, present):
@@ -213,41 +229,16 @@ def _apply(operation: Linear, rule: Rule, weights: bool, shared: Shared) -> Call
     return apply
 
 
-def _shared(function: Callable, key: Any, shared: Shared) -> Callable:
-    """A function, traced once for all operations of this key and shape; None has no equals.
-
-    Outside of a trace it runs as it is: there, each key would be a program to compile.
-    """
-    if key is None:
-        return function
-    try:
-        traced = shared.setdefault(key, jax.jit(function))
-    except TypeError:  # a rule that holds arrays, and cannot be compared
-        return function
-
-    def call(*args: Any) -> Any:
-        inside = any(isinstance(arg, jax.core.Tracer) for arg in args)
-        return (traced if inside else function)(*args)
-
-    return call
-
-
 # Everything else.
 
 
-def _elementwise(operation: Elementwise, rule: ActivationRule, shared: Shared) -> Step | None:
+def _elementwise(operation: Elementwise, rule: ActivationRule) -> Step | None:
     if operation.is_relu and isinstance(rule, Pass):
         return None
     f = operation.function()
     passed: Callable = rule.elementwise
     if type(rule) is Pass:
         passed = functools.partial(rule.elementwise, scalar=operation.scalar())
-
-    def found(x, consts, c):
-        return passed(lambda x: f(x, consts), x, c).astype(x.dtype)
-
-    key = None if operation.key() is None else (rule, operation.key())
-    backward = _shared(found, key, shared)
 
     @jax.custom_vjp
     def apply(x, consts):
@@ -257,7 +248,8 @@ def _elementwise(operation: Elementwise, rule: ActivationRule, shared: Shared) -
         x, consts = residuals
         # What the forward pass computed of x is not shared: XLA would keep the parts of f, three
         # arrays of a GELU's erfc, and write each by a loop of its own.
-        return backward(lax.optimization_barrier(x), consts, c), None
+        x = lax.optimization_barrier(x)
+        return passed(lambda x: f(x, consts), x, c).astype(x.dtype), None
 
     apply.defvjp(lambda x, consts: (f(x, consts), (x, consts)), bwd)
     return Step((operation.start, *operation.consts), lambda x, *consts: [apply(x, consts)])

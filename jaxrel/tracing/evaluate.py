@@ -16,6 +16,7 @@ reaches is bound again as it stands.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,21 +24,25 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from jaxrel.tracing import primitives
 from jaxrel.tracing.flow import operands
-from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value
+from jaxrel.tracing.graph import Atom, Constant, Graph, Node, Value, identity
 from jaxrel.tracing.opaque import cure, custom_derivative
+from jaxrel.tracing.repeats import Part, parts, wired
 from jaxrel.tracing.sharding import shaped_like, zeros
 
 
 class Step(NamedTuple):
     """Compute a node's outputs as `function(*ins)`; `ins` need not be the node's own.
 
-    With `carried` it is `function(carrier, *ins) -> (carrier, outputs)`.
+    With `carried` it is `function(carrier, *ins) -> (carrier, outputs)`. Steps of equal `key` are
+    one function; None has no equals.
     """
 
     ins: tuple[Atom, ...]
     function: Callable[..., Any]
     carried: bool = False
+    key: Any = None
 
 
 class Interceptor(NamedTuple):
@@ -52,11 +57,16 @@ class Interceptor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Edits:
-    """What `evaluate` does differently; see the module's docstring."""
+    """What `evaluate` does differently; see the module's docstring.
+
+    With `once`, what the graph repeats is traced once (see `repeats`). That is for use in a trace:
+    outside of one, each part would be a program to compile.
+    """
 
     steps: Mapping[Node, Step] = dataclasses.field(default_factory=dict)
     taps: Mapping[Value, str] = dataclasses.field(default_factory=dict)
     interceptors: Mapping[Value, Interceptor] = dataclasses.field(default_factory=dict)
+    once: bool = False
 
     def reach(self, graph: Graph) -> bool:
         """Whether anything inside the graph is edited."""
@@ -124,9 +134,12 @@ def evaluate(
 
     for value, arg in zip(graph.ins, args, strict=True):
         write(value, arg)
-    for node in _needed(graph, edits)[0] if edits.steps else graph.nodes:
-        if node in edits.steps:
-            step = edits.steps[node]
+    nodes, steps = _needed(graph, edits)[0] if edits.steps else graph.nodes, edits.steps
+    if edits.once:
+        nodes, steps = _once(graph, nodes, edits)
+    for node in nodes:
+        if node in steps:
+            step = steps[node]
             ins = list(map(read, step.ins))
             if step.carried:
                 carrier, outs = step.function(carrier, *ins)
@@ -154,15 +167,74 @@ def _needed(graph: Graph, edits: Edits) -> tuple[list[Node], set[Value]]:
     for node in reversed(graph.nodes):
         keep = any(out in needed or out in edited for out in node.outs)
         if keep or node.equation.effects or any(map(edits.reach, node.bodies)):
-            ins = list(edits.steps[node].ins if node in edits.steps else node.ins)
-            if node not in edits.steps and any(map(edits.reach, node.bodies)):
-                unread = _unread(node, edits)
-                ins = [atom for i, atom in enumerate(ins) if i not in unread]
-                steps = (edits.steps.get(one) for body in node.bodies for one in body.walk())
-                ins += [atom for step in steps if step is not None for atom in step.ins]
-            needed.update(atom for atom in ins if isinstance(atom, Value))
+            needed.update(atom for atom in _reads(node, edits) if isinstance(atom, Value))
             nodes.append(node)
     return nodes[::-1], needed
+
+
+def _reads(node: Node, edits: Edits) -> Sequence[Atom]:
+    """What a node is computed of, in its bodies too."""
+    if node in edits.steps:
+        return edits.steps[node].ins
+    if not any(map(edits.reach, node.bodies)):
+        return node.ins
+    unread = _unread(node, edits)
+    steps = (edits.steps.get(one) for body in node.bodies for one in body.walk())
+    within = {value: None for body in node.bodies for value in body.values()}
+    around = [a for step in steps if step is not None for a in step.ins if a not in within]
+    return [*(atom for i, atom in enumerate(node.ins) if i not in unread), *around]
+
+
+def _once(
+    graph: Graph, nodes: Sequence[Node], edits: Edits
+) -> tuple[list[Node], Mapping[Node, Step]]:
+    """The nodes and steps, with one step for each part that the graph repeats."""
+    kept = {atom for atom in graph.outs if isinstance(atom, Value)}
+    kept.update(value for one in edits.interceptors.values() for value in one.reads)
+    found: list[Node] = []
+    steps = dict(edits.steps)
+    functions: dict[Any, Callable] = {}
+    reads, key_of = (functools.partial(one, edits=edits) for one in (_reads, _key))
+    costly = {node for node in nodes if node in edits.steps or node.bodies}
+    for part in parts(nodes, reads, key_of, costly, kept):
+        if part.key is None:
+            found += part.nodes
+            continue
+        whole = dataclasses.replace(part.nodes[-1], ins=part.ins, outs=part.outs, bodies=())
+        function = functions.setdefault(part.key, jax.jit(_function(part, edits.steps)))
+        steps[whole] = Step(part.ins, function)
+        found.append(whole)
+    return found, steps
+
+
+def _key(node: Node, edits: Edits) -> Any:
+    """What nodes have in common that are one function of what they read, or None."""
+    if any(out in edits.taps or out in edits.interceptors for out in node.outs):
+        return None
+    if node in edits.steps:
+        step = edits.steps[node]
+        return None if step.carried or step.key is None else (Step, step.key)
+    if not node.remat or node.equation.effects:
+        return primitives.same_as(node.equation)
+    (body,) = node.bodies
+    if body.constants or any(v in edits.taps or v in edits.interceptors for v in body.ins):
+        return None
+    nodes = _needed(body, edits)[0] if edits.steps else body.nodes
+    keys = [_key(inner, edits) for inner in nodes]
+    if None in keys:
+        return None
+    form, place = wired(nodes, keys, functools.partial(_reads, edits=edits), body.ins)
+    outs = (place[a] if isinstance(a, Value) else identity(a) for a in body.outs)
+    return node.remat, form, *outs
+
+
+def _function(part: Part, steps: Mapping[Node, Step]) -> Callable[..., list]:
+    graph, edits = Graph(part.ins, part.nodes, part.outs, {}), Edits(steps)
+
+    def repeated(*ins: Any) -> list:
+        return evaluate(graph, ins, edits).outs
+
+    return repeated
 
 
 def _unread(node: Node, edits: Edits) -> set[int]:

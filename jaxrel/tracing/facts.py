@@ -21,6 +21,7 @@ from jaxrel.tracing.primitives import (
     LINEAR,
     LOOKUPS,
     MAX,
+    MIN,
     MOVES,
     MUL,
     NONNEG,
@@ -126,6 +127,18 @@ def is_relu(node: Node) -> bool:
         return len(body.nodes) == 1 and is_relu(body.nodes[0])
     return node.name in MAX and any(
         isinstance(atom, Constant) and np.all(np.asarray(atom.value) == 0) for atom in node.ins
+    )
+
+
+def is_rectifier(node: Node) -> bool:
+    """Whether the node is a ReLU, or one cut off above as `jax.nn.relu6` is: 0 for all below 0."""
+    if node.name not in CUSTOM_JVP:
+        return is_relu(node)
+    (body,) = node.bodies
+    first, *others = body.nodes
+    return is_relu(first) and all(
+        one.name in MIN and all(fact_of({}, a).nonneg for a in one.ins if isinstance(a, Constant))
+        for one in others
     )
 
 
@@ -259,7 +272,7 @@ def join(*facts: Fact) -> Fact:
 
 def _nonneg(node: Node, ins: list[Fact]) -> bool:
     if node.name in CUSTOM_JVP:
-        return is_relu(node)
+        return _nonneg_inside(node, ins)
     if node.name in NONNEG or primitives.is_even_power(node.equation):
         return True
     if node.name in MAX:
@@ -271,6 +284,16 @@ def _nonneg(node: Node, ins: list[Fact]) -> bool:
     if node.name in MUL and node.ins[0] is node.ins[1]:
         return True
     return node.name in NONNEG_IF_ALL and all(fact.nonneg for fact in ins)
+
+
+def _nonneg_inside(node: Node, ins: list[Fact]) -> bool:
+    """Whether what the body of a function returns is never negative."""
+    (body,) = node.bodies
+    known = dict(zip(body.ins, ins, strict=True)) | dict.fromkeys(body.constants, Fact())
+    for inner in body.nodes:
+        nonneg = _nonneg(inner, [fact_of(known, atom) for atom in inner.ins])
+        known.update(dict.fromkeys(inner.outs, Fact(nonneg=nonneg)))
+    return all(fact_of(known, atom).nonneg for atom in body.outs)
 
 
 def _masks(fact: Fact, root: Value | None) -> bool:

@@ -157,6 +157,14 @@ class Graph:
             for body in node.bodies:
                 yield from body.walk()
 
+    def values(self) -> Iterator[Value]:
+        """Every value, those of the bodies too."""
+        yield from (*self.ins, *self.constants)
+        for node in self.nodes:
+            yield from node.outs
+            for body in node.bodies:
+                yield from body.values()
+
     def producers(self) -> dict[Value, Node]:
         """Which node computes a value (of this graph, not of its bodies)."""
         return {out: node for node in self.nodes for out in node.outs}

@@ -75,6 +75,7 @@ EXPM1 = _names("expm1")
 LOG = _names("log")
 ABS = _names("abs")
 MAX = _names("max")
+MIN = _names("min")
 SCATTER_ADD = _names("scatter-add")
 SCATTER_EXTREMA = _names("scatter-max scatter-min")
 SELECT = _names("select_n")
@@ -141,7 +142,7 @@ PLACES = _names(
 )
 SCATTERS = _names("scatter scatter-add dynamic_update_slice")
 # Values that are clipped or compared with a constant keep their place.
-CLIPS = MAX | _names("min clamp")
+CLIPS = MAX | MIN | _names("clamp")
 # What may stand between a softmax and the product with the values: masks, dropout, clips, a
 # sink cut off.
 MASKING = MOVES | SELECT | SCALES | CLIPS | KEEPS | SLICES

@@ -48,6 +48,8 @@ def pullback(
       of the final carrier, by default zeros; it may be called several times, and under `vmap`.
     """
     edits = edits or Edits()
+    # Inside of a program that is traced, what is new is an equation of it, not an array.
+    edits = dataclasses.replace(edits, once=isinstance(jnp.zeros(()), jax.core.Tracer))
     shapes = tap_shapes(graph, edits.taps)
 
     def run(xs, probes, carrier):

@@ -9,6 +9,7 @@ import jax
 from jaxrel.tracing import trace
 from jaxrel.tracing.evaluate import evaluate
 from jaxrel.tracing.graph import Graph
+from jaxrel.tracing.primitives import Program, bodies, make_program
 
 
 def flops(fun: Callable, *args: Any) -> float:
@@ -25,6 +26,23 @@ def counted(fun: Callable, *args: Any) -> collections.Counter[str]:
     """
     with jax.default_device(jax.devices("cpu")[0]):
         return _count(trace(fun, *args).graph)
+
+
+def equations(fun: Callable, *args: Any) -> int:
+    """Equations of the program that JAX traces, those of a function that is called often once.
+
+    What it costs to trace and to lower a program, told without a clock.
+    """
+    seen: set[int] = set()
+
+    def count(program: Program) -> int:
+        if id(program.jaxpr) in seen:
+            return 0
+        seen.add(id(program.jaxpr))
+        every = program.jaxpr.eqns
+        return len(every) + sum(count(body) for one in every for body in bodies(one))
+
+    return count(make_program(fun, *args)[0])
 
 
 def _count(graph: Graph) -> collections.Counter[str]:

@@ -1,7 +1,8 @@
 """What ten programs cost, kept in `costs.json`: `python -m tests.benchmarks.guard`.
 
-Floating-point operations and bytes are XLA's counts of a program before it optimises, which do
-not depend on the machine. A program that costs more than is kept by 5 % fails, by its name;
+Floating-point operations and bytes are XLA's counts of a program before it optimises; equations
+are those that JAX traces, in the place of the seconds that tracing takes. None depends on the
+machine. A program that costs more than is kept by 5 % fails, by its name;
 `--write` keeps what all cost now.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from tests.benchmarks import clip_attention, lrp, lrp_models
-from tests.benchmarks.flops import counted
+from tests.benchmarks.flops import counted, equations
 
 KEPT = Path(__file__).with_name("costs.json")
 MOST = 1.05
@@ -49,8 +50,9 @@ def measured() -> Costs:
     found = {}
     for name, fun, args in programs():
         costs = counted(fun, *args)
-        found[name] = {"flops": costs["flops"], "bytes": costs["bytes accessed"]}
-        print(f"{name}: {found[name]['flops']:.4g} flops, {found[name]['bytes']:.4g} bytes")
+        one = found[name] = {"flops": costs["flops"], "bytes": costs["bytes accessed"]}
+        one |= {"equations": equations(fun, *args)}
+        print(f"{name}: {', '.join(f'{cost:.4g} {what}' for what, cost in one.items())}")
     return found
 
 

@@ -27,11 +27,10 @@ from jaxrel import attention
 from jaxrel.attention.unimodal_relevance import BLOCK
 from tests.benchmarks import clip_attention, lrp_models, streaming_forms
 from tests.benchmarks.clip_attention import CLIPConfig
-from tests.benchmarks.table import Cell, Table, hardware
+from tests.benchmarks.table import Cell, Table, hardware, write_section
 from tests.benchmarks.timing import MIB
 
-README, KEPT = (Path(__file__).with_name(name) for name in ("README.md", "long_inputs.json"))
-BEGIN, END = "<!-- long inputs: begin -->", "<!-- long inputs: end -->"
+KEPT = Path(__file__).with_name("long_inputs.json")
 TOKENS = (257, 1025, 4097, 8193)
 METHODS = ("equal", "weighted")
 # A program that needs more than this is not run.
@@ -172,14 +171,6 @@ def row(program: Program, kept: Mapping[str, Figures]) -> dict[str, Cell]:
     return cells | {"load": found.get("load")}
 
 
-def write(text: str) -> None:
-    """Put the tables between the marks in README.md."""
-    page = README.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def main(argv: Sequence[str]) -> None:
     """Measure what is not kept yet, or one program in this process."""
     parser = argparse.ArgumentParser(
@@ -212,7 +203,7 @@ def main(argv: Sequence[str]) -> None:
         Table("Forms by number of tokens", NOTE, [row(one, kept) for one in programs()]),
         Table("Models of long inputs", MODELS, [row(one, kept) for one in models()]),
     ]
-    write("\n".join([f"{machine}.\n", *(one.markdown() for one in tables)]))
+    write_section("long inputs", "\n".join([f"{machine}.\n", *(one.markdown() for one in tables)]))
 
 
 if __name__ == "__main__":

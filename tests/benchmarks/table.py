@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+README = Path(__file__).with_name("README.md")
+
 Cell = str | float | None
 
 
@@ -68,3 +70,11 @@ def processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_section(name: str, text: str) -> None:
+    """Put a text between the marks of this name in README.md."""
+    begin, end = (f"<!-- {name}: {mark} -->" for mark in ("begin", "end"))
+    before, rest = README.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
+    README.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
