@@ -25,13 +25,13 @@ from flax import nnx
 import jaxrel
 from jaxrel import attention
 from jaxrel.attention.unimodal_relevance import BLOCK
-from tests.benchmarks import clip_attention, lrp_models, streaming_forms
+from tests.benchmarks import clip_attention, lrp_models, page, streaming_forms
 from tests.benchmarks.clip_attention import CLIPConfig
 from tests.benchmarks.table import Cell, Table, hardware
 from tests.benchmarks.timing import MIB
 
 README, KEPT = (Path(__file__).with_name(name) for name in ("README.md", "long_inputs.json"))
-BEGIN, END = "<!-- long inputs: begin -->", "<!-- long inputs: end -->"
+SECTION = "long inputs"
 TOKENS = (257, 1025, 4097, 8193)
 METHODS = ("equal", "weighted")
 # A program that needs more than this is not run.
@@ -172,12 +172,14 @@ def row(program: Program, kept: Mapping[str, Figures]) -> dict[str, Cell]:
     return cells | {"load": found.get("load")}
 
 
-def write(text: str) -> None:
-    """Put the tables between the marks in README.md."""
-    page = README.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+def markdown(figures: Mapping[str, Any]) -> str:
+    """The section of README.md that is made of what is kept."""
+    kept = figures["programs"]
+    tables = [
+        Table("Forms by number of tokens", NOTE, [row(one, kept) for one in programs()]),
+        Table("Models of long inputs", MODELS, [row(one, kept) for one in models()]),
+    ]
+    return "\n".join([f"{figures['hardware']}.\n", *(one.markdown() for one in tables)])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -208,11 +210,7 @@ def main(argv: Sequence[str]) -> None:
         kept[program.key] = in_its_own_process(program, run)
         print(program.key, kept[program.key], flush=True)
         KEPT.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    tables = [
-        Table("Forms by number of tokens", NOTE, [row(one, kept) for one in programs()]),
-        Table("Models of long inputs", MODELS, [row(one, kept) for one in models()]),
-    ]
-    write("\n".join([f"{machine}.\n", *(one.markdown() for one in tables)]))
+    page.write(README, SECTION, markdown(figures))
 
 
 if __name__ == "__main__":

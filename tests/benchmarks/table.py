@@ -18,7 +18,7 @@ class Table:
 
     Args:
       title: what was measured.
-      note: how to read it.
+      note: how to read it, or nothing.
       rows: cells by column; None for none.
     """
 
@@ -32,7 +32,7 @@ class Table:
         lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
         lines += [[_text(row.get(column)) for column in columns] for row in self.rows]
         body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"### {self.title}\n\n{self.note}\n\n{body}\n"
+        return "\n\n".join(part for part in (f"### {self.title}", self.note, body) if part) + "\n"
 
 
 def _text(cell: Cell) -> str:

@@ -51,9 +51,12 @@ class Measured:
 
 def compiled(name: str, fun: Callable, *args: Any) -> Candidate:
     """A JAX function, compiled ahead for these arguments."""
-    program = jax.jit(fun).lower(*args).compile()
-    analysis: Any = program.memory_analysis()
-    temp = analysis.temp_size_in_bytes
+    return candidate(name, jax.jit(fun).lower(*args).compile(), *args)
+
+
+def candidate(name: str, program: Any, *args: Any) -> Candidate:
+    """A compiled program with its arguments; of several devices, the memory is that of each."""
+    temp = program.memory_analysis().temp_size_in_bytes
     return Candidate(name, lambda: jax.block_until_ready(program(*args)), temp)
 
 
