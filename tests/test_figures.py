@@ -23,7 +23,7 @@ WORDS = "none one two three four five six seven eight nine ten".split()
 NUMBER = rf"([\d.,]*\d|(?i:{'|'.join(WORDS)}))"
 # What a figure of time, memory or size looks like, ranges too.
 UNITS = "times|x|%|s|ms|min|seconds|minutes|hours|kB|MB|GB|MiB|GiB|(?:images|pairs|rows) a second"
-FIGURE = re.compile(rf"(?<![\w.,])\d[\d.,]*(?: (?:to|and) \d[\d.,]*)? ?(?:{UNITS})\b")
+FIGURE = re.compile(rf"(?<![\w.,])\d[\d.,]*(?: (?:to|and) \d[\d.,]*)? ?(?:{UNITS})(?!\w)")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,6 @@ def results_quotes():
 # Figures of texts that are of no table.
 OTHERS = {
     "README.md": {
-        "15 to 20 minutes": "how long `make test` takes",
         "1.3 GB": "what the environment fills",
         "95%": "the confidence of intervals",
     },

@@ -30,7 +30,6 @@ from tests.benchmarks.timing import MIB, candidate, measure
 README, KEPT = (Path(__file__).with_name(name) for name in ("README.md", "scaling.json"))
 PLOT = Path(__file__).parent / "images/scaling.svg"
 SECTION = "scaling"
-REPEATS = 5
 COLLECTIVE = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
 
 GRAD = "jax.grad"
@@ -43,8 +42,8 @@ METHODS: dict[str, Callable] = {
 
 INTRO = f"""\
 The transformer of "Longer sequences", of width {streaming_forms.WIDTH} and {streaming_forms.HEADS}
-heads, each layer rematerialised in one scan, with fewer layers. "s" is the median of {REPEATS}
-rounds in which the methods take turns, "MiB" XLA's temporary memory. A slope is that of the
+heads, each layer rematerialised in one scan, with fewer layers. "s" is the median of all rounds, in
+which the methods take turns, "MiB" XLA's temporary memory. A slope is that of the
 straight line that fits the logarithms of all sizes best: at 1 a figure grows as the size does, at 2
 as its square. "Less grad's" is the slope less that of `jax.grad`."""
 DEVICES = """\
@@ -98,7 +97,7 @@ AXES = (
 Figures = Mapping[str, Mapping[str, float]]
 
 
-def measured(size: Size) -> Figures:
+def measured(size: Size, repeats: int) -> Figures:
     """The figures of all methods, in this process."""
     mesh = jax.make_mesh((size.devices,), ("examples",), axis_types=(AxisType.Auto,))
     weights = streaming_forms.random_weights(jax.random.key(0), size.layers)
@@ -109,7 +108,7 @@ def measured(size: Size) -> Figures:
     )
     programs = {name: jax.jit(fun).lower(*args).compile() for name, fun in METHODS.items()}
     candidates = [candidate(name, program, *args) for name, program in programs.items()]
-    found = measure(candidates, repeats=REPEATS, what=size.key)
+    found = measure(candidates, repeats=repeats, what=size.key)
     return {
         name: {
             "seconds": one.milliseconds / 1e3,
@@ -125,9 +124,10 @@ def collectives(program: str) -> int:
     return len(re.findall(rf" (?:{COLLECTIVE})(?:-start)?\(", program))
 
 
-def in_its_own_process(size: Size) -> Figures:
+def in_its_own_process(size: Size, repeats: int) -> Figures:
     """What a size measures of itself in a new process with its devices."""
-    call = [sys.executable, "-m", "tests.benchmarks.scaling", "--one", json.dumps(vars(size))]
+    call = [sys.executable, "-m", "tests.benchmarks.scaling", "--repeats", str(repeats)]
+    call += ["--one", json.dumps(vars(size))]
     flags = os.environ.get("XLA_FLAGS", "")
     flags += f" --xla_force_host_platform_device_count={size.devices}"
     environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
@@ -175,7 +175,7 @@ def _signed(number: float) -> str:
 def markdown(figures: Mapping[str, Any]) -> str:
     """The section of README.md that is made of what is kept."""
     kept = figures["sizes"]
-    parts = [f"{figures['hardware']}.\n", f"{INTRO}\n"]
+    parts = [f"{figures['hardware']}; {figures['repeats']} rounds.\n", f"{INTRO}\n"]
     parts.append(f"![Time and memory over each size]({PLOT.parent.name}/{PLOT.name})\n")
     for axis in AXES:
         made = table(axis, kept)
@@ -203,19 +203,20 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m tests.benchmarks.scaling", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--again", action="store_true", help="measure what is kept too")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of measurements (5)")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
-        print(json.dumps(measured(Size(**args.one))))
+        print(json.dumps(measured(Size(**args.one), args.repeats)))
         return
-    machine = hardware()
     figures = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
-    if args.again or figures.get("hardware") != machine:
-        figures = {"hardware": machine, "sizes": {}}
+    now = {"hardware": hardware(), "repeats": args.repeats}
+    if args.again or any(figures.get(name) != value for name, value in now.items()):
+        figures = now | {"sizes": {}}
     kept = figures["sizes"]
     for size in dict.fromkeys(size for axis in AXES for size in axis.sizes):
         if size.key not in kept:
-            kept[size.key] = in_its_own_process(size)
+            kept[size.key] = in_its_own_process(size, args.repeats)
             print(size.key, {name: one["seconds"] for name, one in kept[size.key].items()})
             KEPT.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     scaling_plot.draw(curves(kept), PLOT, columns=len(AXES))
