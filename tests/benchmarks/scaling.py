@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from tests.benchmarks.table import Table, hardware
 from tests.benchmarks.timing import MIB, candidate, measure
 
 README, KEPT = (Path(__file__).with_name(name) for name in ("README.md", "scaling.json"))
-PLOT = Path(__file__).parent / "images/scaling.svg"
+PLOT = Path(__file__).parent / "images/scaling.png"
 SECTION = "scaling"
 COLLECTIVE = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
 
+# What is drawn and shown, by the name and the scale of what is kept.
+UNITS = {"s": ("seconds", 1), "MiB": ("temp", MIB)}
 GRAD = "jax.grad"
 METHODS: dict[str, Callable] = {
     GRAD: streaming_forms.grad,
@@ -48,11 +50,12 @@ straight line that fits the logarithms of all sizes best: at 1 a figure grows as
 as its square. "Less grad's" is the slope less that of `jax.grad`."""
 DEVICES = """\
 The devices are forced (`--xla_force_host_platform_device_count`): the batch is divided among them,
-and the weights are on each. They share the cores of one machine, of which one device uses all. So
-the times say what dividing costs and nothing of what more cores gain: at best, the slope of the
-time is 0 where one batch is divided, and 1 where each device has its own. Parallel efficiency needs
-as many real cores or accelerators. What does not depend on the cores is the memory of each device,
-and the operations that exchange data between devices ("collectives" in the compiled program): with
+and the weights are on each. All share the cores of one machine, over which one device spreads its
+matrix products too. So the times say what dividing costs or saves on the same cores, and nothing of
+what more cores gain. With as many real cores or accelerators as devices, the slope of the time
+would be -1 where one batch is divided and 0 where each device has its own, and only there can
+parallel efficiency be measured. What does not depend on the cores is the memory of each device, and
+the operations that exchange data between devices ("collectives" in the compiled program): with
 none, no device waits for another."""
 
 
@@ -145,26 +148,51 @@ def slope(sizes: Sequence[float], figures: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(figures), 1)[0])
 
 
+def line(axis: Axis, method: str, unit: str, kept: Mapping[str, Figures]) -> list[float]:
+    """The figures of a method along an axis, in seconds or MiB."""
+    name, scale = UNITS[unit]
+    return [kept[size.key][method][name] / scale for size in axis.sizes]
+
+
+def slopes(axis: Axis, method: str, unit: str, kept: Mapping[str, Figures]) -> tuple[float, float]:
+    """The slope of a method along an axis, and by how much it is above that of `jax.grad`."""
+    mine, base = (slope(axis.over, line(axis, one, unit, kept)) for one in (method, GRAD))
+    return mine, mine - base
+
+
 def table(axis: Axis, kept: Mapping[str, Figures]) -> Table:
     """The first and the last figures along an axis, and the slopes."""
-    first, last = axis.over[0], axis.over[-1]
     rows = []
     for method in METHODS:
         row: dict[str, Any] = {"method": method}
-        for unit, name, scale in (("s", "seconds", 1), ("MiB", "temp", MIB)):
-            lines = {
-                one: [kept[size.key][one][name] / scale for size in axis.sizes]
-                for one in (GRAD, method)
+        for unit in UNITS:
+            figures, (mine, above) = (f(axis, method, unit, kept) for f in (line, slopes))
+            row |= {
+                f"{unit} at {axis.over[0]}": figures[0],
+                f"{unit} at {axis.over[-1]}": figures[-1],
             }
-            mine, base = (slope(axis.over, lines[one]) for one in (method, GRAD))
-            row |= {f"{unit} at {first}": lines[method][0], f"{unit} at {last}": lines[method][-1]}
-            row |= {f"slope of {unit}": _signed(mine), f"{unit}: less grad's": _signed(mine - base)}
+            row |= {f"slope of {unit}": _signed(mine), f"{unit}: less grad's": _signed(above)}
         if axis.grows == "devices":
-            row["collectives"] = str(
-                max(int(kept[size.key][method]["collectives"]) for size in axis.sizes)
-            )
+            counts = [kept[size.key][method]["collectives"] for size in axis.sizes]
+            row["collectives"] = f"{max(counts):.0f}"
         rows.append(row)
-    return Table(f"Growth with {axis.grows}, {axis.fixed}", "", rows)
+    note = DEVICES if axis == next(one for one in AXES if one.grows == "devices") else ""
+    return Table(f"Growth with {axis.grows}, {axis.fixed}", note, rows)
+
+
+def summary(kept: Mapping[str, Figures]) -> str:
+    """How far the slopes lie from those of `jax.grad`, on one device."""
+    parts = []
+    for unit, what in (("s", "time"), ("MiB", "memory")):
+        above = [
+            (slopes(axis, method, unit, kept)[1], f"{method}, over {axis.grows}")
+            for axis in AXES
+            for method in METHODS
+            if axis.grows != "devices" and method != GRAD
+        ]
+        ends = (f"{_signed(one)} ({name})" for one, name in (min(above), max(above)))
+        parts.append(f"{' to '.join(ends)} of {what}")
+    return f"Less those of `jax.grad`, the slopes on one device are {', and '.join(parts)}."
 
 
 def _signed(number: float) -> str:
@@ -174,27 +202,26 @@ def _signed(number: float) -> str:
 
 def markdown(figures: Mapping[str, Any]) -> str:
     """The section of README.md that is made of what is kept."""
-    kept = figures["sizes"]
-    parts = [f"{figures['hardware']}; {figures['repeats']} rounds.\n", f"{INTRO}\n"]
-    parts.append(f"![Time and memory over each size]({PLOT.parent.name}/{PLOT.name})\n")
-    for axis in AXES:
-        made = table(axis, kept)
-        first_of_devices = axis == next(one for one in AXES if one.grows == "devices")
-        parts.append(replace(made, note=DEVICES if first_of_devices else "").markdown())
-    return "\n".join(parts)
+    kept, rounds = figures["sizes"], figures["repeats"]
+    parts = [f"{figures['hardware']}; {rounds} round{'s' if rounds > 1 else ''}.\n", f"{INTRO}\n"]
+    parts += [f"{summary(kept)}\n"]
+    parts += [f"![Time and memory over each size]({PLOT.parent.name}/{PLOT.name})\n"]
+    return "\n".join([*parts, *(table(axis, kept).markdown() for axis in AXES)])
 
 
-def curves(kept: Mapping[str, Figures]) -> list[scaling_plot.Panel]:
-    """What the plot draws: seconds and MiB along each axis."""
-    panels = []
-    for label, name, scale in (("seconds", "seconds", 1), ("MiB", "temp", MIB)):
-        for axis in AXES:
-            lines = {
-                method: [kept[size.key][method][name] / scale for size in axis.sizes]
-                for method in METHODS
-            }
-            panels.append(scaling_plot.Panel(axis.fixed, axis.grows, label, axis.over, lines))
-    return panels
+def panels(kept: Mapping[str, Figures]) -> list[scaling_plot.Panel]:
+    """What the plot draws: seconds above, MiB below."""
+    return [
+        scaling_plot.Panel(
+            axis.fixed,
+            axis.grows,
+            unit,
+            axis.over,
+            {method: line(axis, method, unit, kept) for method in METHODS},
+        )
+        for unit in UNITS
+        for axis in AXES
+    ]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -219,7 +246,7 @@ def main(argv: Sequence[str]) -> None:
             kept[size.key] = in_its_own_process(size, args.repeats)
             print(size.key, {name: one["seconds"] for name, one in kept[size.key].items()})
             KEPT.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    scaling_plot.draw(curves(kept), PLOT, columns=len(AXES))
+    scaling_plot.draw(panels(kept), PLOT, columns=len(AXES))
     page.write(README, SECTION, markdown(figures))
 
 

@@ -1,11 +1,10 @@
-"""Lines over growing sizes, both axes logarithmic, as one SVG file."""
+"""Lines over growing sizes, both axes logarithmic."""
 
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from jaxrel.files import write_atomically
@@ -26,16 +25,17 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], path: Path, *, columns: int) -> None:
-    """Draw panels in rows of so many columns, with one legend for all."""
+    """Draw a PNG file of panels in rows, each of so many columns and of one kind of figure."""
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(2.4 * columns, 2.4 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for place, panel in zip(axes, panels, strict=True):
+    figure = Figure(figsize=(2.2 * columns, 2.2 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="row").flat
+    for number, (place, panel) in enumerate(zip(axes, panels, strict=True)):
         for (method, line), (colour, dash) in zip(panel.lines.items(), STYLES, strict=True):
             place.loglog(panel.over, line, dash, color=colour, marker="o", ms=3, label=method)
         place.set_title(panel.title, fontsize=9, loc="left")
         place.set_xlabel(panel.x, fontsize=9)
-        place.set_ylabel(panel.y, fontsize=9)
+        if number % columns == 0:
+            place.set_ylabel(panel.y, fontsize=9)
         place.set_xticks(panel.over, [str(size) for size in panel.over], minor=False)
         place.set_xticks([], minor=True)
         place.tick_params(labelsize=8)
@@ -44,7 +44,5 @@ def draw(panels: Sequence[Panel], path: Path, *, columns: int) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     buffer = io.BytesIO()
-    # Text stays text, and the same figures make the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scaling"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())
