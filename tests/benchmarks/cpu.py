@@ -32,12 +32,12 @@ ROUNDS = {
 }
 
 
-def in_its_own_process(name: str) -> Mapping[str, Any]:
+def in_its_own_process(name: str, repeats: int) -> Mapping[str, Any]:
     """The table of a benchmark, the machine, the rounds, and how long all of it took."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "figures.json"
-        call = [sys.executable, "-m", "tests.benchmarks", name, "--repeats", str(ROUNDS[name])]
+        call = [sys.executable, "-m", "tests.benchmarks", name, "--repeats", str(repeats)]
         subprocess.run([*call, "--json", str(file)], check=True)
         found = json.loads(file.read_text(encoding="utf-8"))
     (table,) = found.pop("tables")
@@ -63,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ROUNDS)}")
     parser.add_argument("--again", action="store_true", help="measure what is kept too")
+    parser.add_argument("--repeats", type=int, help="rounds of each, in the place of its own")
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in ROUNDS:
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     machine = hardware()
     for name in args.names or ROUNDS:
         if args.again or kept.get(name, {}).get("hardware") != machine:
-            kept[name] = in_its_own_process(name)
+            kept[name] = in_its_own_process(name, args.repeats or ROUNDS[name])
             KEPT.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     page.write(README, SECTION, markdown(kept))
 

@@ -8,7 +8,6 @@ later call measures what is missing, or with `--again` all.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from jaxrel.attention.unimodal_relevance import BLOCK
 from tests.benchmarks import clip_attention, lrp_models, page, streaming_forms
 from tests.benchmarks.clip_attention import CLIPConfig
 from tests.benchmarks.table import Cell, Table, hardware
-from tests.benchmarks.timing import MIB
+from tests.benchmarks.timing import MIB, read_peak, reset_peak
 
 README, KEPT = (Path(__file__).with_name(name) for name in ("README.md", "long_inputs.json"))
 SECTION = "long inputs"
@@ -113,20 +112,6 @@ class Program:
         found |= {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out)), self
         return found | {"load": load} | read_peak()
-
-
-def reset_peak() -> None:
-    """Let Linux begin anew to note the most memory that this process holds."""
-    file = Path("/proc/self/clear_refs")
-    if file.exists():
-        file.write_text("5")
-
-
-def read_peak() -> Figures:
-    """The most memory that this process held, in bytes, where Linux says it."""
-    file = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", file.read_text() if file.exists() else "")
-    return {"peak": 1024 * float(found[1])} if found else {}
 
 
 def programs() -> Iterator[Program]:
