@@ -1,8 +1,8 @@
 """What texts say of tables is what the tables say.
 
-`QUOTES` names the sentences of README and of the benchmarks' page that quote figures, and the cells
-that they quote. A figure must be its cell, rounded to the digits that are said. What stands between
-marks is written by commands, with its own tests.
+`quotes` names the sentences that quote figures, of README and of the pages of the benchmarks and of
+training, and the cells that they quote. A figure must be its cell, rounded to the digits that are
+said. What stands between marks is written by commands, with its own tests.
 """
 
 import json
@@ -40,14 +40,14 @@ class Quote:
         return re.escape(self.sentence).replace(r"\#", NUMBER)
 
 
-def cells(title: str, column: str, *names: str, **where: str) -> list[float]:
-    """The numbers of a column, of the rows whose first cell ends in a name, or of all rows."""
+def cells(title: str, column: str, name: str = "", **where: str) -> list[float]:
+    """The numbers of a column, of the rows whose first cell ends in a name."""
     found = []
     for row in TABLES[title]:
         first = row.get("method", row.get("suite"))
-        if first.endswith(names or "") and all(row[name] == x for name, x in where.items()):
+        if first.endswith(name) and all(row[other] == x for other, x in where.items()):
             found += [float(row[column])] if row[column] != "-" else []
-    assert found, f"no figures of {title!r}, {column!r}, {names}, {where}"
+    assert found, f"no figures of {title!r}, {column!r}, {name!r}, {where}"
     return found
 
 
@@ -62,6 +62,7 @@ def quotes():
     yield from gpu_quotes()
     yield from long_inputs_quotes()
     yield from results_quotes()
+    yield from flag_quotes()
     yield Quote(BENCHMARKS, "one costs more than # times what is kept", [guard.MOST])
 
 
@@ -72,7 +73,7 @@ def gpu_quotes():
     ):
         of_row = [cells(B32, column, method)[0] for column in ("images/s", "x time")]
         yield Quote(BENCHMARKS, f"{begins} a second and takes # times as long", of_row)
-    milliseconds, gib = (max(cells(LONGEST, name, "blockwise weighted")) for name in ("ms", "GiB"))
+    milliseconds, gib = (cells(LONGEST, unit, "blockwise weighted")[0] for unit in ("ms", "GiB"))
     said = "Blockwise accumulation explains 32,768 tokens in # s and # GiB"
     yield Quote(BENCHMARKS, said, [milliseconds / 1e3, gib])
     failed, of_blocks = (sum(cells(SUITES, "failed", name)) for name in ("", "/test_blocks.py"))
@@ -117,6 +118,17 @@ def results_quotes():
     )
     (scenes,) = re.findall(r"(\d+) examples", record("perturbation-vqa-shapes")["note"])
     yield Quote("README.md", "Patches of # held-out scenes", [float(scenes)])
+
+
+def flag_quotes():
+    for model in ("gridtd-shapes", "aoa-shapes"):
+        file = ROOT / f"models/pretrained/{model}/hallucination.json"
+        group = json.loads(file.read_text(encoding="utf-8"))["groups"]["shape"]
+        lrp = group["methods"]["lrp"]
+        shares = [100 * lrp["precision"]["mean"], 100 * group["hallucinated"]]
+        auc = [lrp["auc"][end] for end in ("mean", "low", "high")]
+        yield Quote("train/README.md", f"| `{model}` | #% | #% | # [#, #] |", shares + auc)
+        yield Quote("train/README.md", "These are # held-out images", [lrp["images"]])
 
 
 # Figures of texts that are of no table.
@@ -167,7 +179,7 @@ def unquoted(text: str, sentences: Sequence[re.Pattern], others: Sequence[str]) 
 
 @pytest.mark.parametrize("quote", list(quotes()), ids=lambda quote: quote.sentence[:50])
 def test_figures_of_texts_are_those_of_tables(quote):
-    text = prose((ROOT / quote.file).read_text(encoding="utf-8"))
+    text = " ".join((ROOT / quote.file).read_text(encoding="utf-8").split())
     found = re.findall(quote.pattern, text)
     assert len(found) == 1, f"{quote.file} says {len(found)} times, not once: {quote.sentence}"
     said = [found[0]] if isinstance(found[0], str) else found[0]

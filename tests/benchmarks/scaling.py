@@ -44,19 +44,19 @@ METHODS: dict[str, Callable] = {
 
 INTRO = f"""\
 The transformer of "Longer sequences", of width {streaming_forms.WIDTH} and {streaming_forms.HEADS}
-heads, each layer rematerialised in one scan, with fewer layers. "s" is the median of all rounds, in
-which the methods take turns, "MiB" XLA's temporary memory. A slope is that of the
-straight line that fits the logarithms of all sizes best: at 1 a figure grows as the size does, at 2
-as its square. "Less grad's" is the slope less that of `jax.grad`."""
+heads, each layer rematerialised in one scan, with fewer layers. "s" is the median of all rounds,
+in which the methods take turns, "MiB" XLA's temporary memory. A slope is that of the line that
+fits the logarithms of all sizes best: at 1 a figure grows as the size does, at 2 as its square.
+"Less grad's" is the slope less that of `jax.grad`."""
 DEVICES = """\
 The devices are forced (`--xla_force_host_platform_device_count`): the batch is divided among them,
 and the weights are on each. All share the cores of one machine, over which one device spreads its
 matrix products too. So the times say what dividing costs or saves on the same cores, and nothing of
 what more cores gain. With as many real cores or accelerators as devices, the slope of the time
 would be -1 where one batch is divided and 0 where each device has its own, and only there can
-parallel efficiency be measured. What does not depend on the cores is the memory of each device, and
-the operations that exchange data between devices ("collectives" in the compiled program): with
-none, no device waits for another."""
+parallel efficiency be measured (`tests.benchmarks.device` measures one accelerator). What does not
+depend on the cores is the memory of each device, and the operations that exchange data between
+devices ("collectives" in the compiled program): with none, no device waits for another."""
 
 
 @dataclass(frozen=True)
