@@ -7,6 +7,7 @@ was measured on another machine or other versions, or with `--again` all that is
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,15 +34,15 @@ ROUNDS = {
 
 
 def in_its_own_process(name: str, repeats: int) -> Mapping[str, Any]:
-    """The table of a benchmark, the machine, the rounds, and how long all of it took."""
-    start = time.perf_counter()
+    """The table of a benchmark, the machine, its load, the rounds, and how long all took."""
+    load, start = os.getloadavg()[0], time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "figures.json"
         call = [sys.executable, "-m", "tests.benchmarks", name, "--repeats", str(repeats)]
         subprocess.run([*call, "--json", str(file)], check=True)
         found = json.loads(file.read_text(encoding="utf-8"))
     (table,) = found.pop("tables")
-    return {**found, "seconds": time.perf_counter() - start, "table": table}
+    return {**found, "load": load, "seconds": time.perf_counter() - start, "table": table}
 
 
 def markdown(kept: Mapping[str, Any]) -> str:
@@ -52,7 +53,8 @@ def markdown(kept: Mapping[str, Any]) -> str:
 def _shown(name: str, one: Mapping[str, Any]) -> str:
     table = Table(**one["table"])
     rounds = f"{one['repeats']} round{'s' if one['repeats'] > 1 else ''}"
-    said = f"`{name}`, {rounds}, {one['seconds']:.0f} s in all; {one['hardware']}."
+    said = f"`{name}`, {rounds}, {one['seconds']:.0f} s in all, with a load of {one['load']:.0f} "
+    said += f"when it began; {one['hardware']}."
     return Table(table.title, f"{table.note}\n\n{said}", table.rows).markdown()
 
 
