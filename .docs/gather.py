@@ -22,7 +22,8 @@ def main(out: Path) -> None:
     for folder in (pages, source):
         shutil.rmtree(folder, ignore_errors=True)
     readmes = [page for room in ROOMS for page in (ROOT / room).rglob("*.md")]
-    images = (ROOT / "colab/images").glob("*.png")
+    folders = ("colab/images", "tests/benchmarks/images")
+    images = [image for folder in folders for image in (ROOT / folder).glob("*.png")]
     tables = [ROOT / f"tests/{folder}/README.md" for folder in ("benchmarks", "zoo")]
     benchmarks = ROOT / "tests/benchmarks"
     linked = [*benchmarks.glob("*.json"), *benchmarks.glob("images/*.svg")]

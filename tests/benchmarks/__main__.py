@@ -1,6 +1,7 @@
 """Time and memory of relevance, as ratios in one run: `python -m tests.benchmarks`."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from functools import partial
@@ -18,6 +19,7 @@ BENCHMARKS = {
     "captioner-aoa": partial(captioner.run, "aoa"),
     "batch-shapes": partial(batch.run, "clip-shapes", images=2000),
     "batch-vit": partial(batch.run, "ViT-B/32", images=128),
+    "batch-whole": partial(batch.run_whole, images=10_000),
 }
 
 
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> None:
     for name in args.names or BENCHMARKS:
         table = BENCHMARKS[name](quick=args.quick, repeats=args.repeats)
         print(table.markdown(), flush=True)
-        tables.append({"title": table.title, "rows": table.rows})
+        tables.append(dataclasses.asdict(table))
     if args.json:
         figures = {"hardware": machine, "repeats": args.repeats, "tables": tables}
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -20,12 +20,13 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxrel import attention
-from tests.benchmarks import lrp, lrp_models
+from tests.benchmarks import lrp, lrp_models, page
 from tests.benchmarks.flops import equations
-from tests.benchmarks.table import Cell, Table, hardware, write_section
+from tests.benchmarks.table import Cell, Table, hardware
 from tests.photographs.notebook import definitions
 
-KEPT = Path(__file__).with_name("compile_time.json")
+README, KEPT = (Path(__file__).with_name(name) for name in ("README.md", "compile_time.json"))
+SECTION = "compile time"
 BATCH = 4
 REPEATS = 2
 GRAD = "jax.grad"
@@ -141,7 +142,7 @@ def rows(kept: Mapping[str, Mapping[str, Figures]]) -> Iterator[dict[str, Cell]]
 def write(figures: Mapping[str, Any]) -> None:
     """Put the table of what is kept into README.md."""
     table = Table("Seconds and equations", NOTE, [*rows(figures["networks"])])
-    write_section("compile time", f"{figures['hardware']}.\n\n{table.markdown()}")
+    page.write(README, SECTION, f"{figures['hardware']}.\n\n{table.markdown()}")
 
 
 def main(argv: Sequence[str]) -> None:

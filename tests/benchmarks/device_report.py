@@ -16,10 +16,12 @@ from xml.etree import ElementTree
 
 import jax
 
+from jaxrel.files import write_atomically
+from tests.benchmarks import page
 from tests.benchmarks.table import Table, processor
 
 JSON, MARKDOWN, SUITES = "device.json", "device.md", "suites.xml"
-BEGIN, END = "<!-- device figures: begin -->", "<!-- device figures: end -->"
+SECTION = "device figures"
 # These are said once for a table, above it.
 COMMON = ("device", "jax", "sizes")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
@@ -46,8 +48,9 @@ def write(folder: Path, figures: Figures) -> None:
       folder: where to; it must exist.
       figures: "environment", "tables" (title, note, rows), and whatever else JSON can hold.
     """
-    _replace(folder / JSON, json.dumps(figures, indent=1, allow_nan=False) + "\n")
-    _replace(folder / MARKDOWN, markdown(figures))
+    text = json.dumps(figures, indent=1, allow_nan=False) + "\n"
+    write_atomically(folder / JSON, text.encode())
+    write_atomically(folder / MARKDOWN, markdown(figures).encode())
 
 
 def markdown(figures: Figures) -> str:
@@ -71,20 +74,14 @@ def record(folder: Path, readme: Path) -> None:
 
     Args:
       folder: has `device.json`.
-      readme: has a line `BEGIN` and, after it, a line `END`.
+      readme: has the marks of `SECTION`.
 
     Raises:
       FileNotFoundError: one of the files is not there.
-      ValueError: the README lacks a marker, or has one twice.
+      ValueError: the README lacks a mark, or has one twice.
     """
-    text = readme.read_text(encoding="utf-8")
-    for marker in (BEGIN, END):
-        if text.count(marker) != 1:
-            raise ValueError(f"{readme}: expected the line {marker!r} once")
     figures = json.loads((folder / JSON).read_text(encoding="utf-8"))
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    _replace(readme, f"{before}{BEGIN}\n\n{markdown(figures)}\n{END}{after}")
+    page.write(readme, SECTION, markdown(figures))
 
 
 def suites_table(file: Path) -> Table | None:
@@ -132,9 +129,3 @@ def _cell(cell: Any) -> Any:
     if isinstance(cell, int):
         return str(cell)
     return " ".join(cell.replace("|", "\\|").split()) if isinstance(cell, str) else cell
-
-
-def _replace(file: Path, text: str) -> None:
-    new = file.with_name(file.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)

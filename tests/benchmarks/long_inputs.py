@@ -8,7 +8,6 @@ later call measures what is missing, or with `--again` all.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -25,12 +24,13 @@ from flax import nnx
 import jaxrel
 from jaxrel import attention
 from jaxrel.attention.unimodal_relevance import BLOCK
-from tests.benchmarks import clip_attention, lrp_models, streaming_forms
+from tests.benchmarks import clip_attention, lrp_models, page, streaming_forms
 from tests.benchmarks.clip_attention import CLIPConfig
-from tests.benchmarks.table import Cell, Table, hardware, write_section
-from tests.benchmarks.timing import MIB
+from tests.benchmarks.table import Cell, Table, hardware
+from tests.benchmarks.timing import MIB, read_peak, reset_peak
 
-KEPT = Path(__file__).with_name("long_inputs.json")
+README, KEPT = (Path(__file__).with_name(name) for name in ("README.md", "long_inputs.json"))
+SECTION = "long inputs"
 TOKENS = (257, 1025, 4097, 8193)
 METHODS = ("equal", "weighted")
 # A program that needs more than this is not run.
@@ -114,20 +114,6 @@ class Program:
         return found | {"load": load} | read_peak()
 
 
-def reset_peak() -> None:
-    """Let Linux begin anew to note the most memory that this process holds."""
-    file = Path("/proc/self/clear_refs")
-    if file.exists():
-        file.write_text("5")
-
-
-def read_peak() -> Figures:
-    """The most memory that this process held, in bytes, where Linux says it."""
-    file = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", file.read_text() if file.exists() else "")
-    return {"peak": 1024 * float(found[1])} if found else {}
-
-
 def programs() -> Iterator[Program]:
     """Those of the first table, by tokens."""
     for count in TOKENS:
@@ -171,6 +157,16 @@ def row(program: Program, kept: Mapping[str, Figures]) -> dict[str, Cell]:
     return cells | {"load": found.get("load")}
 
 
+def markdown(figures: Mapping[str, Any]) -> str:
+    """The section of README.md that is made of what is kept."""
+    kept = figures["programs"]
+    tables = [
+        Table("Forms by number of tokens", NOTE, [row(one, kept) for one in programs()]),
+        Table("Models of long inputs", MODELS, [row(one, kept) for one in models()]),
+    ]
+    return "\n".join([f"{figures['hardware']}.\n", *(one.markdown() for one in tables)])
+
+
 def main(argv: Sequence[str]) -> None:
     """Measure what is not kept yet, or one program in this process."""
     parser = argparse.ArgumentParser(
@@ -199,11 +195,7 @@ def main(argv: Sequence[str]) -> None:
         kept[program.key] = in_its_own_process(program, run)
         print(program.key, kept[program.key], flush=True)
         KEPT.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    tables = [
-        Table("Forms by number of tokens", NOTE, [row(one, kept) for one in programs()]),
-        Table("Models of long inputs", MODELS, [row(one, kept) for one in models()]),
-    ]
-    write_section("long inputs", "\n".join([f"{machine}.\n", *(one.markdown() for one in tables)]))
+    page.write(README, SECTION, markdown(figures))
 
 
 if __name__ == "__main__":

@@ -43,15 +43,15 @@ def run(*, tokens: int, batch: int, quick: bool, repeats: int) -> Table:
     return Table(what, note, [row(name, measured) for name in measured])
 
 
-def random_weights(key: jax.Array) -> dict[str, jax.Array]:
+def random_weights(key: jax.Array, layers: int = LAYERS) -> dict[str, jax.Array]:
     """Weights with a leading layer axis, and a class head."""
     shapes = {
-        "query": (LAYERS, WIDTH, WIDTH),
-        "key": (LAYERS, WIDTH, WIDTH),
-        "value": (LAYERS, WIDTH, WIDTH),
-        "out": (LAYERS, WIDTH, WIDTH),
-        "expand": (LAYERS, WIDTH, 4 * WIDTH),
-        "contract": (LAYERS, 4 * WIDTH, WIDTH),
+        "query": (layers, WIDTH, WIDTH),
+        "key": (layers, WIDTH, WIDTH),
+        "value": (layers, WIDTH, WIDTH),
+        "out": (layers, WIDTH, WIDTH),
+        "expand": (layers, WIDTH, 4 * WIDTH),
+        "contract": (layers, 4 * WIDTH, WIDTH),
         "head": (WIDTH, CLASSES),
     }
     keys = jax.random.split(key, len(shapes))

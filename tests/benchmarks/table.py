@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 
-README = Path(__file__).with_name("README.md")
 
 Cell = str | float | None
 
@@ -20,7 +19,7 @@ class Table:
 
     Args:
       title: what was measured.
-      note: how to read it.
+      note: how to read it, or nothing.
       rows: cells by column; None for none.
     """
 
@@ -34,7 +33,7 @@ class Table:
         lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
         lines += [[_text(row.get(column)) for column in columns] for row in self.rows]
         body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"### {self.title}\n\n{self.note}\n\n{body}\n"
+        return "\n\n".join(part for part in (f"### {self.title}", self.note, body) if part) + "\n"
 
 
 def _text(cell: Cell) -> str:
@@ -70,11 +69,3 @@ def processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def write_section(name: str, text: str) -> None:
-    """Put a text between the marks of this name in README.md."""
-    begin, end = (f"<!-- {name}: {mark} -->" for mark in ("begin", "end"))
-    before, rest = README.read_text(encoding="utf-8").split(begin)
-    _, after = rest.split(end)
-    README.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 
-from tests.benchmarks import device, device_report
+from tests.benchmarks import device, device_report, page
 from tests.benchmarks.flops import flops
 
 ROW = {"dtype": "bfloat16", "batch": 4, "sizes": "2 layers", "device": "Some GPU", "jax": "0.1"}
@@ -63,7 +63,8 @@ def test_figures_that_json_cannot_hold_are_refused(tmp_path):
 
 def test_record_writes_between_the_markers_again_and_again(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Above\n\n{device_report.BEGIN}\nold\n{device_report.END}\n\nBelow.\n")
+    begin, end = page.marks(device_report.SECTION)
+    readme.write_text(f"# Above\n\n{begin}\nold\n{end}\n\nBelow.\n")
     device_report.write(tmp_path, FIGURES)
     device_report.record(tmp_path, readme)
     once = readme.read_text()
@@ -73,17 +74,6 @@ def test_record_writes_between_the_markers_again_and_again(tmp_path):
     assert "### A model" in once
     device_report.record(tmp_path, readme)
     assert readme.read_text() == once
-
-
-def test_record_refuses_a_readme_without_markers(tmp_path):
-    (tmp_path / "README.md").write_text("nothing")
-    with pytest.raises(ValueError, match=r"README.md: expected the line .*begin.* once"):
-        device_report.record(tmp_path, tmp_path / "README.md")
-
-
-def test_the_readme_of_this_folder_has_its_markers():
-    text = device.README.read_text(encoding="utf-8")
-    assert text.count(device_report.BEGIN) == text.count(device_report.END) == 1
 
 
 def test_suites_are_counted_by_file(tmp_path):

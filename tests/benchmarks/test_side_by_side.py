@@ -29,7 +29,7 @@ MOST = {
     **{("zennit", method): LRP for method in CONVOLUTIONAL},
     ("captum", "epsilon"): LRP,
 }
-PAGE = f"Before.\n\n{page.BEGIN}\nold\n{page.END}\n\nAfter.\n"
+PAGE = "Before.\n\n<!-- side by side: begin -->\nold\n<!-- side by side: end -->\n\nAfter.\n"
 
 
 @pytest.fixture

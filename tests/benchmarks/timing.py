@@ -1,9 +1,11 @@
 """Time and memory of several ways to compute a thing, measured side by side."""
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,9 +53,12 @@ class Measured:
 
 def compiled(name: str, fun: Callable, *args: Any) -> Candidate:
     """A JAX function, compiled ahead for these arguments."""
-    program = jax.jit(fun).lower(*args).compile()
-    analysis: Any = program.memory_analysis()
-    temp = analysis.temp_size_in_bytes
+    return candidate(name, jax.jit(fun).lower(*args).compile(), *args)
+
+
+def candidate(name: str, program: Any, *args: Any) -> Candidate:
+    """A compiled program with its arguments; of several devices, the memory is that of each."""
+    temp = program.memory_analysis().temp_size_in_bytes
     return Candidate(name, lambda: jax.block_until_ready(program(*args)), temp)
 
 
@@ -81,3 +86,20 @@ def measure(candidates: Sequence[Candidate], *, repeats: int, what: str) -> Mapp
                     seconds[candidate.name].append(time.perf_counter() - start)
                 bar.update()
     return {c.name: Measured(tuple(seconds[c.name]), c.temp) for c in candidates}
+
+
+def reset_peak() -> None:
+    """Let Linux begin anew to note the most memory that this process holds."""
+    file = Path("/proc/self/clear_refs")
+    if file.exists():
+        file.write_text("5")
+
+
+def read_peak() -> dict[str, float]:
+    """The most memory that this process held, as `peak` in bytes, where Linux says it.
+
+    Not `ru_maxrss`, which counts what the parent held when it started the process.
+    """
+    file = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", file.read_text() if file.exists() else "")
+    return {"peak": 1024 * float(found[1])} if found else {}

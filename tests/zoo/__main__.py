@@ -6,13 +6,13 @@ import multiprocessing
 import sys
 from pathlib import Path
 
-from jaxrel.files import write_atomically
+from tests.benchmarks import page
 from tests.benchmarks.table import hardware
 from tests.zoo.packages import load
 from tests.zoo.packages.table import markdown, read, row
 
 README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- zoo: begin -->\n", "<!-- zoo: end -->\n"
+SECTION = "zoo"
 
 
 def main(argv: list[str]) -> None:
@@ -38,12 +38,11 @@ def main(argv: list[str]) -> None:
 
 def write(rows: list[dict[str, str]]) -> None:
     """Put rows into the table, in the order of the exhibits; others of that order stay."""
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    table, after = rest.split(END)
-    known = {(row["package"].split()[0], row["model"]): row for row in [*read(table), *rows]}
+    kept = read(page.read(README, SECTION))
+    known = {(row["package"].split()[0], row["model"]): row for row in [*kept, *rows]}
     order = [(exhibit.package, exhibit.name) for exhibit in load().values()]
     text = markdown([known[key] for key in order if key in known])
-    write_atomically(README, f"{before}{BEGIN}\n{text}\n{hardware()}.\n\n{END}{after}".encode())
+    page.write(README, SECTION, f"{text}\n{hardware()}.")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from tests.benchmarks import page as pages
 from tests.benchmarks.side_by_side import ours
 from tests.benchmarks.side_by_side.networks import ATTENTION, CLIP_B32, DECODER, METHODS_OF
 from tests.benchmarks.table import Cell, Table
 from tests.benchmarks.timing import MIB
 
-BEGIN, END = "<!-- side by side: begin -->", "<!-- side by side: end -->"
+SECTION = "side by side"
 KEPT = "side_by_side.json"
 PLOT = Path("images") / "side_by_side.svg"
 # Of peers; `peers` itself needs torch.
@@ -71,11 +72,7 @@ def write(folder: Path, figures: Figures) -> None:
         if found:
             batch = next(iter(found.values()))["batch"]
             parts.append(Table(network, NOTE.format(batch=batch), rows(network, found)).markdown())
-    page = folder / "README.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    text = "\n".join(parts)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+    pages.write(folder / "README.md", SECTION, "\n".join(parts))
     plot(folder / PLOT, groups)
 
 
