@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 
-
 Cell = str | float | None
 
 
