@@ -1,10 +1,11 @@
 """What a function costs, as XLA counts it before it optimises."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxrel.tracing import trace
 from jaxrel.tracing.evaluate import evaluate
@@ -25,6 +26,24 @@ def counted(fun: Callable, *args: Any) -> collections.Counter[str]:
     """
     with jax.default_device(jax.devices("cpu")[0]):
         return _count(trace(fun, *args).graph)
+
+
+def gradient(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """What explanations are compared with: the gradient of the summed score where towers begin.
+
+    The gradient by the position embeddings goes back through all layers, and is that of no other
+    parameter.
+
+    Args:
+      model: that has a `score`.
+      inputs: as `model.pairs` returns them.
+    """
+    graph, positions, rest = nnx.split(model, nnx.PathContains("position_embedding"), ...)
+
+    def total(positions):
+        return nnx.merge(graph, positions, rest).score(inputs).sum()
+
+    return jax.grad(total)(positions)
 
 
 def _count(graph: Graph) -> collections.Counter[str]:
