@@ -263,7 +263,7 @@ def _record(
     print("recorded " + ", ".join(map(str, files)))
 
 
-def _load(options: argparse.Namespace, kind: type, called: str) -> Any:
+def _load(options: argparse.Namespace, kind: Any, called: str) -> Any:
     """The model to test; ValueError for one of another kind or an unusable --out."""
     shared.check_out(options.out)
     model = shared.load(options.model)
@@ -359,11 +359,12 @@ def _methods(options: argparse.Namespace) -> None:
 
 
 def _sanity(options: argparse.Namespace) -> None:
+    from jaxrel.models import CLIP, CLIPMapper
     from jaxrel.train.evaluate import sanity, tables
 
     result = sanity.evaluate(
-        _mapper(options),
-        methods=shared.names(options.method, sanity.METHODS),
+        _load(options, (CLIPMapper, CLIP), "CLIPmapper and CLIP"),
+        methods=None if options.method == "all" else shared.names(options.method),
         split=options.split,
         examples=options.examples,
         seed=options.seed,

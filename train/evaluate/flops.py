@@ -11,13 +11,15 @@ from jaxrel.tracing import trace
 from jaxrel.tracing.evaluate import evaluate
 from jaxrel.tracing.graph import Graph
 
+Counts = collections.defaultdict[str, float]
+
 
 def flops(fun: Callable, *args: Any) -> float:
     """Floating-point operations of `fun(*args)`; see `counted`."""
     return counted(fun, *args)["flops"]
 
 
-def counted(fun: Callable, *args: Any) -> collections.Counter[str]:
+def counted(fun: Callable, *args: Any) -> Counts:
     """All that XLA counts of `fun(*args)`, the body of a scan counted once per step.
 
     XLA's cost analysis counts the body of a loop once, whatever its length, and counts nothing
@@ -46,7 +48,7 @@ def gradient(model: Any, inputs: Mapping[str, Any]) -> Any:
     return jax.grad(total)(positions)
 
 
-def _count(graph: Graph) -> collections.Counter[str]:
+def _count(graph: Graph) -> Counts:
     total = _lowered(graph)
     for node in graph.nodes:
         times = node.scan.length if node.scan else 1
@@ -58,8 +60,8 @@ def _count(graph: Graph) -> collections.Counter[str]:
     return total
 
 
-def _lowered(graph: Graph) -> collections.Counter[str]:
+def _lowered(graph: Graph) -> Counts:
     shapes = [jax.ShapeDtypeStruct(value.shape, value.aval.dtype) for value in graph.ins]
     lowered = jax.jit(lambda *ins: evaluate(graph, ins).outs).lower(*shapes)
     analysis: Any = lowered.cost_analysis()
-    return collections.Counter(analysis)
+    return collections.defaultdict(float, analysis)

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxrel.explanations.methods import CONVOLUTIONAL, family
+from jaxrel.explanations.methods import family
 from jaxrel.metrics import pointing_game, relevance_mass_accuracy
 from jaxrel.metrics.intervals import bootstrap_many
 from jaxrel.metrics.perturbation import auc
@@ -96,7 +96,7 @@ def evaluate(
     methods = once_each("methods", "method", methods, METHODS)
     check_sizes("methods", examples, batch)
     check_sizes("methods, localisation", located, batch)
-    kinds = {name: kind_of(name, model) for name, model in models.items()}
+    kinds = {name: pair_examples.kind_of(name, model) for name, model in models.items()}
     if len(set(kinds.values())) < len(kinds):
         raise ValueError(
             f"methods: a table has one model of each kind, got {', '.join(models)} of the kinds "
@@ -119,18 +119,6 @@ def evaluate(
         "figures": [column for one in found for column in one["figures"]],
         "costs": {name: one["costs"] for name, one in zip(models, found, strict=True)},
     }
-
-
-def kind_of(name: str, model: Any) -> str:
-    """The kind of a model, of `KINDS`; ValueError for another, with its name."""
-    if isinstance(model, CLIPMapper):
-        return model.task
-    if isinstance(model, CLIP) and family(model) is not CONVOLUTIONAL:
-        return "clip"
-    raise ValueError(
-        f"methods: {name} is a {type(model).__name__}; the table is of CLIPmappers and of a CLIP "
-        "with a ViT"
-    )
 
 
 def explains(model: Any, method: str) -> bool:

@@ -10,14 +10,33 @@ from jax import numpy as jnp
 from jaxtyping import Array
 from tqdm.auto import trange
 
+from jaxrel.explanations.methods import CONVOLUTIONAL, family
 from jaxrel.metrics import perturbation
 from jaxrel.models.clip import CLIP
+from jaxrel.models.clipmapper import CLIPMapper
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.evaluate.mapper_examples import Examples
 
+AMONG = 32
+
+
+def kind_of(name: str, model: Any) -> str:
+    """What methods are judged on: the task of a CLIPmapper, or "clip" for a CLIP with a ViT.
+
+    ValueError names another model.
+    """
+    if isinstance(model, CLIPMapper):
+        return model.task
+    if isinstance(model, CLIP) and family(model) is not CONVOLUTIONAL:
+        return "clip"
+    raise ValueError(
+        f"{name} is a {type(model).__name__}; methods are judged on CLIPmappers and on a CLIP with "
+        "a ViT"
+    )
+
 
 def pair_examples(
-    model: CLIP, *, data_seed: int, split: str, count: int, among: int
+    model: CLIP, *, data_seed: int, split: str, count: int, among: int = AMONG
 ) -> list[Examples]:
     """Images with the captions that a CLIP chooses for them, and captions with their images.
 

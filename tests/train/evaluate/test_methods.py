@@ -11,7 +11,7 @@ from jaxrel import cli
 from jaxrel.explanations.explain import token_relevance
 from jaxrel.models import from_pretrained
 from jaxrel.train.data.shapes import Shapes
-from jaxrel.train.evaluate import methods, pair_examples, weighting
+from jaxrel.train.evaluate import methods, pair_examples, sanity, weighting
 from jaxrel.train.evaluate.located_examples import Located, located_examples
 from tests.zoo.clipmappers import TEXTS, answered, random_mapper
 from tests.zoo.clips import small_clip
@@ -124,7 +124,7 @@ def test_clip_chooses(clip):
         np.testing.assert_array_equal(of_captions.inputs["image"][i], image[chosen])
         np.testing.assert_array_equal(of_captions.inputs["text"][i], text[i])
     assert of_images.removable["image"].sum() == count * (clip.config.vision.tokens - 1)
-    words = [len(s.captions[0].text.replace(",", "").split()) for s in scenes]
+    words = [len(s.captions[0].text.replace(",", " ,").split()) for s in scenes]
     assert of_captions.removable["text"].sum(1).tolist() == words
     with pytest.raises(ValueError, match=r"must be a multiple of 2, .* got 3"):
         pair_examples.pair_examples(clip, **DRAWN, count=3, among=2)
@@ -139,17 +139,17 @@ def test_clip_without_tokens(clip, monkeypatch):
             {s.name: jnp.ones((len(inputs["text"]), s.tokens)) for s in model.layout.streams}
         ],
     )
-    monkeypatch.setattr(methods, "auc", lambda values: values)
+    # The first value, and twice the last.
+    monkeypatch.setattr(methods, "auc", lambda values: values[:, :, 0] + 2 * values[:, :, -1])
     for drawn in pair_examples.pair_examples(clip, **DRAWN, count=8, among=4):
         (modality,) = drawn.removable
-        values = methods.perturbed(clip, drawn, modality, ["equal"], batch=4, seed=0)
         chosen = clip({name: drawn.inputs[name] for name in ("image", "text")})
         mine = np.asarray(chosen["image_embeds" if modality == "image" else "text_embeds"])
-        for start in (0, 4):
-            rows = slice(start, start + 4)
-            choice = (mine[rows] @ drawn.inputs["others"][rows].T).argmax(-1)
-            assert values[0, 0, 0, rows].tolist() == (choice == np.arange(4)).tolist()
-            assert values[0, :, -1, rows].sum(-1).tolist() == [1, 1]
+        groups = zip(np.split(mine, 2), np.split(drawn.inputs["others"], 2), strict=True)
+        choices = np.array([(own @ others.T).argmax(-1) for own, others in groups])
+        found = methods.perturbed(clip, drawn, modality, ["equal"], batch=4, seed=0)
+        np.testing.assert_array_equal(found[0, 0] % 2, (choices == np.arange(4)).ravel())
+        assert (found // 2).reshape(4, 4).sum(-1).tolist() == [1] * 4
 
 
 def test_located_phrases(clip):
@@ -272,5 +272,18 @@ def test_errors(mapper, options, text):
 def test_models_of_a_kind(mapper):
     with pytest.raises(ValueError, match="got a, b of the kinds vqa, vqa"):
         methods.evaluate({"a": mapper, "b": mapper})
-    with pytest.raises(ValueError, match="b is a dict; the table is of CLIPmappers and of a CLIP"):
+    with pytest.raises(ValueError, match="b is a dict; methods are judged on CLIPmappers and on"):
         methods.evaluate({"a": mapper, "b": {}})
+
+
+def test_clip_forgets(clip):
+    """Parameters of each group are CLIP's, and raw attention sees all but the projections."""
+    result = sanity.evaluate(clip, methods=("raw",), examples=2)
+    names = list(sanity.groups(clip))
+    assert names[0] == "projections"
+    assert names[1:3] == ["image layer 3", "text layer 1"]
+    assert names[-1] == "embeddings"
+    assert list(result["image"]) == list(result["text"]) == names
+    assert result["image"]["projections"]["raw"]["mean"] == pytest.approx(1)
+    assert result["image"]["embeddings"]["raw"]["mean"] < 0.9
+    assert [table.title for table in sanity.tables(result)] == ["CLIP, patches", "CLIP, words"]
