@@ -40,7 +40,8 @@ def gradient(model: Any, inputs: Mapping[str, Any]) -> Any:
       model: that has a `score`.
       inputs: as `model.pairs` returns them.
     """
-    graph, positions, rest = nnx.split(model, nnx.PathContains("position_embedding"), ...)
+    graph, *states = nnx.split(model, nnx.PathContains("position_embedding"), ...)
+    positions, rest = states
 
     def total(positions):
         return nnx.merge(graph, positions, rest).score(inputs).sum()

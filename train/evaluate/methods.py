@@ -102,7 +102,7 @@ def evaluate(
             f"methods: a table has one model of each kind, got {', '.join(models)} of the kinds "
             f"{', '.join(kinds.values())}"
         )
-    options = {"data_seed": data_seed, "split": split, "seed": seed, "batch": batch}
+    options: dict[str, Any] = {"data_seed": data_seed, "split": split, "seed": seed, "batch": batch}
     found = [
         judge(model, kind, methods, examples=examples, located=located, **options)
         for model, kind in zip(models.values(), kinds.values(), strict=True)
@@ -276,7 +276,8 @@ XLA's count for the method alone, over that of `jax.grad`; methods that are aske
 share their passes. A dash: `no_aggregation`, TokenTM, LeGrad and Grad-ECLIP are defined for
 models of one stream of tokens, such as the towers of CLIP, Transformer attribution for models of
 two, and `weighted, root values` is of the study of [rules](weighting-test-2-layers.md), which is
-of CLIPmappers."""
+of CLIPmappers. `pairwise_relevance` has no row, since it is of pairs of a patch and a word, nor
+has `token_activation`, which needs a decoder that reads an image's tokens among its words."""
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -303,7 +304,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     ]
     # A measure goes by one name, whatever tokens are removed.
     measures = dict.fromkeys(one["measure"] for one in figures if one["title"][-1] in "-+")
-    note = NOTE.replace("\n", " ").format(**result | {"measures": "; of ".join(measures)})
+    note = NOTE.replace("\n", " ").format(**{**result, "measures": "; of ".join(measures)})
     return [Table("Methods", note, columns, rows)]
 
 

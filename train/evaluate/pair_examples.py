@@ -80,13 +80,13 @@ def pair_examples(
     for modality, stream, part in zip(("image", "text"), ("vision", "text"), parts, strict=True):
         joined = jax.tree.map(lambda *x: np.concatenate(x), *part)
         removable = np.asarray(model.content(joined)[stream])
-        what = "caption for an image" if modality == "image" else "image for a caption"
+        what = "a caption for an image" if modality == "image" else "an image for a caption"
         found.append(
             Examples(
                 joined,
                 {modality: removable},
-                f"the model's own choice of a {what}",
-                f"share of right choices of a {what}, among {among}",
+                f"the model's own choice of {what}",
+                f"share of right choices of {what}, among {among}",
                 _right,
             )
         )
