@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxrel.explanations.methods import family
+from jaxrel.explanations.methods import BY_RULES, family
 from jaxrel.metrics import pointing_game, relevance_mass_accuracy
 from jaxrel.metrics.intervals import bootstrap_many
 from jaxrel.metrics.perturbation import auc
@@ -44,14 +44,11 @@ from jaxrel.train.evaluate.weighting import relevance_by_rule
 PROTOCOL = "methods/1"
 # Rules of `weighting` beside the method that it is about.
 RULES = {"weighted, root values": "grad_value, root values"}
-# By method, the passes that it needs; see `perturbation.COST`.
-COST = perturbation.COST | {
-    "weighted, root values": "forward + gradient",
-    "no_aggregation": "forward + gradient",
-    "token_tm": "forward + gradient",
-    "legrad": "forward + gradient",
-    "grad_eclip": "forward + gradient",
-}
+_OTHERS = ("weighted, root values", "no_aggregation", "token_tm", "legrad", "grad_eclip")
+# By method, the passes that it needs: those by rules, which go to the tokens themselves, are last.
+COST = {name: passes for name, passes in perturbation.COST.items() if name not in BY_RULES}
+COST |= dict.fromkeys(_OTHERS, "forward + gradient")
+COST |= {name: perturbation.COST[name] for name in BY_RULES}
 METHODS = tuple(COST)
 # What is measured of a model, by its kind: the first part of its columns' heads.
 KINDS = {"vqa": "questions", "caption": "captions", "clip": "CLIP"}
@@ -266,8 +263,8 @@ def figure(
 
 NOTE = """\
 Shapes, split `{split}`: {examples} examples for each perturbation test, {located} for
-localisation, with bootstrap 95% intervals. Perturbation: the area under the curve of {measures},
-times 100; - is the negative test, in which the least relevant go first (higher is better), + the
+localisation, with bootstrap 95% intervals. Perturbation: the area, times 100, under the curve of
+{measures}; - is the negative test, in which the least relevant go first (higher is better), + the
 positive one (lower is better). Localisation: percent of the positive relevance that is on the
 object which a question asks about, a caption's noun names or a phrase names, and of maps whose
 highest point is on it (higher is better). **Bold** is the best of a column, and † marks what
@@ -302,9 +299,10 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         ]
         for method in result["methods"]
     ]
-    # A measure goes by one name, whatever tokens are removed.
+    # Those of words may be those of patches.
     measures = dict.fromkeys(one["measure"] for one in figures if one["title"][-1] in "-+")
-    note = NOTE.replace("\n", " ").format(**{**result, "measures": "; of ".join(measures)})
+    listed = ", or of ".join(f"the {one}" for one in measures)
+    note = NOTE.replace("\n", " ").format(**{**result, "measures": listed})
     return [Table("Methods", note, columns, rows)]
 
 

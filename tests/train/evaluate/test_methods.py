@@ -75,7 +75,7 @@ def test_the_table():
         ["token_tm", shown, "-", "forward + gradient", "-", "2.00"],
     ]
     assert "split `test`: 3 examples for each perturbation test, 2 for localisation" in table.note
-    assert "the curve of right answers, times 100" in table.note
+    assert "times 100, under the curve of the right answers; - is" in table.note
     with pytest.raises(ValueError, match=r"'methods/1', .* got protocol 'methods/0'"):
         methods.tables({"protocol": "methods/0"})
 
