@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxrel.propagation.conservation import conservation
     from jaxrel.propagation.lrp import lrp, lrp_vjp, modified_gradient, value_and_lrp
     from jaxrel.propagation.plan import plan
+    from jaxrel.token_maps import token_activation
     from jaxrel.tracing import tag
     from jaxrel.tracing.capture import capture, capture_with_grad
 
@@ -49,6 +50,7 @@ __all__ = [
     "plan",
     "rules",
     "tag",
+    "token_activation",
     "value_and_lrp",
 ]
 
@@ -64,6 +66,7 @@ _HOMES = {
     "jaxrel.propagation.conservation": "conservation",
     "jaxrel.propagation.lrp": "lrp lrp_vjp modified_gradient value_and_lrp",
     "jaxrel.propagation.plan": "plan",
+    "jaxrel.token_maps": "token_activation",
     "jaxrel.tracing": "tag",
     "jaxrel.tracing.capture": "capture capture_with_grad",
 }

@@ -30,6 +30,7 @@ FLOORS = {
     "jaxrel.gradients": RELEVANCE,
     "jaxrel.contrasts": (),
     "jaxrel.pairwise": RELEVANCE,
+    "jaxrel.token_maps": (),
     "jaxrel.report": ("jaxrel.files", "jaxrel.renamed"),
     "jaxrel.explanations": (*EXPLAIN, "jaxrel.report"),
     "jaxrel.metrics": (*EXPLAIN, "jaxrel.report", "jaxrel.renamed"),

@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
     _add_perturbation(judged)
     _add_weighting(judged)
     _add_sanity(judged)
+    _add_methods(judged)
     _add_captioner(judged)
     _add_finetuning(judged)
     for name, test in judged.choices.items():
@@ -93,6 +94,25 @@ def _add_weighting(judged: Any) -> None:
 def _add_sanity(judged: Any) -> None:
     meaning = "randomise parameters, watch the relevance"
     _add_method(_add_mapper_test(judged, "sanity", _sanity, 128, meaning))
+
+
+def _add_methods(judged: Any) -> None:
+    methods = judged.add_parser(
+        "methods", help="judge methods: all in one table, on CLIPmappers and CLIP"
+    )
+    methods.add_argument(
+        "--models",
+        default="vqa-shapes,caption-shapes,clip-shapes",
+        help="CLIPmappers and a CLIP, with commas (default: vqa-shapes,caption-shapes,clip-shapes)",
+    )
+    _add_method(methods)
+    methods.add_argument("--split", default="test", help="split of Shapes (default: test)")
+    _add_count(methods, "--examples", 1024, "number of examples of a perturbation test")
+    _add_count(methods, "--located", 512, "number of examples for localisation")
+    _add_count(methods, "--batch", 32, "number of examples that are computed together")
+    _add_count(methods, "--seed", 0, "seed of everything that is drawn")
+    shared.add_out(methods)
+    methods.set_defaults(run=_methods)
 
 
 def _add_mapper_test(
@@ -243,7 +263,7 @@ def _record(
     print("recorded " + ", ".join(map(str, files)))
 
 
-def _load(options: argparse.Namespace, kind: type, called: str) -> Any:
+def _load(options: argparse.Namespace, kind: Any, called: str) -> Any:
     """The model to test; ValueError for one of another kind or an unusable --out."""
     shared.check_out(options.out)
     model = shared.load(options.model)
@@ -317,12 +337,34 @@ def _weighting(options: argparse.Namespace) -> None:
     _record(options, weighting.PROTOCOL, [table], result, name=f"weighting-{name}")
 
 
+def _methods(options: argparse.Namespace) -> None:
+    shared.check_out(options.out)
+    from jaxrel.train.evaluate import methods, record, tables
+
+    result = methods.evaluate(
+        {name: shared.load(name) for name in shared.names(options.models)},
+        methods=shared.names(options.method, methods.METHODS),
+        split=options.split,
+        examples=options.examples,
+        located=options.located,
+        batch=options.batch,
+        seed=options.seed,
+    )
+    found = methods.tables(result)
+    text = tables.markdown(found)
+    files = record.save(result, text, options.out / "methods")
+    print(text)
+    print("wrote " + ", ".join(map(str, files)))
+    _record(options, methods.PROTOCOL, found, result)
+
+
 def _sanity(options: argparse.Namespace) -> None:
+    from jaxrel.models import CLIP, CLIPMapper
     from jaxrel.train.evaluate import sanity, tables
 
     result = sanity.evaluate(
-        _mapper(options),
-        methods=shared.names(options.method, sanity.METHODS),
+        _load(options, (CLIPMapper, CLIP), "CLIPmapper and CLIP"),
+        methods=None if options.method == "all" else shared.names(options.method),
         split=options.split,
         examples=options.examples,
         seed=options.seed,

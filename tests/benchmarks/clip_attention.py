@@ -12,6 +12,7 @@ from flax import nnx
 from jaxrel import attention
 from jaxrel.attention.methods import METHODS, TABLE
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from jaxrel.train.evaluate.flops import gradient
 from tests.benchmarks.table import Table, targets
 from tests.benchmarks.timing import MIB, Candidate, Measured, compiled, measure
 
@@ -59,14 +60,14 @@ def run(*, batch: int, quick: bool, repeats: int) -> Table:
     plain.config = config
     streamed = {method: explain(method, "streaming") for method in ("equal", "weighted")}
     candidates = [
-        compiled("jax.grad, remat", grad, model, inputs),
+        compiled("jax.grad, remat", gradient, model, inputs),
         compiled("streaming equal, remat", streamed["equal"], model, inputs),
         compiled("streaming weighted, remat", streamed["weighted"], model, inputs),
         compiled("stacked equal, remat", explain("equal", "stacked"), model, inputs),
         compiled("stacked weighted, remat", explain("weighted", "stacked"), model, inputs),
         compiled(f"{SHARED}, remat", explain(ONE_PASS, "stacked"), model, inputs),
         compiled(f"{ALL}, remat", explain(METHODS, "stacked"), model, inputs),
-        compiled("jax.grad", grad, plain, inputs),
+        compiled("jax.grad", gradient, plain, inputs),
         compiled("streaming equal", streamed["equal"], plain, inputs),
         compiled("streaming weighted", streamed["weighted"], plain, inputs),
         compiled(SHARED, explain(ONE_PASS, "stacked"), plain, inputs),
@@ -97,17 +98,6 @@ def random_inputs(config: CLIPConfig, batch: int) -> dict[str, np.ndarray]:
         "image": rng.normal(size=(batch, size, size, 3)).astype(np.float32),
         "text": ids,
     }
-
-
-def grad(model: CLIP, inputs: Mapping) -> Any:
-    """The baseline: the gradient of the summed score where both towers begin."""
-    graph, *states = nnx.split(model, nnx.PathContains("position_embedding"), ...)
-    positions, rest = states
-
-    def total(positions):
-        return nnx.merge(graph, positions, rest).score(inputs).sum()
-
-    return jax.grad(total)(positions)
 
 
 def explain(method: Any, form: Any) -> Callable:

@@ -20,8 +20,8 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxrel import attention
+from jaxrel.train.evaluate.flops import equations
 from tests.benchmarks import lrp, lrp_models, page
-from tests.benchmarks.flops import equations
 from tests.benchmarks.table import Cell, Table, hardware
 from tests.photographs.notebook import definitions
 

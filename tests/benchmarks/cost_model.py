@@ -13,8 +13,8 @@ from pathlib import Path
 
 import jax
 
+from jaxrel.train.evaluate.flops import counted
 from tests.benchmarks import device, page
-from tests.benchmarks.flops import counted
 from tests.benchmarks.table import Table
 
 README, KEPT = (Path(__file__).with_name(name) for name in ("README.md", "cost_model.json"))

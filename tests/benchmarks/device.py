@@ -24,8 +24,8 @@ from jax import numpy as jnp
 
 from jaxrel import Composite, composites, lrp, op, path, rules
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
+from jaxrel.train.evaluate.flops import flops
 from tests.benchmarks import clip_attention, device_report, streaming_forms
-from tests.benchmarks.flops import flops
 from tests.benchmarks.table import Cell
 from tests.benchmarks.timing import Candidate, Measured, measure
 

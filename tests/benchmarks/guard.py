@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from jaxrel.train.evaluate.flops import counted, equations
 from tests.benchmarks import clip_attention, lrp, lrp_models
-from tests.benchmarks.flops import counted, equations
 
 KEPT = Path(__file__).with_name("costs.json")
 MOST = 1.05

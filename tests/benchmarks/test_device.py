@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 
+from jaxrel.train.evaluate.flops import flops
 from tests.benchmarks import device, device_report, page
-from tests.benchmarks.flops import flops
 
 ROW = {"dtype": "bfloat16", "batch": 4, "sizes": "2 layers", "device": "Some GPU", "jax": "0.1"}
 FIGURES = {

@@ -15,7 +15,7 @@ from jaxrel.propagation.operations import Linear
 from jaxrel.tracing import trace
 from jaxrel.tracing.facts import Fact
 from jaxrel.tracing.repeats import parts
-from tests.benchmarks.flops import equations
+from jaxrel.train.evaluate.flops import equations
 
 WIDTH = 8
 

@@ -15,7 +15,8 @@ Of methods that explain:
   device's part, `caption_explanation_tables` shows the result, and `detector` keeps what tells
   hallucinated words.)
 - `weighting`: which rule of weighted accumulation is best? (Its docstring has the study's plan.)
+- `methods`: all of them in one table, with what they cost. (`flops` counts operations.)
 
-Beside them stand what they are judged on (`captioned_images`, `mapper_examples`), and how a result
-is shown and kept (`tables`, `record`).
+Beside them stand what they are judged on (`captioned_images`, `mapper_examples`, `pair_examples`,
+`located_examples`), and how a result is shown and kept (`tables`, `record`).
 """

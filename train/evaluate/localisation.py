@@ -1,6 +1,6 @@
 """Does a method's relevance lie on the object that a text is about?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,27 @@ from tqdm.auto import trange
 
 from jaxrel.explanations.explain import explain
 from jaxrel.metrics import bootstrap, chance, pointing_game, relevance_mass_accuracy
+from jaxrel.train.data.shapes import Scene
+from jaxrel.train.data.shapes.language import with_article
 from jaxrel.train.evaluate.tables import Table, cell
+
+
+def named_objects(
+    scenes: Iterable[Scene],
+) -> Iterator[tuple[Scene, str, Bool[np.ndarray, "height width"]]]:
+    """A phrase for one object of several in each scene that has one, such as "a red circle".
+
+    Args:
+      scenes: of Shapes.
+
+    Yields:
+      The scene, the phrase, which names the object alone, and where the object is.
+    """
+    for scene in scenes:
+        looks = [(thing.colour, thing.shape) for thing in scene.objects]
+        alone = [i for i, look in enumerate(looks) if looks.count(look) == 1]
+        if len(looks) > 1 and alone:
+            yield scene, with_article(" ".join(looks[alone[0]])), scene.masks[alone[0]]
 
 
 def localise(

@@ -211,24 +211,56 @@ def caption_scores(
 
 
 def relevance_by_method(
-    model: CLIPMapper, inputs: Mapping[str, Any], methods: Sequence[str], key: Array
+    model: Any, inputs: Mapping[str, Any], methods: Sequence[str], key: Array
 ) -> dict[str, dict[str, Array]]:
     """{method: {stream: relevance [rows, tokens]}} for names as in `METHODS`."""
     plain = tuple(one for one in methods if one != "random" and "," not in one)
     found = token_relevance(model, inputs, method=plain) if plain else {}
     for method in methods:
         if method == "random":
-            rows, tokens = inputs["text"].shape
-            patches = model.config.clip.vision.tokens
+            keys = {"vision": key, "text": jax.random.fold_in(key, 1)}
+            shapes = {name: (len(inputs["text"]), model.layout[name].tokens) for name in keys}
             found[method] = {
-                "vision": perturbation.random_relevance(key, (rows, patches)),
-                "text": perturbation.random_relevance(jax.random.fold_in(key, 1), (rows, tokens)),
+                name: perturbation.random_relevance(keys[name], shapes[name]) for name in keys
             }
         elif "," in method:
             name, measure = method.split(", ")
             one = token_relevance(model, inputs, method=(name,), importance=measure)
             found[method] = one[name]
     return found
+
+
+def swept(
+    model: Any,
+    drawn: Examples,
+    modality: str,
+    sweep: Callable,
+    relevance: Callable[[dict[str, Any], int], Sequence[Mapping[str, Array]]],
+    *,
+    batch: int,
+    desc: str,
+) -> Float[np.ndarray, "methods signs steps examples"]:
+    """What is measured while tokens of one modality are removed.
+
+    Args:
+      model: that is measured.
+      drawn: the examples.
+      modality: "image" or "text".
+      sweep: as `sweep_program` makes it.
+      relevance: from inputs, and the number of their first example, to the relevance by each
+        method, by stream.
+      batch: examples at a time.
+      desc: for the progress bar.
+    """
+    parameters = nnx.split(model)[1]
+    examples = len(drawn.inputs["text"])
+    found = []
+    for rows in equal_batches(examples, batch, desc):
+        inputs = jax.tree.map(lambda x: x[rows], drawn.inputs)  # noqa: B023
+        maps = jnp.stack([one[STREAMS[modality]] for one in relevance(inputs, int(rows[0]))])
+        removable = jnp.asarray(drawn.removable[modality][rows])
+        found.append(np.asarray(sweep(parameters, inputs, maps, removable)))
+    return np.concatenate(found, axis=-1)[..., :examples]
 
 
 def sweep_program(graph: Any, drawn: Examples, name: str) -> Callable:

@@ -9,14 +9,18 @@ import numpy as np
 from flax import nnx
 
 from jaxrel.explanations.explain import token_relevance
+from jaxrel.explanations.methods import family
 from jaxrel.metrics.randomisation import agreement, cascade
+from jaxrel.models.clip import CLIP
 from jaxrel.models.clipmapper import CLIPMapper
 from jaxrel.train.evaluate.mapper_examples import STREAMS, Examples, draw_examples
+from jaxrel.train.evaluate.pair_examples import AMONG, kind_of, pair_examples
 from jaxrel.train.evaluate.record import save as save_result
 from jaxrel.train.evaluate.tables import Table, by_row, check_protocol
 from jaxrel.train.evaluate.tables import markdown as tables_markdown
 
 PROTOCOL = "randomisation/1"
+# A model has most of them.
 METHODS = (
     "raw",
     "rollout",
@@ -26,6 +30,10 @@ METHODS = (
     "equal",
     "equal_lrp",
     "weighted",
+    "no_aggregation",
+    "token_tm",
+    "legrad",
+    "grad_eclip",
     "lrp",
     "cp_lrp",
     "input_x_gradient",
@@ -33,9 +41,9 @@ METHODS = (
 
 
 def evaluate(
-    model: CLIPMapper,
+    model: CLIPMapper | CLIP,
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     data_seed: int = 0,
     split: str = "test",
     examples: int = 128,
@@ -43,15 +51,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare relevance with that of ever more randomised parameters (Adebayo et al. 2018).
 
-    The answer or word explained stays that of the trained model. See
-    `jaxrel.metrics.randomisation`: parameters are shuffled from the head down to stage 1.
+    The answer, the word or the pair explained stays that of the trained model. See
+    `jaxrel.metrics.randomisation`: parameters are shuffled from the head down to stage 1, or from
+    the projections of a CLIP down to its embeddings.
 
     Args:
-      model: either CLIPmapper.
-      methods: of `jaxrel.explanations.explain.BIMODAL_METHODS`.
+      model: either CLIPmapper, or a CLIP with a ViT.
+      methods: of `METHODS`; None for all that the model has.
       data_seed: of the Shapes data set.
       split: of the data set.
-      examples: how many.
+      examples: how many; of a CLIP a multiple of `AMONG`, or fewer.
       seed: of the shuffling, and of the choice of questions or words.
 
     Returns:
@@ -59,16 +68,21 @@ def evaluate(
       settings.
 
     Raises:
-      ValueError: an unknown method, or no examples.
+      ValueError: an unknown method, a model of another kind, or no examples.
     """
     if examples < 1:
         raise ValueError(f"examples must be at least 1, got {examples}")
-    sets = draw_examples(
-        model, data_seed=data_seed, split=split, count=examples, seed=seed, batch=examples
-    )
+    task = kind_of("the model", model)
+    if methods is None:
+        methods = [one for one in METHODS if one in family(model).methods]
+    scenes: dict[str, Any] = {"data_seed": data_seed, "split": split, "count": examples}
+    if isinstance(model, CLIP):
+        sets = pair_examples(model, **scenes, among=min(AMONG, examples))
+    else:
+        sets = draw_examples(model, **scenes, seed=seed, batch=examples)
     result: dict[str, Any] = {
         "protocol": PROTOCOL,
-        "task": model.task,
+        "task": task,
         "split": split,
         "data_seed": data_seed,
         "seed": seed,
@@ -80,7 +94,7 @@ def evaluate(
 
 
 def _agreement(
-    model: CLIPMapper, drawn: Examples, methods: Sequence[str], seed: int
+    model: CLIPMapper | CLIP, drawn: Examples, methods: Sequence[str], seed: int
 ) -> dict[str, dict[str, Any]]:
     """By modality of the examples, the table."""
     graph, parameters = nnx.split(model)
@@ -110,14 +124,35 @@ def _agreement(
     return result
 
 
-def groups(model: CLIPMapper) -> dict[str, list[str]]:
+def groups(model: CLIPMapper | CLIP) -> dict[str, list[str]]:
     """The model's parameters from the output to the input."""
+    if isinstance(model, CLIP):
+        return _groups_of_towers(model)
     names = {"head": ["head", "final_norm"], "last mapper layer": ["mapper/last"]}
     for layer in reversed(range(model.config.layers - 1)):
         names[f"mapper layer {layer}"] = [f"mapper/blocks[{layer}]"]
     names["mapper's inputs"] = ["text_in", "vision_in", "text_norm", "vision_norm"]
     names["stage 1, text"] = ["text"]
     names["stage 1, image"] = ["vision"]
+    return names
+
+
+def _groups_of_towers(model: CLIP) -> dict[str, list[str]]:
+    """Those of a CLIP; the layers of both towers, by how far they are from the end."""
+    of_image = ("patch_embedding", "class_embedding", "position_embedding", "pre_norm")
+    of_text = ("token_embedding", "position_embedding")
+    projected = ("vision/post_norm", "vision/projection", "text/final_norm", "text/projection")
+    names = {"projections": [*projected]}
+    layers = {"image": model.config.vision.layers, "text": model.config.text.layers}
+    for up in range(max(layers.values())):
+        for modality, count in layers.items():
+            if up < count:
+                at = f"{STREAMS[modality]}/transformer/blocks[{count - 1 - up}]"
+                names[f"{modality} layer {count - 1 - up}"] = [at]
+    names["embeddings"] = [
+        *(f"vision/{one}" for one in of_image),
+        *(f"text/{one}" for one in of_text),
+    ]
     return names
 
 
@@ -131,7 +166,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
       ValueError: it is of another protocol.
     """
     check_protocol("tables", result, PROTOCOL)
-    asked = "Questions" if result["task"] == "vqa" else "Captions"
+    asked = {"vqa": "Questions", "caption": "Captions", "clip": "CLIP"}[result["task"]]
     note = (
         f"Rank correlation with the trained model's relevance, {result['examples']} examples; "
         "columns are cumulative."

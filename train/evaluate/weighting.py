@@ -46,7 +46,6 @@ from jaxrel.attention import (
 )
 from jaxrel.metrics import perturbation
 from jaxrel.models.clipmapper import CLIPMapper
-from jaxrel.train.evaluate.batching import equal_batches
 from jaxrel.train.evaluate.mapper_examples import (
     STREAMS,
     Examples,
@@ -54,7 +53,7 @@ from jaxrel.train.evaluate.mapper_examples import (
     draw_examples,
     once_each,
 )
-from jaxrel.train.evaluate.perturbation import sweep_program
+from jaxrel.train.evaluate.perturbation import sweep_program, swept
 from jaxrel.train.evaluate.tables import Table, check_protocol, difference
 
 PROTOCOL = "weighting/2"
@@ -172,17 +171,14 @@ def _compare(
     model: CLIPMapper, drawn: Examples, modality: str, rules: Sequence[str], batch: int
 ) -> dict[str, Any]:
     """The perturbation test of a modality."""
-    graph, parameters = nnx.split(model)
-    sweep = sweep_program(graph, drawn, modality)
-    examples = len(drawn.inputs["text"])
-    found = []
-    for rows in equal_batches(examples, batch, f"weighting, {modality}"):
-        inputs = jax.tree.map(lambda x: x[rows], drawn.inputs)  # noqa: B023
-        relevance = relevance_by_rule(model, inputs, rules)
-        maps = jnp.stack([relevance[name][STREAMS[modality]] for name in rules])
-        removable = jnp.asarray(drawn.removable[modality][rows])
-        found.append(np.asarray(sweep(parameters, inputs, maps, removable)))
-    values = np.concatenate(found, axis=-1)[..., :examples]
+    sweep = sweep_program(nnx.graphdef(model), drawn, modality)
+
+    def relevance(inputs: Any, _: int) -> list[Any]:
+        found = relevance_by_rule(model, inputs, rules)
+        return [found[name] for name in rules]
+
+    desc = f"weighting, {modality}"
+    values = swept(model, drawn, modality, sweep, relevance, batch=batch, desc=desc)
     return perturbation.summary(
         dict(zip(rules, values, strict=True)), measure=drawn.measure, baseline=BASELINE
     )

@@ -26,8 +26,7 @@ from jaxrel.models.processor import Processor
 from jaxrel.models.tokenizer import word_tokenizer
 from jaxrel.train.data.shapes import Scene, Shapes, vocabulary
 from jaxrel.train.data.shapes.examples import CAPTIONS, FULL, SIDE, draw_scenes, normalise
-from jaxrel.train.data.shapes.language import with_article
-from jaxrel.train.evaluate.localisation import localisation_table, localise
+from jaxrel.train.evaluate.localisation import localisation_table, localise, named_objects
 from jaxrel.train.evaluate.tables import cell, grid
 from jaxrel.train.loop.optimiser import warmup_cosine
 from jaxrel.train.loop.train import write_settings
@@ -228,17 +227,14 @@ def _retrieval(model: CLIP, scenes: list[Scene], among: int) -> dict[str, Any]:
 
 
 def _localisation(model: CLIP, scenes: list[Scene]) -> dict[str, Any]:
-    phrases, images, masks = [], [], []
-    for scene in scenes:
-        for index, thing in enumerate(scene.objects):
-            alike = [o for o in scene.objects if (o.colour, o.shape) == (thing.colour, thing.shape)]
-            if len(scene.objects) > 1 and len(alike) == 1:
-                phrases.append(with_article(f"{thing.colour} {thing.shape}"))
-                images.append(scene.image)
-                masks.append(scene.masks[index])
-                break
+    drawn, phrases, masks = zip(*named_objects(scenes), strict=True)
     return localise(
-        model, images, phrases, np.stack(masks), methods=METHODS, batch=min(64, len(phrases))
+        model,
+        [scene.image for scene in drawn],
+        phrases,
+        np.stack(masks),
+        methods=METHODS,
+        batch=min(64, len(phrases)),
     )
 
 

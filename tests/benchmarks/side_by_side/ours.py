@@ -10,7 +10,8 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxrel import attention, capture_with_grad, gradients
-from tests.benchmarks import clip_attention, flops, lrp
+from jaxrel.train.evaluate import flops
+from tests.benchmarks import clip_attention, lrp
 from tests.benchmarks.side_by_side.networks import (
     ATTENTION,
     CAPTIONER,
@@ -72,7 +73,7 @@ def programs(network: Network, method: str) -> tuple[Callable, Callable, tuple]:
     if method == ATTENTION:
         if network.name == CLIP_B32:
             explained = clip_attention.explain("equal", "auto")
-            return clip_attention.grad, explained, (network.params, network.options["inputs"])
+            return flops.gradient, explained, (network.params, network.options["inputs"])
         score = partial(chosen, network)
         options = {"method": "equal", "target_token": network.token, "argnums": 1}
         return base, attention.relevance(score, **options), args

@@ -1,15 +1,18 @@
 """What a function costs, as XLA counts it before it optimises."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxrel.tracing import trace
 from jaxrel.tracing.evaluate import evaluate
 from jaxrel.tracing.graph import Graph
 from jaxrel.tracing.primitives import Program, bodies, make_program
+
+Counts = collections.defaultdict[str, float]
 
 
 def flops(fun: Callable, *args: Any) -> float:
@@ -17,7 +20,7 @@ def flops(fun: Callable, *args: Any) -> float:
     return counted(fun, *args)["flops"]
 
 
-def counted(fun: Callable, *args: Any) -> collections.Counter[str]:
+def counted(fun: Callable, *args: Any) -> Counts:
     """All that XLA counts of `fun(*args)`, the body of a scan counted once per step.
 
     XLA's cost analysis counts the body of a loop once, whatever its length, and counts nothing
@@ -45,7 +48,26 @@ def equations(fun: Callable, *args: Any) -> int:
     return count(make_program(fun, *args)[0])
 
 
-def _count(graph: Graph) -> collections.Counter[str]:
+def gradient(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """What explanations are compared with: the gradient of the summed score where towers begin.
+
+    The gradient by the position embeddings goes back through all layers, and is that of no other
+    parameter.
+
+    Args:
+      model: that has a `score`.
+      inputs: as `model.pairs` returns them.
+    """
+    graph, *states = nnx.split(model, nnx.PathContains("position_embedding"), ...)
+    positions, rest = states
+
+    def total(positions):
+        return nnx.merge(graph, positions, rest).score(inputs).sum()
+
+    return jax.grad(total)(positions)
+
+
+def _count(graph: Graph) -> Counts:
     total = _lowered(graph)
     for node in graph.nodes:
         times = node.scan.length if node.scan else 1
@@ -57,8 +79,8 @@ def _count(graph: Graph) -> collections.Counter[str]:
     return total
 
 
-def _lowered(graph: Graph) -> collections.Counter[str]:
+def _lowered(graph: Graph) -> Counts:
     shapes = [jax.ShapeDtypeStruct(value.shape, value.aval.dtype) for value in graph.ins]
     lowered = jax.jit(lambda *ins: evaluate(graph, ins).outs).lower(*shapes)
     analysis: Any = lowered.cost_analysis()
-    return collections.Counter(analysis)
+    return collections.defaultdict(float, analysis)
