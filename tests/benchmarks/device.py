@@ -24,7 +24,7 @@ from jax import numpy as jnp
 
 from jaxrel import Composite, composites, lrp, op, path, rules
 from jaxrel.models.clip import CLIP, CLIPConfig, TextConfig, VisionConfig
-from jaxrel.train.evaluate.flops import flops
+from jaxrel.train.evaluate.flops import flops, gradient
 from tests.benchmarks import clip_attention, device_report, streaming_forms
 from tests.benchmarks.table import Cell
 from tests.benchmarks.timing import Candidate, Measured, measure
@@ -127,7 +127,7 @@ def clip_piece(name: str, dtype: str) -> Piece:
     config, batch = MODELS[name]
     config = dataclasses.replace(config, dtype=dtype)
     programs = [Program("forward", lambda model, inputs: model.score(inputs), BOTH)]
-    programs += [Program(BOTH, clip_attention.grad, BOTH)]
+    programs += [Program(BOTH, gradient, BOTH)]
     for form in ("streaming", "stacked"):
         explain = partial(clip_attention.explain, form=form)
         programs += [Program(f"{form} {method}", explain(method), BOTH) for method in METHODS]

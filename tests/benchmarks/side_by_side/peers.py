@@ -113,7 +113,7 @@ def gradient(network: Network) -> Run:
 
 
 def clip_gradient(network: Network) -> Run:
-    """As `clip_attention.grad`: by the position embeddings of both towers."""
+    """As `jaxrel.train.evaluate.flops.gradient`: by the position embeddings of both towers."""
     model, inputs = torch_clip.TorchCLIP(network.params), network.options["inputs"]
     places = [model.weights[name]["position_embedding"] for name in ("text", "vision")]
 
