@@ -24,12 +24,17 @@ class Bilinear:
         function: Callable[[Array, Array], Array],
         x: Any,
         *,
+        transposable: Callable[[Array, Array], Array] | None = None,
         nonneg: bool = False,
         relu_after: bool = False,
         present: Any = None,
     ) -> None:
-        """`function` without its bias; `x` an array or a ShapeDtypeStruct of the input."""
+        """`function` without its bias; `x` an array or a ShapeDtypeStruct of the input.
+
+        `transposable` is the same function in a form that is cheaper to transpose.
+        """
         self._function = function
+        self._transposable = transposable or function
         # Itself, for its type: an array's sharding is part of that.
         self._x = x
         self.nonneg = nonneg
@@ -45,7 +50,7 @@ class Bilinear:
         dtypes = []
 
         def function(x: Array) -> Array:
-            z = self._function(x, w)
+            z = self._transposable(x, w)
             dtypes.append(z.dtype)
             return z
 

@@ -10,8 +10,8 @@ from jax import numpy as jnp
 from jaxtyping import Array
 
 from jaxrel.propagation.bilinear import Bilinear
+from jaxrel.propagation.convolutions import patch_product, transposable
 from jaxrel.propagation.operations import BatchNorm, Elementwise, Linear, Operation, Product
-from jaxrel.propagation.patches import patch_product
 from jaxrel.propagation.rules import (
     ActivationRule,
     Epsilon,
@@ -131,11 +131,15 @@ def without_bias(operation: Linear) -> Callable[[Array, Array], Array]:
     return _moved(operation, lambda *ins: core.bind(*ins)[0])
 
 
-def for_rules(operation: Linear) -> Callable[[Array, Array], Array]:
-    """The same function, in a form that is cheap to transpose."""
-    core = operation.core
-    by_patches = not isinstance(operation, BatchNorm) and patch_product(core)
-    return _moved(operation, by_patches) if by_patches else without_bias(operation)
+def for_rules(operation: Linear) -> tuple[Callable, Callable]:
+    """The same function as rules compute it, and in a form that is cheap to transpose."""
+    usual = without_bias(operation)
+    if isinstance(operation, BatchNorm):
+        return usual, usual
+    if product := patch_product(operation.core):
+        return (_moved(operation, product),) * 2
+    backward = transposable(operation.core)
+    return usual, _moved(operation, backward) if backward else usual
 
 
 def _moved(operation: Linear, product: Callable[[Array, Array], Array]) -> Callable:
@@ -188,11 +192,11 @@ def _apply(operation: Linear, rule: Rule, weights: bool) -> Callable[..., Array]
     A weight's relevance is the sum of the messages through it: the rule with the roles of input
     and weight exchanged.
     """
-    function, of_rule = without_bias(operation), for_rules(operation)
+    function, (of_rule, backwards) = without_bias(operation), for_rules(operation)
     flags = {"nonneg": operation.nonneg, "relu_after": operation.relu_after}
 
     def backward(x, w, b, z, c, present):
-        op = Bilinear(of_rule, x, **flags, present=present)
+        op = Bilinear(of_rule, x, transposable=backwards, **flags, present=present)
         r = jnp.asarray(rule.bwd(op, x, w, b, z, c))
         # Of weights that are explained, the relevance through them is that of the swapped map.
         swapped = Bilinear(of_rule, x).swapped(w) if weights else None

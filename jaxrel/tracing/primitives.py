@@ -377,6 +377,26 @@ def side_by_side(equation: Any) -> dict[str, Any] | None:
     return options if fill and ones == {1} and not any(map(any, params["padding"])) else None
 
 
+def with_kernel_order(equation: Any) -> tuple[tuple[int, ...], Callable] | None:
+    """The same convolution of a kernel whose axes are in the order space, output, input.
+
+    Returns the order that its own kernel's axes are put in, and the function of image and kernel;
+    None for a convolution in groups, whose kernel holds parts.
+    """
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    if {params["feature_group_count"], params["batch_group_count"]} != {1}:
+        return None
+    out, into, *space = numbers.rhs_spec
+    last = len(space)
+    changed = numbers._replace(rhs_spec=(last, last + 1, *range(last)))
+
+    def convolution(x: Any, w: Any) -> Any:
+        return bind(equation, (x, w), {"dimension_numbers": changed})[0]
+
+    return (*space, out, into), convolution
+
+
 def placed(equation: Any, axis: int) -> list[tuple[int, int | None]] | None:
     """Which inputs an operation puts side by side along an axis, and where each starts.
 

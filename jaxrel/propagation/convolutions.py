@@ -1,4 +1,4 @@
-"""Convolutions whose windows lie side by side, as those of a ViT's patches, as products."""
+"""Convolutions as rules compute them: in forms that are cheap to transpose."""
 
 from collections.abc import Callable
 
@@ -44,3 +44,18 @@ def patch_product(core: Node) -> Callable[[Array, Array], Array] | None:
         return lax.dot_general(x.reshape(cut), w, dimensions, **options).transpose(back)
 
     return product
+
+
+def transposable(core: Node) -> Callable[[Array, Array], Array] | None:
+    """The function of image and kernel that a convolution is, for its transpose in the image.
+
+    XLA's CPU backend has a fast kernel for filters in the order space, input, output. Inside of a
+    loop it brings no other to that order, and computes them eight times as slowly; JAX's transpose
+    of a convolution exchanges input and output. Here the kernel is put in the order whose exchange
+    is the fast one. None where nothing is gained.
+    """
+    ordered = primitives.with_kernel_order(core.equation) if core.name in primitives.CONV else None
+    if ordered is None:
+        return None
+    order, bind = ordered
+    return lambda x, w: bind(x, lax.transpose(w, order))

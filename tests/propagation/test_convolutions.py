@@ -1,4 +1,4 @@
-"""Convolutions whose windows lie side by side: rules compute with a product of the patches."""
+"""Convolutions as rules compute them: products of patches, and kernels that are reordered."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from jax import lax
 
 import jaxrel
 from jaxrel import rules
-from jaxrel.propagation.patches import patch_product
+from jaxrel.propagation.convolutions import patch_product, transposable
 from jaxrel.tracing import trace
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -107,3 +107,54 @@ def test_other_convolutions_stay(changed):
 
     (core,) = trace(conv, x, w).graph.nodes
     assert patch_product(core) is None
+
+
+OVERLAPPING = [
+    (layouts, image, kernel, (1,) * len(strides)) for layouts, image, kernel, strides in CASES
+]
+
+
+@pytest.mark.parametrize(("layouts", "image", "kernel", "strides"), OVERLAPPING)
+def test_a_reordered_kernel_makes_the_same_convolution(layouts, image, kernel, strides):
+    x, w = arrays(image, kernel)
+    conv = convolution(layouts, strides)
+    (core,) = trace(conv, x, w).graph.nodes
+    found, expected = (jax.vjp(lambda x, f=f: f(x, w), x) for f in (transposable(core), conv))
+    (s,) = arrays(expected[0].shape)
+    # float64, sums of a few dozen numbers.
+    np.testing.assert_allclose(found[0], by_loops(x, w, strides, layouts), atol=1e-13)
+    np.testing.assert_allclose(found[1](s)[0], expected[1](s)[0], atol=1e-13)
+
+
+@pytest.mark.parametrize("layouts", [CASES[0][0], CASES[2][0]], ids=str)
+def test_a_transposed_convolution_reads_its_kernel_in_the_fast_order(layouts):
+    """Space, input, output: "01io" in the words of XLA."""
+    image, kernel = (2, 6, 6, 3), (3, 3, 3, 5)
+    shapes = [
+        tuple(size["NHWC".index(axis)] for axis in layouts[0])
+        if name == "image"
+        else tuple(size["HWIO".index(axis)] for axis in layouts[1])
+        for name, size in (("image", image), ("kernel", kernel))
+    ]
+    x, w = arrays(*shapes)
+    explain = jax.jit(jaxrel.lrp(convolution(layouts, (1, 1)), rules.Epsilon(1e-6)))
+    text = explain.lower(x, w).as_text("hlo")
+    orders = [
+        line.split("dim_labels=")[1].split("_")[1][:4]
+        for line in text.splitlines()
+        if " convolution(" in line
+    ]
+    assert orders[-1] == "01io"
+
+
+def test_convolutions_in_groups_keep_their_kernel():
+    x, w = arrays((2, 8, 6, 3), (4, 3, 1, 6))
+
+    def conv(x, w):
+        layouts = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=layouts, feature_group_count=3
+        )
+
+    (core,) = trace(conv, x, w).graph.nodes
+    assert transposable(core) is None
