@@ -11,9 +11,10 @@ written before it was run:
 
 1. The encoder is trained elsewhere: it learns on scenes without bias to name the colour, shape and
    size at each position (`gridtd-shapes --split train --word-loss 0`).
-2. Six captioners, three seeds with additive and three with multi-head attention, learn 1,024
-   scenes of `biased_train` by heart with this encoder, frozen, past their best CIDEr-D on
-   `biased_val`; the same training at a quarter and at half of the steps shows it.
+2. Six captioners, three seeds with additive and three with multi-head attention, learn 192 scenes
+   of `biased_train` by heart with this encoder, frozen, past their best CIDEr-D on `biased_val`:
+   1,500 steps without dropout, where 512 or 1,024 scenes, or dropout, only made CIDEr-D rise more
+   slowly. The same training at a quarter and at half of the steps shows that they are past it.
 3. Each is fine-tuned for one epoch of the same scenes in the modes `lrp` and `plain`, which is the
    control: batches of 32, learning rate 5e-4 and 1e-4 in the encoder, Adam's decays 0.8 and 0.999,
    gradients bounded by 0.1, and the losses of both predictions with equal weights.
