@@ -211,6 +211,19 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert "this test is made for CLIPmapper" in capsys.readouterr().err
 
 
+def test_mappers_of_two_depths_are_refused(tmp_path, monkeypatch, capsys):
+    deep, judged = tmp_path / "deep", []
+    random_mapper("vqa", layers=3).save_pretrained(deep)
+    monkeypatch.setattr(weighting, "evaluate", lambda *args, **options: judged.append(args))
+    arguments = ["evaluate", "weighting", "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--model", f"vqa-shapes,{deep}"]) == 2
+    assert (
+        "a table compares rules on mappers of one depth, got mappers of 2, 3 layers; judge each "
+        "depth by itself" in capsys.readouterr().err
+    )
+    assert not judged
+
+
 BAD = {
     "rule": ({"rules": ("magic",)}, "unknown rule 'magic'; there are equal, values,"),
     "modality": ({"modality": ("sound",)}, "unknown modality 'sound'; there are image, text"),
