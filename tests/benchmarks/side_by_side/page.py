@@ -131,14 +131,23 @@ def plot(path: Path, groups: Mapping[str, Figures]) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "side by side", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(3, 2, figsize=(11, 10), layout="constrained")
+    shown = {
+        network: [method for method in methods if f"{network}: {method}" in groups]
+        for network, methods in METHODS_OF.items()
+        if any(f"{network}: {method}" in groups for method in methods)
+    }
+    rows = -(-len(shown) // 2)
+    size = (11, 0.8 + 3.1 * rows)
+    figure, axes = pyplot.subplots(rows, 2, figsize=size, layout="constrained", squeeze=False)
+    for panel in axes.flat[len(shown) :]:
+        panel.axis("off")
     drawn = {}
-    for panel, (network, methods) in zip(axes.flat, METHODS_OF.items(), strict=True):
+    for panel, (network, methods) in zip(axes.flat, shown.items(), strict=False):
         panel.set_title(network)
         panel.set_yscale("log")
         panel.axhline(1, color="black", linewidth=0.8)
         for place, method in enumerate(methods):
-            group = groups.get(f"{network}: {method}", {"tools": {}})
+            group = groups[f"{network}: {method}"]
             timed = {tool: over(group, tool) for tool in group["tools"] if tool in COLOURS}
             bars = {tool: height for tool, height in timed.items() if height is not None}
             width = 0.8 / max(len(bars), 1)
