@@ -33,10 +33,7 @@ UNTIL = dict.fromkeys(_names("call closed_call core_map"), (0, 11))
 INLINED = _names("jit call closed_call eval_jaxpr custom_vmap_call xla_metadata_call")
 
 # Control flow whose bodies can be run again with changes inside.
-SCAN = _names("scan")
-WHILE = _names("while")
-COND = _names("cond")
-REMAT = _names("remat2")
+SCAN, WHILE, COND, REMAT = map(_names, ("scan", "while", "cond", "remat2"))
 CONTROL = SCAN | WHILE | COND | REMAT
 
 # Functions with a derivative of their own.
@@ -64,18 +61,11 @@ TRANSPARENT = CUSTOM | _names(
 ADD = _names("add add_any")
 SUB = _names("sub")
 SUMS = ADD | SUB
-NEG = _names("neg")
-MUL = _names("mul")
-DIV = _names("div")
+NEG, MUL, DIV, EXP, EXPM1 = map(_names, ("neg", "mul", "div", "exp", "expm1"))
 SCALES = MUL | DIV
-EXP = _names("exp")
 # A constant to the power of a value: `exponent` says which operand that is.
 EXPONENTIALS = EXP | _names("exp2 pow")
-EXPM1 = _names("expm1")
-LOG = _names("log")
-ABS = _names("abs")
-MAX = _names("max")
-MIN = _names("min")
+LOG, ABS, MAX, MIN = map(_names, ("log", "abs", "max", "min"))
 SCATTER_ADD = _names("scatter-add")
 SCATTER_EXTREMA = _names("scatter-max scatter-min")
 SELECT = _names("select_n")
@@ -110,10 +100,7 @@ STOP_GRADIENT = _names("stop_gradient")
 
 # Operations that move or retype values and change none of them.
 MOVES = (
-    TAG
-    | TRANSPOSE
-    | BROADCAST
-    | _names("reshape squeeze copy convert_element_type reduce_precision")
+    TAG | TRANSPOSE | BROADCAST | RESHAPES | _names("copy convert_element_type reduce_precision")
 )
 # One output value per position, computed from the inputs at that position alone. Tags are not
 # among them, so that a tagged value is never in the middle of what counts as one function.
@@ -146,17 +133,15 @@ CLIPS = MAX | MIN | _names("clamp")
 # What may stand between a softmax and the product with the values: masks, dropout, clips, a
 # sink cut off.
 MASKING = MOVES | SELECT | SCALES | CLIPS | KEEPS | SLICES
+SHAPES = MOVES | PLACES | SORT | STOP_GRADIENT
 # Relevance passes these by their derivative, exactly: they add, move or select.
 EXACT = (
-    MOVES
+    SHAPES
     | SUMS
     | CLIPS
-    | PLACES
     | SCATTERS
     | MEANS
     | MAXIMA
-    | SORT
-    | STOP_GRADIENT
     | _names(
         """neg select_n scatter-sub scatter-max scatter-min reduce_min reduce_window_min cumsum
         cummax cummin top_k sharding_constraint reshard select_and_scatter_add
@@ -168,7 +153,6 @@ EXACT = (
 BRINGS = SUMS | SELECT | MAX | SCATTERS | _names("concatenate min pad")
 # Results that are never negative; and results that are not if no input is.
 NONNEG = ABS | EXP | SIGMOID | _names("exp2 square sqrt rsqrt erfc")
-SHAPES = MOVES | PLACES | SORT | STOP_GRADIENT
 NONNEG_IF_ALL = SHAPES | REDUCTIONS | LINEAR | ADD | SCALES | _names("min")
 # Of complex values alone, given or returned.
 COMPLEX = _names("fft real imag conj complex")
@@ -383,18 +367,13 @@ def with_kernel_order(equation: Any) -> tuple[tuple[int, ...], Callable] | None:
     Returns the order that its own kernel's axes are put in, and the function of image and kernel;
     None for a convolution in groups, whose kernel holds parts.
     """
-    params = equation.params
-    numbers = params["dimension_numbers"]
+    params, numbers = equation.params, equation.params["dimension_numbers"]
     if {params["feature_group_count"], params["batch_group_count"]} != {1}:
         return None
     out, into, *space = numbers.rhs_spec
     last = len(space)
-    changed = numbers._replace(rhs_spec=(last, last + 1, *range(last)))
-
-    def convolution(x: Any, w: Any) -> Any:
-        return bind(equation, (x, w), {"dimension_numbers": changed})[0]
-
-    return (*space, out, into), convolution
+    changed = {"dimension_numbers": numbers._replace(rhs_spec=(last, last + 1, *range(last)))}
+    return (*space, out, into), lambda *ins: bind(equation, ins, changed)[0]
 
 
 def placed(equation: Any, axis: int) -> list[tuple[int, int | None]] | None:
