@@ -119,8 +119,8 @@ def _check(
         )
     if len(image) != rows * columns:
         raise ValueError(
-            f"token_activation: {len(image)} tokens of the image, and a grid of {rows} x {columns}; "
-            "give the rows and columns of these tokens as grid"
+            f"token_activation: {len(image)} tokens of the image, and a grid of {rows} x "
+            f"{columns}; give the rows and columns of these tokens as grid"
         )
     order = [*prompt, *words]
     outside = [at for at in (*image, *order) if not 0 <= at < logits[1]]
