@@ -17,7 +17,7 @@ values); integers in it get zeros. Wrap the transformed function in `jit`: traci
 every call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +26,12 @@ from jax import numpy as jnp
 from jaxtyping import Array
 
 from jaxrel.propagation import composites
+from jaxrel.propagation.convolutions import quick_steps
 from jaxrel.propagation.lrp import explained_vjp
 from jaxrel.tracing.capture import find_tags, gather, tap_names
-from jaxrel.tracing.evaluate import Edits, evaluate, tap_shapes
+from jaxrel.tracing.evaluate import Edits, Step, evaluate, tap_shapes
 from jaxrel.tracing.flow import dependents
-from jaxrel.tracing.graph import Graph, Value, trace
+from jaxrel.tracing.graph import Graph, Node, Value, trace
 from jaxrel.tracing.pullback import Call, check_output, pullback, seed_cotangent, seed_of
 
 Argnums = int | Sequence[int]
@@ -132,6 +133,7 @@ def smooth_grad(
             xs, seed = _explained(call), _fixed(call, seed)
             scales = [noise * span for span in _ranges(call)]
             batched = len(_out(call).shape) > 0
+            quick = quick_steps(call.traced.graph)
 
             def step(total, key):
                 keys = jax.random.split(key, len(xs))
@@ -139,7 +141,7 @@ def smooth_grad(
                     x + (scale * _draw(key, x, batched)).astype(x.dtype)
                     for key, x, scale in zip(keys, xs, scales, strict=True)
                 ]
-                gradients = _gradient(call, noisy, seed)
+                gradients = _gradient(call, noisy, seed, quick)
                 return _add(total, [g * g for g in gradients] if squared else gradients), None
 
             total, _ = lax.scan(step, _zeros(xs), jax.random.split(key, samples))
@@ -198,13 +200,14 @@ def integrated_gradients(
             xs, seed = _explained(call), _fixed(call, seed)
             starts = _starts(call, baseline)
             ways = [_wide(x) - start for x, start in zip(xs, starts, strict=True)]
+            quick = quick_steps(call.traced.graph)
 
             def step(total, a):
                 points = [
                     (start + a.astype(way.dtype) * way).astype(x.dtype)
                     for x, start, way in zip(xs, starts, ways, strict=True)
                 ]
-                return _add(total, _gradient(call, points, seed)), None
+                return _add(total, _gradient(call, points, seed, quick)), None
 
             total, _ = lax.scan(step, _zeros(xs), (jnp.arange(steps) + 0.5) / steps)
             return _gather(call, [way * x / steps for way, x in zip(ways, total, strict=True)])
@@ -337,12 +340,12 @@ def _explained(call: Call) -> list:
     return [call.traced.args[i] for i in call.explained()]
 
 
-def _gradient(call: Call, xs: list, seed: Any) -> list:
+def _gradient(call: Call, xs: list, seed: Any, steps: Mapping[Node, Step] | None = None) -> list:
     """The gradient at other values of the explained arrays, wide enough to be summed."""
     args, by = [*call.traced.args], call.explained()
     for i, x in zip(by, xs, strict=True):
         args[i] = x
-    evaluated, back = pullback(call.traced.graph, args, by=by)
+    evaluated, back = pullback(call.traced.graph, args, Edits(steps or {}), by=by)
     return [_wide(g) for g in back(seed_cotangent(call.caller, evaluated.outs[0], seed)).args]
 
 

@@ -27,7 +27,7 @@ from jaxrel.tracing.facts import Fact, Facts, active_ins, analyse, is_elementwis
 from jaxrel.tracing.graph import Graph, Node, Value
 from jaxrel.tracing.opaque import cure
 from jaxrel.tracing.primitives import CUSTOM, CUSTOM_JVP
-from jaxrel.tracing.rewrite import associate, cut_scans, divide_first, open_calls
+from jaxrel.tracing.rewrite import associate, cut_scans, divide_first, multiply, open_calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _rewritten(
     graph: Graph, facts: Facts, known: Callable[[Graph], Facts], found_in: Callable
 ) -> tuple[Graph, Facts]:
     """The same computation in the order in which rules read it: see `tracing.rewrite`."""
-    divided = divide_first(graph, lambda value: facts[value].active)
+    divided = multiply(divide_first(graph, lambda value: facts[value].active))
     facts = facts if divided is graph else known(divided)
     ordered = associate(divided, facts, found_in(divided))
     return ordered, facts if ordered is divided else known(ordered)

@@ -226,7 +226,7 @@ def _places(prepared: Prepared) -> list[Place]:
         elif isinstance(operation, Linear):
             inner.add(operation.core)
             if made and made[0] is operation.node:
-                inner |= {node for node, _ in operation.bias}
+                inner |= {term.node for term in operation.bias}
     places: list[Place] = []
     for node in graph.walk():
         if node.is_control or len(node.outs) != 1 or node.outs[0] not in carrying:

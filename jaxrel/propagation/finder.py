@@ -6,7 +6,6 @@ from typing import Any
 from jaxrel.propagation.linear_maps import LinearMaps
 from jaxrel.propagation.operations import Block, Elementwise, Operation, Product
 from jaxrel.propagation.samples import Samples
-from jaxrel.tracing import primitives
 from jaxrel.tracing.facts import Facts, active_ins, fact_of, is_elementwise
 from jaxrel.tracing.flow import Backward, operands
 from jaxrel.tracing.graph import Constant, Graph, Node, Value, tag_name
@@ -206,8 +205,8 @@ class _Finder(LinearMaps):
             node.name in SCALES and len(active) == 2 and self._apart(node)
         ):
             gates = tuple(map(self._gate, active))
-            sums = node.name in LINEAR and not primitives.is_outer(node.equation)
-            yield self.make(Product, node, kind="matmul" if sums else "product", gates=gates)
+            kind = "matmul" if node.name in LINEAR else "product"
+            yield self.make(Product, node, kind=kind, gates=gates)
         elif node.name in REDUCE_PROD:
             yield self.make(Product, node, kind="product", gates=())
         elif out.root is not node.outs[0] and is_elementwise(node):

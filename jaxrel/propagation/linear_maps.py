@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from jaxrel.propagation.body import Body
-from jaxrel.propagation.operations import BatchNorm, Linear, Operation
+from jaxrel.propagation.operations import MINUS, PLUS, TIMES, BatchNorm, Linear, Operation, Term
 from jaxrel.tracing import primitives
 from jaxrel.tracing.facts import fact_of, is_rectifier
 from jaxrel.tracing.graph import Atom, Node, Value, tag_name
@@ -16,6 +16,7 @@ from jaxrel.tracing.primitives import (
     DIV,
     DOT,
     MOVES,
+    NEG,
     SCALES,
     SUB,
     SUMS,
@@ -51,7 +52,7 @@ class LinearMaps(Body):
         elif not bias:
             end, bias, beside = self._bias(end)
         if bias:
-            end = bias[-1][0]
+            end = bias[-1].node
         else:
             end, moves = core, []
         out = end.outs[0]
@@ -93,13 +94,13 @@ class LinearMaps(Body):
             node = user
             moves.append(user)
 
-    def _bias(self, end: Node) -> tuple[Node, list[tuple[Node, Atom]], Value | None]:
-        found: list[tuple[Node, Atom]] = []
+    def _bias(self, end: Node) -> tuple[Node, list[Term], Value | None]:
+        found: list[Term] = []
         while (user := self.only_user(end.outs[0])) is not None and user.name in SUMS:
             operand = self._added(user, end.outs[0])
             if operand is None:
                 break
-            found.append((user, operand))
+            found.append(Term(user, user.name, operand))
             end = user
         if found or user is None or user.name not in SUMS:
             return end, found, None
@@ -114,35 +115,38 @@ class LinearMaps(Body):
             return end, [], None
         self.taken.add(last)
         self.sums[user] = last
-        return last, [(last, operand)], beside
+        return last, [Term(last, last.name, operand)], beside
 
     def _added(self, node: Node, value: Value) -> Atom | None:
         """What the node adds to (or subtracts from) a value, if that is a constant."""
-        if (node.name in SUB and node.ins[0] is not value) or self.shifts_gate(node):
+        return None if node.name in SUB and node.ins[0] is not value else self._other(node, value)
+
+    def _other(self, node: Node, value: Value) -> Atom | None:
+        """The constant in a sum with a value."""
+        if self.shifts_gate(node):
             return None
         others = [atom for atom in node.ins if atom is not value]
         if len(others) != 1 or fact_of(self.facts, others[0]).active:
             return None
         return others[0] if node.outs[0].shape == value.shape else None
 
-    def _normalisation(self, end: Node, features: dict[int, int]) -> list[tuple[Node, Atom]]:
+    def _normalisation(self, end: Node, features: dict[int, int]) -> list[Term]:
         """Additions and per-feature scalings after a linear map: batch normalisation."""
-        chain: list[tuple[Node, Atom]] = []
+        chain: list[Term] = []
         value = end.outs[0]
         while (user := self.only_user(value)) is not None:
-            if user.name in SUMS:
-                operand = self._added(user, value)
-            elif user.name in SCALES:
-                operand = self._scaled(user, value, features)
-            else:
-                operand = None
-            if operand is None:
+            terms = self._terms(user, value, features)
+            if not terms:
                 break
-            chain.append((user, operand))
+            chain += terms
             value = user.outs[0]
-        while chain and chain[-1][0].name in SCALES and chain[-1][1].shape == ():
-            chain.pop()
-        scaled = [node.name in SCALES for node, _ in chain]
+        negative = sum(term.operand is MINUS for term in chain) % 2 == 1
+        while chain and chain[-1].scales and chain[-1].operand.shape == ():
+            # One that makes up for another stays: -(mean - z) is z - mean.
+            if chain[-1].operand is MINUS and not negative:
+                break
+            negative ^= chain.pop().operand is MINUS
+        scaled = [term.scales for term in chain]
         if all(scaled) or not any(scaled):
             return []
         if not scaled[-1]:
@@ -151,27 +155,38 @@ class LinearMaps(Body):
             chain = chain[: last + 2]
         return chain
 
-    def _batch_norm(self, chain: Sequence[tuple[Node, Atom]]) -> BatchNorm | None:
+    def _terms(self, node: Node, value: Value, features: dict[int, int]) -> list[Term]:
+        """What the node adds to a value and scales it by, if these are constants."""
+        if node.name in NEG:
+            return [Term(node, TIMES, MINUS)]
+        if node.name in SUB and node.ins[1] is value:
+            operand = self._other(node, value)
+            return [Term(node, TIMES, MINUS), Term(node, PLUS, operand)] if operand else []
+        if node.name in SUMS:
+            operand = self._added(node, value)
+        else:
+            operand = self._scaled(node, value, features) if node.name in SCALES else None
+        return [Term(node, node.name, operand)] if operand else []
+
+    def _batch_norm(self, chain: Sequence[Term]) -> BatchNorm | None:
         """What scales and shifts the features in a normalisation, if it is an operation apart.
 
         What is added before it is the linear map's bias; what is subtracted is a mean.
         """
-        bias = [*itertools.takewhile(lambda term: term[0].name in ADD, chain)]
+        bias = [*itertools.takewhile(lambda term: term.does in ADD, chain)]
         terms = tuple(chain[len(bias) :])
-        scales = [(node, k) for node, k in terms if node.name in SCALES and k.shape != ()]
-        if not scales or all(node.name in SCALES for node, _ in terms):
+        scales = [term for term in terms if term.scales and term.operand.shape != ()]
+        if not scales or all(term.scales for term in terms):
             return None
-        first, operand = terms[0]
-        (x,) = (atom for atom in first.ins if atom is not operand)
-        assert isinstance(x, Value)
+        (x,) = self.active(terms[0].node)
         norm = self.make(
             BatchNorm,
-            terms[-1][0],
+            terms[-1].node,
             kind="batch_norm",
-            paths=frozenset().union(*(fact_of(self.facts, k).paths for _, k in terms)),
-            core=scales[0][0],
+            paths=frozenset().union(*(fact_of(self.facts, term.operand).paths for term in terms)),
+            core=scales[0].node,
             x=x,
-            w=scales[0][1],
+            w=scales[0].operand,
             bias=terms,
         )
         return norm if self.apart(norm) else None

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 from jaxrel.propagation.assignment import Prepared, prepare
 from jaxrel.propagation.blocks import by_blocks
 from jaxrel.propagation.composites import Where, as_composite
+from jaxrel.propagation.convolutions import quick_steps
 from jaxrel.tracing.capture import find_tags, gather, tap_names
 from jaxrel.tracing.evaluate import Edits, Interceptor
 from jaxrel.tracing.facts import Fact
@@ -350,7 +351,8 @@ def forward(
     tagged = prepared.tagged
     taps = tap_names(tagged)
     probed = {prepared.probes[v]: f"{n} directly" for v, n in taps.items() if v in prepared.probes}
-    edits = Edits(prepared.steps, taps | probed, interceptors or {})
+    steps = quick_steps(graph) | prepared.steps
+    edits = Edits(steps, taps | probed, interceptors or {})
     by = [*explained, *weights, *probes.values()]
     evaluated, pull = pullback(graph, args, edits, by=by, carrier=carrier)
     values = gather(tagged, evaluated.taps)

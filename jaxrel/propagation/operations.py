@@ -6,12 +6,14 @@ normalisation that follows; the dozen nodes of a GELU. `finder` finds them.
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxrel.tracing import primitives
 from jaxrel.tracing.facts import is_relu
 from jaxrel.tracing.graph import Atom, Constant, Node, Value, identity
-from jaxrel.tracing.primitives import CUSTOM_JVP, SCALES
+from jaxrel.tracing.primitives import ADD, CUSTOM_JVP, MUL, SCALES
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,20 +55,37 @@ class Operation:
         return primitives.same_as(self.node.equation)
 
 
+class Term(NamedTuple):
+    """What a node adds to a value or scales it by; `does` names the primitive that would."""
+
+    node: Node
+    does: str
+    operand: Atom
+
+    @property
+    def scales(self) -> bool:
+        """Whether it multiplies or divides."""
+        return self.does in SCALES
+
+
+MINUS = Constant(-1.0, jax.typeof(-1.0))
+PLUS, TIMES = min(ADD), min(MUL)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Linear(Operation):
     """z = moves(core(x, w * scales)) + bias, plus `beside`, a summand of its own.
 
-    `bias` lists the (node, operand) pairs that add, subtract, multiply or divide, in order;
-    those that scale are there only where a normalisation is folded into the weight. `features`
-    pairs the axes of z that come from the weight with the weight's own.
+    `bias` lists the terms that add, subtract, multiply or divide, in order; those that scale are
+    there only where a normalisation is folded into the weight. `features` pairs the axes of z
+    that come from the weight with the weight's own.
     """
 
     core: Node
     x: Value
     w: Atom
     moves: tuple[Node, ...] = ()
-    bias: tuple[tuple[Node, Atom], ...] = ()
+    bias: tuple[Term, ...] = ()
     features: tuple[tuple[int, int], ...] = ()
     beside: Value | None = None
     nonneg: bool = False
@@ -81,14 +100,14 @@ class Linear(Operation):
         """See `Operation.key`."""
         nodes = (self.core, *self.moves)
         same = [primitives.same_as(node.equation) for node in nodes]
-        terms = tuple(node.name for node, _ in self.bias)
+        terms = tuple(term.does for term in self.bias)
         flags = (self.features, self.beside is not None, self.nonneg, self.relu_after)
         return None if None in same else (self.x is self.core.ins[0], *same, terms, *flags)
 
     @property
     def folded(self) -> bool:
         """Whether a normalisation with constant statistics is part of it."""
-        return any(node.name in SCALES for node, _ in self.bias)
+        return any(term.scales for term in self.bias)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

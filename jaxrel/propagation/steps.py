@@ -102,19 +102,19 @@ def _linear(
     weights: bool,
     biased: bool,
 ) -> tuple[Node, Step]:
-    node, pairs, beside = operation.node, operation.bias, operation.beside
+    node, terms, beside = operation.node, operation.bias, operation.beside
     if getattr(rule, "bias", "fused") == "separate" and not operation.folded:
         # The additions stay operations of their own.
         node = operation.moves[-1] if operation.moves else operation.core
-        pairs, beside = (), None
+        terms, beside = (), None
     extras = tuple(atom for atom in (beside, *(probe or ())) if atom is not None)
-    ins = (operation.x, operation.w, *(operand for _, operand in pairs), *extras)
+    ins = (operation.x, operation.w, *(term.operand for term in terms), *extras)
     apply = _apply(operation, rule, weights)
     dtype = operation.core.outs[0].aval.dtype
 
     def function(x, w, *rest):
-        operands, extra = rest[: len(pairs)], list(rest[len(pairs) :])
-        w, b = fold(operation, w, [one.name for one, _ in pairs], operands)
+        operands, extra = rest[: len(terms)], list(rest[len(terms) :])
+        w, b = fold(operation, w, [term.does for term in terms], operands)
         summand = extra.pop(0) if beside is not None else None
         b = b if b is not None and biased else jnp.zeros((), dtype)
         z = apply(x, w, b, *extra, *[None] * (2 - len(extra)))

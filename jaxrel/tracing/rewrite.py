@@ -5,7 +5,7 @@ Calls are opened, scans cut, and the factors of products brought into one order.
 
 import dataclasses
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -225,17 +225,79 @@ def _divided_first(late: Late) -> list[Node]:
     def divide(exps, sums):
         return exps / moved(sums)
 
-    quotient = build(primitives.make_program(divide, exps.aval, late.sums.aval)[0])
-    env: dict[Any, Atom] = dict(zip(quotient.ins, (exps, late.sums), strict=True))
-    within = (late.last.equation, *late.last.callers)
-    nodes = [
-        dataclasses.replace(node, ins=tuple(env.get(a, a) for a in node.ins), callers=within)
-        for node in quotient.nodes
-    ]
+    quotient = Value(exps.aval)
+    nodes = _in_place(divide, (exps, late.sums), quotient, late.last)
     ins = list(late.product.ins)
-    ins[late.side] = quotient.outs[0]
+    ins[late.side] = quotient
     nodes += [dataclasses.replace(late.product, ins=tuple(ins)), *late.moves]
     nodes[-1] = dataclasses.replace(nodes[-1], outs=late.last.outs)
+    return nodes
+
+
+def multiply(graph: Graph) -> Graph:
+    """einsum("bc,c->bc", x, w) as x * w, in bodies too: a sum over nothing is a product.
+
+    Without a change the graph itself is returned.
+    """
+    used = graph.users()
+    nodes: list[Node] = []
+    gone: set[Node] = set()
+    for node in graph.nodes:
+        inner = node.bodies if node.is_open else ()
+        bodies = tuple(map(multiply, inner))
+        if primitives.is_outer(node.equation):
+            moves = _transposes(graph, node, used)
+            gone.update(moves)
+            nodes += _multiplied(node, moves)
+        elif any(map(operator.is_not, bodies, inner)):
+            nodes.append(dataclasses.replace(node, bodies=bodies))
+        elif node not in gone:
+            nodes.append(node)
+    same = len(nodes) == len(graph.nodes) and all(map(operator.is_, nodes, graph.nodes))
+    return graph if same else dataclasses.replace(graph, nodes=tuple(nodes))
+
+
+def _transposes(graph: Graph, node: Node, used: dict[Value, list[Node]]) -> list[Node]:
+    """The transposes that alone read a node's output, one after the other."""
+    moves: list[Node] = []
+    out = node.outs[0]
+    while out not in graph.outs and [user.name in TRANSPOSE for user in used[out]] == [True]:
+        moves += used[out]
+        out = moves[-1].outs[0]
+    return moves
+
+
+def _multiplied(node: Node, moves: Sequence[Node]) -> list[Node]:
+    """The nodes that multiply the operands, each broadcast along the axes of the other."""
+    out = moves[-1].outs[0] if moves else node.outs[0]
+    order = tuple(range(len(out.shape)))
+    for move in moves:
+        order = tuple(order[axis] for axis in primitives.permutation(move.equation))
+
+    def along(x, side):
+        kept = _product_axes(node.equation, side)
+        places = [order.index(kept[axis]) for axis in range(x.ndim)]
+        if places != sorted(places):
+            x = jnp.transpose(x, np.argsort(places).tolist())
+        others = [axis for axis in range(len(order)) if axis not in places]
+        return (jnp.expand_dims(x, others) if others else x).astype(out.aval.dtype)
+
+    def product(left, right):
+        return along(left, 0) * along(right, 1)
+
+    return _in_place(product, node.ins, out, node)
+
+
+def _in_place(function: Callable, ins: Sequence[Atom], out: Value, instead: Node) -> list[Node]:
+    """The nodes of a function of these inputs, which compute `out` instead of a node."""
+    made = build(primitives.make_program(function, *(atom.aval for atom in ins))[0])
+    env: dict[Any, Atom] = dict(zip(made.ins, ins, strict=True))
+    within = (instead.equation, *instead.callers)
+    nodes = [
+        dataclasses.replace(node, ins=tuple(env.get(a, a) for a in node.ins), callers=within)
+        for node in made.nodes
+    ]
+    nodes[-1] = dataclasses.replace(nodes[-1], outs=(out,))
     return nodes
 
 

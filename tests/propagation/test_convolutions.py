@@ -8,9 +8,10 @@ import pytest
 from jax import lax
 
 import jaxrel
-from jaxrel import rules
-from jaxrel.propagation.convolutions import patch_product, transposable
+from jaxrel import gradients, rules
+from jaxrel.propagation.convolutions import patch_product, quick_steps, transposable
 from jaxrel.tracing import trace
+from jaxrel.tracing.evaluate import Edits, evaluate
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -126,6 +127,13 @@ def test_a_reordered_kernel_makes_the_same_convolution(layouts, image, kernel, s
     np.testing.assert_allclose(found[1](s)[0], expected[1](s)[0], atol=1e-13)
 
 
+def kernel_orders(function, *args):
+    """The order in which each convolution of a program reads its kernel."""
+    text = jax.jit(function).lower(*args).as_text("hlo")
+    lines = [line for line in text.splitlines() if " convolution(" in line]
+    return [line.split("dim_labels=")[1].split("_")[1][:4] for line in lines]
+
+
 @pytest.mark.parametrize("layouts", [CASES[0][0], CASES[2][0]], ids=str)
 def test_a_transposed_convolution_reads_its_kernel_in_the_fast_order(layouts):
     """Space, input, output: "01io" in the words of XLA."""
@@ -138,13 +146,7 @@ def test_a_transposed_convolution_reads_its_kernel_in_the_fast_order(layouts):
     ]
     x, w = arrays(*shapes)
     explain = jax.jit(jaxrel.lrp(convolution(layouts, (1, 1)), rules.Epsilon(1e-6)))
-    text = explain.lower(x, w).as_text("hlo")
-    orders = [
-        line.split("dim_labels=")[1].split("_")[1][:4]
-        for line in text.splitlines()
-        if " convolution(" in line
-    ]
-    assert orders[-1] == "01io"
+    assert kernel_orders(explain, x, w)[-1] == "01io"
 
 
 def test_convolutions_in_groups_keep_their_kernel():
@@ -158,3 +160,56 @@ def test_convolutions_in_groups_keep_their_kernel():
 
     (core,) = trace(conv, x, w).graph.nodes
     assert transposable(core) is None
+
+
+@pytest.mark.parametrize("argnums", [0, 1, (0, 1)])
+@pytest.mark.parametrize(("layouts", "image", "kernel", "strides"), CASES[1:3] + OVERLAPPING[:3])
+def test_quick_steps_have_the_same_derivatives(layouts, image, kernel, strides, argnums):
+    x, w = map(jax.numpy.asarray, arrays(image, kernel))
+    conv = convolution(layouts, strides)
+    graph = trace(conv, x, w).graph
+    steps = quick_steps(graph)
+    assert len(steps) == 1
+
+    def found(x, w):
+        return (evaluate(graph, (x, w), Edits(steps)).outs[0] ** 3).sum()
+
+    def expected(x, w):
+        return (conv(x, w) ** 3).sum()
+
+    # float64, sums of a few dozen numbers; cubes of up to about 20.
+    pairs = zip(
+        *(jax.tree.leaves(jax.grad(f, argnums)(x, w)) for f in (found, expected)), strict=True
+    )
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-9)
+
+
+LOOPS = {
+    "integrated_gradients": lambda f: gradients.integrated_gradients(f, steps=3),
+    "smooth_grad": lambda f: lambda x: gradients.smooth_grad(f, samples=3)(jax.random.key(0), x),
+    "guided_backprop": lambda f: (
+        lambda x: jax.lax.map(
+            lambda seed: gradients.guided_backprop(f)(x, seed=seed), jax.numpy.ones((2, 2))
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("method", LOOPS)
+@pytest.mark.parametrize("body", [False, True], ids=["plain", "in a scan of layers"])
+def test_gradients_in_loops_read_kernels_in_the_fast_order(method, body):
+    """XLA's CPU backend takes many times as long in the other, and changes it only outside."""
+    x, w = arrays((2, 6, 6, 3), (2, 3, 3, 3, 3))
+    conv = convolution(("NHWC", "HWIO", "NHWC"), (1, 1))
+
+    def network(x):
+        if body:
+            pad = ((0, 0), (1, 1), (1, 1), (0, 0))
+            x, _ = lax.scan(lambda x, w: (jax.nn.relu(conv(jax.numpy.pad(x, pad), w)), None), x, w)
+        else:
+            x = jax.nn.relu(conv(conv(x, w[0]), w[1]))
+        return (x**2).sum((1, 2, 3))
+
+    explain = LOOPS[method](network)
+    assert {*kernel_orders(explain, x)} == {"01io"}

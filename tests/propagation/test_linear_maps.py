@@ -68,3 +68,51 @@ def test_batch_norm_is_folded_as_by_hand(x64, rule, layout):
     found = jaxrel.lrp(normalised, rule, argnums=1)(w, x)
     expected = jaxrel.lrp(by_hand, rule, argnums=1)(folded, x)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+SPELLINGS = {
+    "negated mean": lambda z, mean, s, shift: -(mean - z) * s + shift,
+    "negated": lambda z, mean, s, shift: -((mean - z) * s - shift),
+    "taken from the shift": lambda z, mean, s, shift: shift - (mean - z) * s,
+    "divided": lambda z, mean, s, shift: (mean - z) / -(1 / s) + shift,
+    "einsum": lambda z, mean, s, shift: jnp.einsum("...c,c->...c", z - mean, s) + shift,
+    "scale first": lambda z, mean, s, shift: jnp.einsum("c,...c->...c", s, z - mean) + shift,
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("layout", ["conv", "dense"])
+def test_batch_norm_is_folded_in_any_spelling(x64, spelling, layout):
+    s, shift, mean = normal(5) / 2, normal(5) / 3, normal(5) / 5
+    assert (s < 0).any()
+    assert (s > 0).any()
+    if layout == "conv":
+        product, w, x = jax.vmap(conv1, (0, None)), normal(3, 3, 3, 5), normal(2, 6, 6, 3)
+    else:
+        product, w, x = jnp.matmul, normal(4, 5), normal(2, 4)
+
+    def normalised(p, x):
+        return jax.nn.relu(SPELLINGS[spelling](product(x, p), mean, s, shift))
+
+    def by_hand(p, x):
+        return jax.nn.relu(product(x, p) + (shift - mean * s))
+
+    np.testing.assert_allclose(normalised(w, x), by_hand(w * s, x), rtol=1e-12, atol=1e-14)
+    found = jaxrel.lrp(normalised, ZPlus(), argnums=1)(w, x)
+    expected = jaxrel.lrp(by_hand, ZPlus(), argnums=1)(w * s, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_product_that_sums_nothing_scales(x64):
+    # einsum("bd,d->bd") is no dense layer, whose negative weights z+ would leave out.
+    w, x, scale = normal(4, 3), normal(2, 4), normal(4)
+    assert (scale < 0).any()
+
+    def with_einsum(x):
+        return jnp.einsum("bd,d->bd", jnp.tanh(x), scale) @ w
+
+    def with_product(x):
+        return (jnp.tanh(x) * scale) @ w
+
+    found, expected = (jaxrel.lrp(f, ZPlus())(x) for f in (with_einsum, with_product))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

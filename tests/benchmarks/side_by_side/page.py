@@ -125,11 +125,8 @@ def ratio(this: Figures, other: Figures) -> float:
 
 def plot(path: Path, groups: Mapping[str, Figures]) -> None:
     """Bars of time over a gradient of the same framework, by network, method and tool."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "side by side", "svg.fonttype": "none"})
-    from matplotlib import pyplot
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     shown = {
         network: [method for method in methods if f"{network}: {method}" in groups]
@@ -138,7 +135,8 @@ def plot(path: Path, groups: Mapping[str, Figures]) -> None:
     }
     rows = -(-len(shown) // 2)
     size = (11, 0.8 + 3.1 * rows)
-    figure, axes = pyplot.subplots(rows, 2, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False)
     for panel in axes.flat[len(shown) :]:
         panel.axis("off")
     drawn = {}
@@ -164,5 +162,6 @@ def plot(path: Path, groups: Mapping[str, Figures]) -> None:
         ncols=6,
     )
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    # Without a salt and a date, the same figures give the same file.
+    with rc_context({"svg.hashsalt": "side by side", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
