@@ -95,9 +95,10 @@ def test_gradient_rule_is_the_gradient(x64, name):
         return lrp(a, rules.Gradient())(params, x), modified, gradient
 
     relevance, modified, gradient = both(a.params, a.x)
-    # The same operations in the same order: what is left is XLA's freedom to fuse them.
-    assert error(modified, gradient) <= rounding(a, 4)
-    assert error(relevance, a.x * gradient) <= rounding(a, 4)
+    # The same operations, but that patches are a product: its sums have an order of their own, and
+    # XLA is free to fuse the rest.
+    assert error(modified, gradient) <= rounding(a, 8)
+    assert error(relevance, a.x * gradient) <= rounding(a, 8)
 
 
 @pytest.mark.parametrize(
