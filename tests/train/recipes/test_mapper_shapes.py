@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from jax.sharding import Mesh
 
 from jaxrel import cli, metrics
 from jaxrel.metrics.caption_scores import CiderD, tokenise
@@ -17,12 +16,13 @@ from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.data.shapes.patches import NAMES, shown_by_patch
 from jaxrel.train.evaluate import captions, mapper_examples, perturbation, sanity, tables
 from jaxrel.train.evaluate import vqa as answering
-from jaxrel.train.loop import train as trainer
 from jaxrel.train.recipes import caption_shapes, clip_shapes, vqa_shapes
 from jaxrel.train.recipes.caption_shapes import CaptionShapes
 from jaxrel.train.recipes.clip_shapes import ClipShapes
 from jaxrel.train.recipes.vqa_shapes import VqaShapes
 from tests.zoo.clipmappers import random_values
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 SMALL = {
     "scenes": 32,
@@ -36,15 +36,6 @@ SMALL = {
     "checkpoint_every": 2,
 }
 METHODS = ("random", "raw", "equal", "weighted, norm")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Train on one device; `test_mapper_real` shares its batches among several."""
-    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "fit", functools.partial(trainer.fit, mesh=mesh))
-        yield
 
 
 @pytest.fixture(scope="module")
