@@ -36,7 +36,7 @@ def inputs(x64):
 
 
 def pairs(x, y, **options):
-    return pairwise_relevance(one, other, at=AT, **options)((x,), (y,))
+    return jax.jit(pairwise_relevance(one, other, at=AT, **options))((x,), (y,))
 
 
 def feature_by_feature(x, y, rules):
@@ -55,7 +55,7 @@ def feature_by_feature(x, y, rules):
 
 
 def test_bilrp_is_its_definition(inputs):
-    score, found = jax.jit(lambda x, y: pairs(x, y, lrp=EXACT))(*inputs)
+    score, found = pairs(*inputs, lrp=EXACT)
     np.testing.assert_allclose(score, (one(inputs[0]) * other(inputs[1])).sum(-1), rtol=1e-12)
     np.testing.assert_allclose(found, feature_by_feature(*inputs, EXACT), rtol=1e-8, atol=1e-12)
 

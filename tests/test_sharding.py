@@ -21,10 +21,12 @@ from jaxrel import attention, composites, gradients, rules
 from jaxrel.attention import streaming
 from jaxrel.explanations.explain import token_relevance
 from jaxrel.explanations.words import word_relevance
-from jaxrel.models.auto import from_pretrained
 from jaxrel.propagation.conservation import value_and_measured_lrp
 from jaxrel.tracing.sharding import shard_rows
 from tests.paths import SAMPLES
+from tests.zoo.captioners import captioner
+from tests.zoo.clipmappers import random_mapper
+from tests.zoo.clips import small_clip
 
 BATCH, TOKENS, WIDTH, HEADS, LAYERS, CLASSES = 8, 4, 6, 2, 2, 3
 RNG = np.random.default_rng(0)
@@ -458,25 +460,30 @@ def test_rows_are_shared_where_a_mesh_is_set():
     assert found["number"] is rows["number"]
 
 
+# What makes a small model, how it is explained, and the text.
+EXPLAINED = {
+    "clip": (small_clip, "weighted", "a red circle"),
+    "vqa": (lambda: random_mapper("vqa", layers=1), "weighted", "what is a red circle"),
+    "gridtd": (lambda: captioner("gridtd"), "lrp", "a red circle"),
+}
+
+
 @functools.cache
-def bundled(name):
-    """A bundled model, how `explain` is asked, and what it says without a mesh."""
-    model = from_pretrained(name)
+def asked_of(name):
+    """A model, how `explain` is asked, and what it says without a mesh."""
+    make, method, text = EXPLAINED[name]
+    model = make()
     images = [Image.open(path) for path in sorted(SAMPLES.glob("*.png"))]
-    text = "what colour is the circle ?" if name.startswith("vqa") else "a red circle"
-    asked = {"image": (2 * images)[:BATCH], "text": [text] * BATCH, "method": [EXPLAINED[name]]}
+    asked = {"image": (2 * images)[:BATCH], "text": [text] * BATCH, "method": [method]}
     return model, asked, jaxrel.explain(model, **asked)[0]
-
-
-EXPLAINED = {"clip-shapes": "weighted", "vqa-shapes": "weighted", "gridtd-shapes": "lrp"}
 
 
 # The automatic mesh of one model stands for all: no type knows of it.
 @pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "explicit") for name in EXPLAINED), ("clip-shapes", "auto")]
+    ("name", "kind"), [*((name, "explicit") for name in EXPLAINED), ("clip", "auto")]
 )
 def test_explain_shares_its_rows(name, kind, monkeypatch):
-    model, asked, want = bundled(name)
+    model, asked, want = asked_of(name)
     rows = []
 
     def spy(tree):
@@ -490,7 +497,7 @@ def test_explain_shares_its_rows(name, kind, monkeypatch):
         (found,) = jaxrel.explain(model, **asked)
         # The same arrays again, which are sharded, in the function for arrays.
         ((inputs, of_row, *_),) = rows
-        if name == "gridtd-shapes":
+        if name == "gridtd":
             options = {"method": asked["method"], "at_once": 32 // BATCH}
             relevance = word_relevance(model, inputs, of_row, **options)
         else:
@@ -503,7 +510,7 @@ def test_explain_shares_its_rows(name, kind, monkeypatch):
 
 
 def test_clip_says_how_it_is_sharded():
-    model, asked, _ = bundled("clip-shapes")
+    model, asked, _ = asked_of("clip")
     inputs = model.pairs(model.prepare(image=asked["image"], text=asked["text"]))
     explain = attention.relevance(
         lambda model, inputs: model.score(inputs), target_token=None, attention=("vision", "text")

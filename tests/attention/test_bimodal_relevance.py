@@ -132,7 +132,9 @@ def test_methods_that_do_not_fit(vqa, questions):
         fun(lambda x: x, schedule, method="weighted", target_token=0, importance="size")
     other = [[(("sq", "text_to_sound"),)]]
     with error(r"tags nothing named 'text_to_sound'; its tags: .*'text_to_image'"):
-        fun(lambda x: vqa.score(x), other, method="equal", target_token=0)(questions)
+        jax.eval_shape(
+            fun(lambda x: vqa.score(x), other, method="equal", target_token=0), questions
+        )
     alone = [[(("sq", "text_to_image"),)]]
     with error(r"the schedule has no attention of the kind 'ss'"):
         jax.eval_shape(fun(lambda x: vqa.score(x), alone, method="raw", target_token=0), questions)

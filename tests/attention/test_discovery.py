@@ -141,8 +141,10 @@ def test_two_sites_in_one_scanned_body_take_turns():
         return lax.scan(lambda x, s: (nnx.merge(graph, s)(x), None), x, four)[0][:, 0].sum(-1)
 
     for form in ("stacked", "streaming"):
-        got = attention.relevance(in_pairs, method="equal", form=form)(X)
-        want = attention.relevance(one_by_one, method="equal", form=form)(X)
+        got, want = (
+            jax.jit(attention.relevance(fun, method="equal", form=form))(X)
+            for fun in (in_pairs, one_by_one)
+        )
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # float32 rounding
 
 
@@ -272,11 +274,14 @@ def test_loops_in_loops_stack_in_order_of_execution(reverse):
             x = x + attend(x, i)
         return x[:, 0].sum(-1)
 
-    for method in ("equal", "weighted", "raw", "no_aggregation"):
-        got = attention.relevance(nested, method=method, form="stacked")(X)
-        want = attention.relevance(flat, method=method, form="stacked")(X)
+    methods = ("equal", "weighted", "raw", "no_aggregation")
+    got, want = (
+        jax.jit(attention.relevance(fun, method=methods, form="stacked"))(X)
+        for fun in (nested, flat)
+    )
+    for method in methods:
         # float32 through nine layers; another order of layers is off by parts in ten.
-        np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-5)
+        np.testing.assert_allclose(got[method], want[method], rtol=2e-4, atol=1e-5)
 
 
 def test_the_residual_may_be_computed_after_the_attention():

@@ -27,18 +27,23 @@ def model():
     return fun, jnp.asarray(rng.normal(size=(2, TOKENS, WIDTH)), jnp.float32)
 
 
+@pytest.fixture(scope="module")
+def masked(model):
+    """One program for all choices."""
+    return jax.jit(
+        lambda x, layers, heads: attention.relevance(
+            model[0], method=METHODS, layers=layers, heads=heads
+        )(x)
+    )
+
+
 @pytest.mark.parametrize("layers", [[0], [1], [0, 2], [0, 1, 2]])
 @pytest.mark.parametrize("heads", [None, [1]])
-def test_masks_are_the_choice_by_index(model, layers, heads):
+def test_masks_are_the_choice_by_index(model, masked, layers, heads):
     fun, x = model
     by_index = attention.relevance(fun, method=METHODS, layers=layers, heads=heads)(x)
     mask = np.isin(np.arange(LAYERS), layers)
     head_mask = None if heads is None else np.isin(np.arange(HEADS), heads)
-
-    @jax.jit
-    def masked(x, layers, heads):
-        return attention.relevance(fun, method=METHODS, layers=layers, heads=heads)(x)
-
     found = masked(x, jnp.asarray(mask), None if heads is None else jnp.asarray(head_mask))
     for name in METHODS:
         wanted = np.asarray(by_index[name])

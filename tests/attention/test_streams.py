@@ -71,7 +71,8 @@ def test_all_methods_of_streams_that_are_found(model):
 
 
 def equal(fun, *args, **options):
-    return attention.value_and_bimodal_relevance(fun, method="equal", **options)(*args)[1]
+    explain = attention.value_and_bimodal_relevance(fun, method="equal", **options)
+    return jax.jit(explain)(*args)[1]
 
 
 def test_tokens_may_be_constants():
@@ -150,6 +151,6 @@ def test_an_error_says_how_streams_are_followed():
     """`relevance` is of one stream; what it says of two is right."""
     args, _, token = MODELS[perceiver]
     with pytest.raises(ValueError, match=r"attention\.value_and_bimodal_relevance\(fun, method="):
-        attention.relevance(perceiver, attention="attention")(*args)
+        jax.jit(attention.relevance(perceiver, attention="attention"))(*args)
     of_s, of_q = equal(perceiver, *args, target_token=token)
     assert (of_s.shape, of_q.shape) == ((2, 3), (2, 16))

@@ -121,7 +121,7 @@ def test_a_function_without_a_residual_stream():
 
 
 def test_batch_is_one_by_one():
-    explain = attention.relevance(MODEL, method="token_tm")
+    explain = jax.jit(attention.relevance(MODEL, method="token_tm"))
     together = explain(X)
     for i, x in enumerate(X):
         np.testing.assert_allclose(together[i], explain(x[None])[0], rtol=1e-5)

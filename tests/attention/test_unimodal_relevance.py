@@ -156,9 +156,10 @@ def test_streaming_equals_stacked_in_float64(x64):
     ws = rng.normal(size=(LAYERS, WIDTH, 3 * WIDTH)) / WIDTH**0.5
     x = rng.normal(size=(BATCH, TOKENS, WIDTH))
     for method in ("equal", "weighted"):
-        options = {"method": method, "argnums": 0}
-        streamed = attention.relevance(model, **options)(x, ws)
-        stacked = attention.relevance(model, form="stacked", **options)(x, ws)
+        streamed, stacked = (
+            jax.jit(attention.relevance(model, method=method, form=form, argnums=0))(x, ws)
+            for form in ("streaming", "stacked")
+        )
         assert streamed.dtype == np.float64
         # The same numbers summed in another order: float64 rounding.
         np.testing.assert_allclose(streamed, stacked, rtol=1e-12, atol=1e-12)
@@ -172,10 +173,10 @@ def test_bfloat16_models_give_float32_relevance():
             x = x + attn @ x
         return x[:, 0].astype(jnp.float32).sum(-1)
 
-    got = attention.relevance(model)(X)
+    got = jax.jit(attention.relevance(model))(X)
     assert got.dtype == jnp.float32
     with jax.default_matmul_precision("highest"):
-        exact = attention.relevance(model, form="stacked")(X)
+        exact = jax.jit(attention.relevance(model, form="stacked"))(X)
     # The forms round at different places, and bfloat16 has 8 bits: 2 parts in 100.
     np.testing.assert_allclose(got, exact, rtol=0.02, atol=0.02)
 
@@ -340,8 +341,8 @@ def test_a_choice_of_layers_in_a_cond_is_refused():
         layer = lambda x, i: (lax.cond(i == 1, lambda x: x + attend(x, 0), lambda x: x, x), None)
         return lax.scan(layer, x, jnp.arange(3))[0][:, 0].sum(-1)
 
-    want = attention.relevance(lambda x: (x + attend(x, 0))[:, 0].sum(-1), method="equal")(X)
-    got = attention.relevance(model, method="equal")(X)
+    once = lambda x: (x + attend(x, 0))[:, 0].sum(-1)
+    got, want = (jax.jit(attention.relevance(fun, method="equal"))(X) for fun in (model, once))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # float32, other fusion
     with pytest.raises(NotImplementedError, match=r"'raw' counts the layers .* may not run"):
         attention.relevance(model, method="raw")(X)

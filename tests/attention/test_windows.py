@@ -1,5 +1,7 @@
 """Attention in windows, rows and chunks, held to the block-diagonal map of all tokens, by hand."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -185,8 +187,9 @@ def model_of(kinds):
     return model
 
 
-def by_hand(kinds, method):
-    """Relevance of all tokens for all, from masked attention over all of them."""
+@functools.cache
+def maps_by_hand(kinds):
+    """From masked attention over all tokens: maps and values, and the gradients by them."""
     masks = [np.where(SEEN[one], 0, -np.inf) for one in kinds]
 
     def run(maps_zero, sums_zero):
@@ -203,7 +206,12 @@ def by_hand(kinds, method):
 
     zeros = np.zeros((2, BATCH, HEADS, TOKENS, TOKENS)), np.zeros((2, *X.shape))
     _, kept = run(*zeros)
-    map_grads, sum_grads = jax.grad(lambda *z: run(*z)[0], (0, 1))(*zeros)
+    return kept, *jax.grad(lambda *z: run(*z)[0], (0, 1))(*zeros)
+
+
+def by_hand(kinds, method):
+    """Relevance of all tokens for all."""
+    kept, map_grads, sum_grads = maps_by_hand(kinds)
     result = np.tile(np.eye(TOKENS), (BATCH, 1, 1))
     for (attn, before, after), grad, at_sum in zip(kept, map_grads, sum_grads, strict=True):
         moved = np.maximum(attn * grad, 0).mean(1)
@@ -316,7 +324,7 @@ def test_heads_folded_with_examples():
         return (x + jnp.moveaxis(out, 1, 2).reshape(x.shape) @ W[3])[:, 5].sum(-1)
 
     got, want = (
-        attention.relevance(fun, target_token=5)(X)
+        jax.jit(attention.relevance(fun, target_token=5))(X)
         for fun in (folded, lambda x: (x + whole(x, 0))[:, 5].sum(-1))
     )
     np.testing.assert_allclose(got, want, **CLOSE)
@@ -329,7 +337,7 @@ def test_a_stream_with_its_channels_first():
         return h[:, :, 5].sum(-1)
 
     got, want = (
-        attention.relevance(fun, method="equal", target_token=5)(X)
+        jax.jit(attention.relevance(fun, method="equal", target_token=5))(X)
         for fun in (model, lambda x: (x + whole(x, 0))[:, 5].sum(-1))
     )
     np.testing.assert_allclose(got, want, **CLOSE)

@@ -1,5 +1,7 @@
 """Small networks that several files explain, and their relevance by hand."""
 
+import functools
+
 import jax
 import numpy as np
 from flax import nnx
@@ -25,8 +27,14 @@ BARE = F64 | {"use_bias": False}
 
 
 def normal(*shape):
-    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
-    return jax.random.normal(jax.random.key(sum(shape) + len(shape)), shape, dtype)
+    return drawn(shape, jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
+
+
+@functools.cache
+def drawn(shape, dtype):
+    # Once, and by no program of a network that asks for it: the draws would take most of it.
+    with jax.ensure_compile_time_eval():
+        return jax.random.normal(jax.random.key(sum(shape) + len(shape)), shape, dtype)
 
 
 def last(cell, x):

@@ -4,6 +4,8 @@ Nothing here is prepared for LRP: batch normalisation is written out, residuals 
 Fixtures: relevance computed in float64 by zennit (CNNs) and LXT (transformers).
 """
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -196,29 +198,31 @@ def transformer(arrays, net):
     return lambda p, x: encoder(p, x, heads, layers, net.startswith("pre"))
 
 
+@functools.cache
+def explained(net, mode):
+    """Logits, what is explained of them, and its relevance."""
+    arrays = load("lrp_transformer")
+    fun = transformer(arrays, net)
+    p, x = under(arrays, f"{net}/state/"), jnp.asarray(arrays[f"{net}/x"], jnp.float64)
+    logits = jax.jit(fun)(p, x)
+    seed = jax.nn.one_hot(arrays[f"{net}/target"], logits.shape[-1]) * logits
+    return logits, seed, jax.jit(jaxrel.lrp(fun, MODES[mode], argnums=1))(p, x, seed=seed)
+
+
 @pytest.mark.parametrize("net", ["pre", "post", "pre_nobias", "post_nobias", "dec"])
 @pytest.mark.parametrize("mode", MODES)
 def test_transformer_equals_lxt(x64, net, mode):
     arrays = load("lrp_transformer")
-    fun = transformer(arrays, net)
-    p, x = under(arrays, f"{net}/state/"), jnp.asarray(arrays[f"{net}/x"], jnp.float64)
-    logits = fun(p, x)
+    logits, _, relevance = explained(net, mode)
     # LXT computes the decoder's RMSNorm in float32, and divides by x + 1e-10 in an identity.
     tolerance = 1e-6 if net == "dec" else 1e-8
     close(logits, arrays[f"{net}/logits"], tolerance)
-    seed = jax.nn.one_hot(arrays[f"{net}/target"], logits.shape[-1]) * logits
-    relevance = jax.jit(jaxrel.lrp(fun, MODES[mode], argnums=1))(p, x, seed=seed)
     close(relevance, arrays[f"{net}/rel/{mode}"], tolerance)
 
 
 @pytest.mark.parametrize("net", ["pre_nobias", "post_nobias", "dec"])
 def test_cp_lrp_conserves_without_biases(x64, net):
-    arrays = load("lrp_transformer")
-    fun = transformer(arrays, net)
-    p, x = under(arrays, f"{net}/state/"), jnp.asarray(arrays[f"{net}/x"], jnp.float64)
-    logits = fun(p, x)
-    seed = jax.nn.one_hot(arrays[f"{net}/target"], logits.shape[-1]) * logits
-    relevance = jaxrel.lrp(fun, composites.cp_lrp(epsilon=0.0), argnums=1)(p, x, seed=seed)
+    _, seed, relevance = explained(net, "cplrp")
     # GELU's identity rule and the constant norms lose nothing: float64 rounding.
     np.testing.assert_allclose(relevance.sum((1, 2)), seed.sum(1), rtol=1e-12)
 

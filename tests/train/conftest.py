@@ -1,11 +1,15 @@
 """Data sets and captioners on disk, which many tests of training begin with."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from jax import numpy as jnp
+from jax.sharding import Mesh
 
+from jaxrel.train.loop import train as trainer
 from jaxrel.train.recipes import captioner_shapes
 from jaxrel.train.recipes.captioner_shapes import AoAShapes, GridTDShapes
 from tests.train.folders import (
@@ -19,6 +23,15 @@ from tests.train.folders import (
     write_image,
     write_json,
 )
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Train on one device; the recipes of real data share their batches among several."""
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "fit", functools.partial(trainer.fit, mesh=mesh))
+        yield
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from jaxrel.train.recipes.captioner import (
 from jaxrel.train.recipes.captioner_shapes import AoAShapes, GridTDShapes
 from jaxrel.train.recipes.registry import RECIPES, find_recipe, is_real
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SMALL = {
     "scenes": 32,
     "steps": 4,

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax import numpy as jnp
 
 from jaxrel import cli
 from jaxrel.models import Processor, word_tokenizer
 from jaxrel.models.captioner import Captioner
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.data.shapes.examples import CAPTIONS, caption_texts
+from jaxrel.train.loop import fit as training
 from jaxrel.train.loop import train as trainer
 from jaxrel.train.loop.optimiser import warmup_cosine
 from jaxrel.train.recipes import finetune
@@ -94,13 +94,21 @@ def stuck(settings, out):
 
 
 def diverge(monkeypatch):
-    """Let the learning rate get out of hand after the checkpoint of step 2."""
-    usual = trainer.warmup_cosine
-    monkeypatch.setattr(
-        trainer,
-        "warmup_cosine",
-        lambda *args: lambda n: jnp.where(n < 2, usual(*args)(n), 3e38),
-    )
+    """Let the parameters get out of hand after the checkpoint of step 2, in the same program."""
+    compiled = training._compiled_step
+
+    def wild(*args):
+        step = compiled(*args)
+
+        def run(params, state, batch, key, number):
+            if number > 2:
+                infinite = lambda x: jax.device_put(np.full(x.shape, np.inf, x.dtype), x.sharding)
+                params = jax.tree.map(infinite, params)
+            return step(params, state, batch, key, number)
+
+        return run
+
+    monkeypatch.setattr(training, "_compiled_step", wild)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -45,7 +45,7 @@ SMALL = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def stage1(tmp_path_factory):
     config = CLIPConfig(
         vision=VisionConfig(8, 1, 2, 8, image_size=16, patch_size=8),
