@@ -463,7 +463,7 @@ def test_rows_are_shared_where_a_mesh_is_set():
 # What makes a small model, how it is explained, and the text.
 EXPLAINED = {
     "clip": (small_clip, "weighted", "a red circle"),
-    "vqa": (lambda: random_mapper("vqa", layers=1), "weighted", "what is a red circle"),
+    "vqa": (lambda: random_mapper("vqa", layers=2), "weighted", "what is a red circle"),
     "gridtd": (lambda: captioner("gridtd"), "lrp", "a red circle"),
 }
 
