@@ -41,10 +41,10 @@ def programs():
     jax.monitoring.clear_event_listeners()
 
 
-def one_by_one(model, seen, texts, target=(), **options):
+def one_by_one(model, seen, texts, target=(), size=1, **options):
     targets = target or [None] * len(seen)
     parts = [
-        jaxrel.explain(model, image=a, text=b, target=c, batch_size=1, **options)
+        jaxrel.explain(model, image=a, text=b, target=c, batch_size=size, **options)
         for a, b, c in zip(seen, texts, targets, strict=True)
     ]
     return [list(part) for part in zip(*parts, strict=True)]
@@ -111,7 +111,8 @@ def test_rows_of_mappers(task):
     (together,) = jaxrel.explain(
         model, image=seen, text=asked, target=target or None, batch_size=2, **options
     )
-    (alone,) = one_by_one(model, seen, asked, target, **options)
+    # Each fills a batch of the same size.
+    (alone,) = one_by_one(model, seen, asked, target, size=2, **options)
     assert together.target == sum((one.target for one in alone), ())
     assert_alike(
         together,

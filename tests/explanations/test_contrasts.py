@@ -76,7 +76,7 @@ def test_answers(scene):
     logits = np.asarray(FORWARD(vqa, inputs))[0].astype(float)
     answers = list(vqa.config.answers)
     two, blue = answers.index("two"), answers.index("blue")
-    one = jaxrel.explain(vqa, against="blue", method="weighted", **options)
+    one = jaxrel.explain(vqa, against="blue", method="raw", **options)
     np.testing.assert_allclose(one.score, logits[two] - logits[blue], rtol=1e-5)
     rest = jaxrel.explain(vqa, against="*", method="lrp", **options)
     others = np.delete(logits, two)
