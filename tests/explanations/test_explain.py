@@ -117,10 +117,9 @@ def test_a_model_of_ones_own_is_shown_the_way():
 def test_an_image_is_needed(model, scene):
     with pytest.raises(ValueError, match="no image: pass image="):
         jaxrel.explain(model, text="a red circle")
-    named = jaxrel.explain(model, image=scene, text="a red circle")
-    np.testing.assert_array_equal(
-        jaxrel.explain(model, scene, text="a red circle").image, named.image
-    )
+    options = {"text": "a red circle", "method": "raw"}
+    named = jaxrel.explain(model, image=scene, **options)
+    np.testing.assert_array_equal(jaxrel.explain(model, scene, **options).image, named.image)
 
 
 def test_unknown_words_keep_their_spelling(model, scene):

@@ -179,7 +179,7 @@ def test_a_file_that_is_no_detector(content, text, tmp_path):
 
 @pytest.fixture(scope="module")
 def lights(quick_compile):
-    return judge_lights(batch=8)
+    return judge_lights(batch=10)
 
 
 def test_what_an_evaluation_chose_is_kept(lights):
