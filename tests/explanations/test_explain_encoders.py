@@ -40,8 +40,8 @@ def by_method(model, scene, texts, **options):
 
 
 @pytest.fixture(scope="module")
-def of_one_text(model, scene):
-    return by_method(model, scene, TEXTS[0])
+def of_each_text(model, scene):
+    return [by_method(model, scene, text) for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +118,15 @@ def test_legrad_is_each_layers_own_gradient(model, inputs, stream):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_explanations(model, scene, of_all_texts, method):
+def test_explanations(of_all_texts, of_each_text, method):
     one, small = (found[method] for found in of_all_texts)
     assert not one.signed
     assert (one.image >= 0).all()
     assert one.image.any()
     assert one.text.any()
     np.testing.assert_allclose(small.image, one.image, **CLOSE)
-    for i, text in enumerate(TEXTS):
-        alone = jaxrel.explain(model, image=scene, text=text, method=method)
+    for i, found in enumerate(of_each_text):
+        alone = found[method]
         np.testing.assert_allclose(alone.image[0], one.image[i], **CLOSE)
         np.testing.assert_allclose(alone.text[0], one.text[i], **CLOSE)
     layers = {"grad_eclip": 2}.get(method, 6)  # the last of each tower, or all
@@ -134,15 +134,15 @@ def test_explanations(model, scene, of_all_texts, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_choice_of_layers_and_heads(of_one_text, of_a_choice, method):
-    every = of_one_text[method]
+def test_a_choice_of_layers_and_heads(of_each_text, of_a_choice, method):
+    every = of_each_text[0][method]
     last, heads = (found[method] for found in of_a_choice)
     assert np.array_equal(every.image, last.image) == (method == "grad_eclip")
     assert not np.allclose(every.image, heads.image)
 
 
-def test_the_object_is_found(of_one_text):
-    for one in of_one_text.values():
+def test_the_object_is_found(of_each_text):
+    for one in of_each_text[0].values():
         row, _ = np.unravel_index(one.image[0].argmax(), one.image[0].shape)
         assert row in (4, 5), one.method  # the circle lies there, of 8 rows
 
