@@ -119,17 +119,18 @@ def test_all_methods_side_by_side_as_json(run, scene):
 
 def test_many_images_and_one_text_or_one_each(run, tmp_path):
     images = [make_image(tmp_path / f"{i}.jpg", seed=i) for i in range(3)]
-    status, printed, _ = run(*images, "--text", "a circle")
+    of_attention = ("--method", "raw")
+    status, printed, _ = run(*images, "--text", "a circle", *of_attention)
     assert (status, printed.count("a circle: score")) == (0, 3)
     texts = [part for word in ("red", "blue", "square") for part in ("--text", f"a {word}")]
-    status, printed, _ = run(*images, *texts)
+    status, printed, _ = run(*images, *texts, *of_attention)
     assert status == 0
     assert [line.split(": score")[0].split(", ")[1] for line in printed.splitlines()[:3]] == [
         "a red",
         "a blue",
         "a square",
     ]
-    status, printed, _ = run(images[0], *texts)
+    status, printed, _ = run(images[0], *texts, *of_attention)
     assert (status, printed.count("score")) == (0, 3)
 
 
