@@ -64,6 +64,15 @@ def pytest_report_header():
     return f"jax {jax.__version__} on {jax.default_backend()}; types are {checked}"
 
 
+def pytest_collection_finish():
+    """Take what was imported and collected, which lives on, out of what is searched for garbage.
+
+    Each file ends with such a search, see `_forget_programs`.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item):
     """Skip what needs more devices than there are: `@pytest.mark.devices(8)`."""
     needed = max((mark.args[0] for mark in item.iter_markers("devices")), default=1)

@@ -2,16 +2,18 @@
 
 import pytest
 
+from jaxrel.models import CLIP
 from tests.zoo.clips import small_clip
 
 
 @pytest.fixture(scope="module")
-def model():
-    return small_clip()
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    small_clip().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def saved(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "small"
-    model.save_pretrained(folder)
-    return folder
+def model(saved):
+    """As the commands load it: a program that was traced for one is that of the other."""
+    return CLIP.from_pretrained(saved)

@@ -57,7 +57,8 @@ def test_a_folder_of_images(results, images, model):
     bad = frame[frame.id == "3.png"]
     assert "is not an image that can be read" in bad.error.item()
     seen = [Image.open(images / f"{i}.png") for i in (0, 1, 2, 4, 5, 6)]
-    wanted = jaxrel.explain(model, image=seen, text="a red circle", method=["equal", "rollout"])
+    asked = {"text": "a red circle", "method": ["equal", "rollout"], "batch_size": 2}
+    wanted = jaxrel.explain(model, image=seen, **asked)
     for one in wanted:
         rows = frame[frame.method == one.method]
         np.testing.assert_allclose(rows.score, one.score, rtol=1e-5)
@@ -74,7 +75,7 @@ def test_a_folder_of_images(results, images, model):
 
 def test_it_goes_on_and_refuses_another_job(results, run, images, saved):
     command = ("batch", images, "--text", "a red circle", "--model", saved, "--out", results)
-    same = ("--method", "equal,rollout", "--shard-rows", 4)
+    same = ("--method", "equal,rollout", "--shard-rows", 4, "--batch-size", 2)
     (results / "part-00001.parquet").unlink()
     assert run(*command, *same)[0] == 0
     assert len(pandas.read_parquet(results)) == 13

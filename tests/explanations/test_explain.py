@@ -30,16 +30,24 @@ def by_hand(model, scene, text, rules):
     return [np.asarray(found[tag].sum(-1)) for tag in TAGS]
 
 
-@pytest.mark.parametrize(
-    ("method", "rules"),
-    [
-        ("lrp", composites.attn_lrp()),
-        ("cp_lrp", composites.cp_lrp()),
-        ("input_x_gradient", jaxrel.rules.Gradient()),
-    ],
-)
-def test_explanation_by_rules(model, scene, method, rules):
-    one = jaxrel.explain(model, image=scene, text="a red circle", method=method)
+RULES = {
+    "lrp": composites.attn_lrp(),
+    "cp_lrp": composites.cp_lrp(),
+    "input_x_gradient": jaxrel.rules.Gradient(),
+}
+
+
+@pytest.fixture(scope="module")
+def explained(model, scene):
+    """By rules and by attention, in one program."""
+    methods = (*RULES, "weighted")
+    found = jaxrel.explain(model, image=scene, text="a red circle", method=methods)
+    return dict(zip(methods, found, strict=True))
+
+
+@pytest.mark.parametrize(("method", "rules"), RULES.items())
+def test_explanation_by_rules(model, scene, explained, method, rules):
+    one = explained[method]
     image, text = by_hand(model, scene, "a red circle", rules)
     assert one.signed
     # float32: the report's measures are fused into the same program.
@@ -55,8 +63,8 @@ def test_explanation_by_rules(model, scene, method, rules):
     assert one.settings == "summed over the features of each token"
 
 
-def test_lrp_finds_the_object(model, scene):
-    maps = jaxrel.explain(model, image=scene, text="a red circle", method=("lrp", "weighted"))
+def test_lrp_finds_the_object(model, explained):
+    maps = [explained["lrp"], explained["weighted"]]
     layers = model.config.vision.layers + model.config.text.layers
     assert maps[1].report["coverage"] == {
         "of": "layers of attention",
@@ -109,15 +117,14 @@ def test_a_model_of_ones_own_is_shown_the_way():
 def test_an_image_is_needed(model, scene):
     with pytest.raises(ValueError, match="no image: pass image="):
         jaxrel.explain(model, text="a red circle")
-    named = jaxrel.explain(model, image=scene, text="a red circle")
-    np.testing.assert_array_equal(
-        jaxrel.explain(model, scene, text="a red circle").image, named.image
-    )
+    options = {"text": "a red circle", "method": "raw"}
+    named = jaxrel.explain(model, image=scene, **options)
+    np.testing.assert_array_equal(jaxrel.explain(model, scene, **options).image, named.image)
 
 
 def test_unknown_words_keep_their_spelling(model, scene):
     texts = ["a red astronaut", "a blue penguin"]
     with pytest.warns(UserWarning, match="does not know 'penguin', 'astronaut'"):
-        one = jaxrel.explain(model, image=scene, text=texts, target=[1, 0])
+        one = jaxrel.explain(model, image=scene, text=texts, target=[1, 0], method="raw")
     assert one.target == ("a blue penguin (unknown)", "a red astronaut (unknown)")
     assert [word for word, _ in one.words(0)] == ["a", "blue", "penguin (unknown)"]

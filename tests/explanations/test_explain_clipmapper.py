@@ -100,8 +100,9 @@ def test_what_explain_refuses():
         jaxrel.explain(model, image=image, text="what is red", target="purple")
 
 
-def test_explain_whole_captions(caption):
+def test_explain_whole_captions():
     """The mean of the words' logits, and of what is linear in them."""
+    caption = random_mapper("caption", layers=1)
     images = random_images()
     words = jaxrel.explain(caption, image=images, text=TEXTS, method=["raw", "lrp"])
     whole = jaxrel.explain(

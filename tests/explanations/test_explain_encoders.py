@@ -13,6 +13,7 @@ from jaxrel.explanations.explain import token_relevance
 from jaxrel.models import CLIP
 
 METHODS = (*ENCODER_METHODS, "token_tm")
+TEXTS = ("a red circle", "a small blue square", "a ring")
 # float32, and a program that is fused otherwise.
 CLOSE = {"rtol": 2e-4, "atol": 2e-7}
 
@@ -29,8 +30,31 @@ def scene():
 
 @pytest.fixture(scope="module")
 def inputs(model, scene):
-    texts = ["a red circle", "a small blue square"]
-    return model.pairs(model.prepare(image=scene, text=texts))
+    return model.pairs(model.prepare(image=scene, text=list(TEXTS[:2])))
+
+
+def by_method(model, scene, texts, **options):
+    """The explanations by each method, of one program."""
+    found = jaxrel.explain(model, image=scene, text=texts, method=METHODS, **options)
+    return dict(zip(METHODS, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def of_each_text(model, scene):
+    return [by_method(model, scene, text) for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def of_all_texts(model, scene):
+    """In one batch, and in two."""
+    return [by_method(model, scene, list(TEXTS), batch_size=size) for size in (None, 2)]
+
+
+@pytest.fixture(scope="module")
+def of_a_choice(model, scene):
+    """By the last layers, and by some heads."""
+    choices = {"layers": [-1]}, {"heads": [0, 2]}
+    return [by_method(model, scene, TEXTS[0], **choice) for choice in choices]
 
 
 def explained(model, inputs, method):
@@ -50,8 +74,8 @@ def test_legrad_is_each_layers_own_gradient(model, inputs, stream):
     tower = getattr(model, stream)
     of_image, of_text = model.encode_image(inputs["image"]), model.encode_text(inputs["text"])
     end = np.asarray(model.target_tokens(inputs)["text"])
-    x = jaxrel.capture(lambda inputs: model.score(inputs), f"{stream}/before")(inputs)[1]
-    x = x[f"{stream}/before"][0]
+    capture = jaxrel.capture(lambda model, inputs: model.score(inputs), f"{stream}/before")
+    x = jax.jit(capture)(model, inputs)[1][f"{stream}/before"][0]
     if stream == "vision":
         norm, other = tower.post_norm, of_text
         weights = np.full((2, 1, x.shape[1]), 1 / x.shape[1])
@@ -60,20 +84,21 @@ def test_legrad_is_each_layers_own_gradient(model, inputs, stream):
         words = np.arange(x.shape[1]) <= end[:, None]
         weights = (words / words.sum(-1, keepdims=True))[:, None]
     mask = None if stream == "vision" else np.tril(np.ones((x.shape[1],) * 2, bool))
-    grads = []
-    for block in blocks(tower):
+
+    @jax.jit
+    def of_layer(block, x):
+        """The gradient of the layer's own score by its map, and what the layer returns."""
         attention = block.attention
         normed = block.norm1(x)
-        by_head = lambda y, heads=attention.heads: y.reshape(*y.shape[:2], heads, -1)
+        by_head = lambda y: y.reshape(*y.shape[:2], attention.heads, -1)
         q, k, v = (
             by_head(linear(normed)) for linear in (attention.query, attention.key, attention.value)
         )
-        scores = np.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
         if mask is not None:
-            scores = np.where(mask, scores, -np.inf)
-        attn = np.asarray(jax.nn.softmax(scores, axis=-1))
+            scores = jnp.where(mask, scores, -np.inf)
 
-        def score(attn, x=x, v=v, block=block):
+        def score(attn):
             mixed = jnp.einsum("bhqk,bkhd->bqhd", attn, v).reshape(x.shape)
             y = x + block.attention.out(mixed)
             hidden = block.expand(block.norm2(y))
@@ -82,24 +107,26 @@ def test_legrad_is_each_layers_own_gradient(model, inputs, stream):
             embedded = embedded / jnp.linalg.norm(embedded, axis=-1, keepdims=True)
             return jnp.exp(model.logit_scale[...]) * (embedded * other).sum(), y
 
-        grad, x = jax.grad(score, has_aux=True)(attn)
+        return jax.grad(score, has_aux=True)(jax.nn.softmax(scores, axis=-1))
+
+    grads = []
+    for block in blocks(tower):
+        grad, x = of_layer(block, x)
         grads.append(np.asarray(grad))
     want = np.maximum(np.stack(grads), 0).mean(axis=(0, 2, 3))
     np.testing.assert_allclose(explained(model, inputs, "legrad")[stream], want, **CLOSE)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_explanations(model, scene, method):
-    texts = ["a red circle", "a small blue square", "a ring"]
-    one = jaxrel.explain(model, image=scene, text=texts, method=method)
+def test_explanations(of_all_texts, of_each_text, method):
+    one, small = (found[method] for found in of_all_texts)
     assert not one.signed
     assert (one.image >= 0).all()
     assert one.image.any()
     assert one.text.any()
-    small = jaxrel.explain(model, image=scene, text=texts, method=method, batch_size=2)
     np.testing.assert_allclose(small.image, one.image, **CLOSE)
-    for i, text in enumerate(texts):
-        alone = jaxrel.explain(model, image=scene, text=text, method=method)
+    for i, found in enumerate(of_each_text):
+        alone = found[method]
         np.testing.assert_allclose(alone.image[0], one.image[i], **CLOSE)
         np.testing.assert_allclose(alone.text[0], one.text[i], **CLOSE)
     layers = {"grad_eclip": 2}.get(method, 6)  # the last of each tower, or all
@@ -107,17 +134,15 @@ def test_explanations(model, scene, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_choice_of_layers_and_heads(model, scene, method):
-    options = {"image": scene, "text": "a red circle", "method": method}
-    every = jaxrel.explain(model, **options)
-    last = jaxrel.explain(model, **options, layers=[-1])
+def test_a_choice_of_layers_and_heads(of_each_text, of_a_choice, method):
+    every = of_each_text[0][method]
+    last, heads = (found[method] for found in of_a_choice)
     assert np.array_equal(every.image, last.image) == (method == "grad_eclip")
-    heads = jaxrel.explain(model, **options, heads=[0, 2])
     assert not np.allclose(every.image, heads.image)
 
 
-def test_the_object_is_found(model, scene):
-    for one in jaxrel.explain(model, image=scene, text="a red circle", method=METHODS):
+def test_the_object_is_found(of_each_text):
+    for one in of_each_text[0].values():
         row, _ = np.unravel_index(one.image[0].argmax(), one.image[0].shape)
         assert row in (4, 5), one.method  # the circle lies there, of 8 rows
 

@@ -179,7 +179,7 @@ def test_a_file_that_is_no_detector(content, text, tmp_path):
 
 @pytest.fixture(scope="module")
 def lights(quick_compile):
-    return judge_lights(batch=8)
+    return judge_lights(batch=10)
 
 
 def test_what_an_evaluation_chose_is_kept(lights):
@@ -243,8 +243,13 @@ def judged_model(threshold, method="lrp", **changes):
 
 def test_explain_judges_the_words():
     model, low = judged_model(0.0)
-    ask = functools.partial(jaxrel.explain, model, image=random_images(), text=TEXTS)
-    without, sure, unsure = ask(), ask(detector=low), ask(detector=judged_model(1e9)[1])
+
+    def ask(**options):
+        asked = {"image": random_images(), "text": TEXTS, "method": ["attention", "lrp"]}
+        return jaxrel.explain(model, **asked, **options)
+
+    methods = ask(detector=low)
+    (_, without), (_, sure), (_, unsure) = ask(), methods, ask(detector=judged_model(1e9)[1])
     assert without.flags == ()
     np.testing.assert_array_equal(sure.image, without.image)
     words = ["a", "small", "red", "circle", "above", "a", "blue", "square"]
@@ -256,7 +261,6 @@ def test_explain_judges_the_words():
     # A map in pixels is judged as it is; float32 sums in another order.
     value = sure.flags[3].value
     assert value == pytest.approx(np.abs(without.image[3]).mean(), rel=1e-5)
-    methods = ask(detector=low, method=["attention", "lrp"])
     assert [bool(one.flags) for one in methods] == [False, True]
 
 
@@ -267,11 +271,11 @@ def test_the_statistics_are_those_of_the_evaluation():
     keys = jax.random.split(jax.random.key(0), 1)
     methods = ("lrp", "attention", "grad_cam")
     maps, _ = explained_words.relevance_of_words(model, inputs, positions, keys, methods)
-    for name, of_name in zip(methods, maps[:, 0, 0], strict=True):
-        statistics = map_statistics(of_name, quantiles=QUICK.quantiles)
-        for statistic in ("mean", "max", "quantile 0.9"):
-            one = made({name: criterion(statistic)})
-            found = jaxrel.explain(model, **asked, method=name, detector=one)
+    for statistic in ("mean", "max", "quantile 0.9"):
+        one = made({name: criterion(statistic) for name in methods})
+        explained = jaxrel.explain(model, **asked, method=methods, detector=one)
+        for found, of_name in zip(explained, maps[:, 0, 0], strict=True):
+            statistics = map_statistics(of_name, quantiles=QUICK.quantiles)
             # float32 in a program of another size.
             expected = pytest.approx(float(statistics[statistic]), rel=1e-4, abs=1e-6)
             assert found.flags[3].value == expected

@@ -1,11 +1,13 @@
 """CLIP with a ResNet: as OpenAI published it, read from OpenCLIP, explained in pixels."""
 
+import copy
 import json
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from jax import numpy as jnp
 from PIL import Image
 
 import jaxrel
@@ -15,6 +17,7 @@ from tests.models.published import RESNET, write_clip_resnet
 
 # Float32 against float64, through 24 convolutions on values of order 1 to 10.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+SCORE = jax.jit(lambda model, inputs: model.score(inputs))
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +26,16 @@ def published(tmp_path_factory):
     return folder, write_clip_resnet(folder)
 
 
-@pytest.fixture(scope="module")
-def model(published):
-    model = CLIP.from_pretrained(published[0])
+def loaded(folder):
+    model = CLIP.from_pretrained(folder)
     # These weights end texts at the highest id, and the tokenizer of the tests with another.
     model.config = replace(model.config, text=replace(model.config.text, eos_token_id=3))
     return model
+
+
+@pytest.fixture(scope="module")
+def model(published):
+    return loaded(published[0])
 
 
 # ---- The tower, naively
@@ -108,23 +115,39 @@ def test_it_is_loaded_by_any_name(published):
         assert type(load(published[0])) is CLIPResNet
 
 
-def test_explain(model):
+@jax.jit
+def by_hand(model, inputs):
+    """Score, Grad-CAM and input x gradient."""
+
+    def score(image):
+        return model.score({**inputs, "image": image})
+
+    image = inputs["image"]
+    value, pullback = jax.vjp(score, image)
+    grid = jaxrel.gradients.grad_cam(score, "vision/features")(image)
+    (gradient,) = pullback(jnp.ones_like(value))
+    return value, grid, (gradient * image).sum(-1)
+
+
+def test_explain(tmp_path):
+    config = copy.deepcopy(RESNET)
+    config["model_cfg"]["vision_cfg"]["layers"] = [1, 1, 3, 1]
+    write_clip_resnet(tmp_path / "model", config)
+    model = loaded(tmp_path / "model")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
-    methods = ("grad_cam", "lrp", "cp_lrp", "input_x_gradient")
-    found = jaxrel.explain(model, image=image, text=["a red circle", "blue"], method=methods)
-    inputs = model.pairs(model.prepare(image=image, text=["a red circle", "blue"]))
+    asked = {"image": image, "text": ["a red circle", "blue"]}
+    methods = ("lrp", "cp_lrp", "input_x_gradient")
+    found = [jaxrel.explain(model, **asked), *jaxrel.explain(model, **asked, method=methods)]
+    assert found[0].method == "grad_cam"
+    inputs = model.pairs(model.prepare(**asked))
+    score, grid, expected = by_hand(model, {name: inputs[name] for name in ("image", "text")})
     for explanation in found:
         assert explanation.image.shape == (2, 64, 64)  # in pixels
         assert [word for word, _ in explanation.words(0)] == ["a", "red", "circle"]
-        np.testing.assert_allclose(explanation.score, model.score(inputs), rtol=1e-5)
-    score = lambda x: model.score({**inputs, "image": x})
-    grid = np.asarray(jaxrel.gradients.grad_cam(score, "vision/features")(inputs["image"]))
+        np.testing.assert_allclose(explanation.score, score, rtol=1e-5)
     resized = jax.image.resize(grid, (2, 64, 64), "bilinear")
     np.testing.assert_allclose(found[0].image, resized, **TOLERANCE)  # fused differently
-    gradient = jax.grad(lambda x: score(x).sum())(inputs["image"])
-    expected = (gradient * inputs["image"]).sum(-1)
     np.testing.assert_allclose(found[3].image, expected, **TOLERANCE)
-    assert jaxrel.explain(model, image=image, text="blue").method == "grad_cam"
 
 
 def test_methods_of_attention_are_refused(model):
@@ -140,7 +163,7 @@ def test_methods_of_attention_are_refused(model):
 def test_another_image_size(published):
     model = CLIP.from_pretrained(published[0], image_size=(64, 96))
     assert model.vision.position_embedding.shape == (1 + 6, 128)
-    assert np.isfinite(model.score(random_inputs((64, 96)))).all()
+    assert np.isfinite(SCORE(model, random_inputs((64, 96)))).all()
 
 
 def test_it_cannot_be_saved(model, tmp_path):

@@ -21,6 +21,8 @@ from tests.models.published import SIGLIP, write_siglip
 # Float32 against float64, through three layers on values of order 1 to 10.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 METHODS = attention.METHODS
+FORWARD = jax.jit(lambda model, inputs: model(inputs, return_attention=True))
+SCORE = jax.jit(lambda model, inputs: model.score(inputs))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def naive_embeddings(tensors, inputs):
 def test_embeddings_logits_and_probabilities(published, model):
     inputs = random_inputs()
     image, text, pooling = naive_embeddings(published[1], inputs)
-    output, maps = jax.jit(lambda m, x: m(x, return_attention=True))(model, inputs)
+    output, maps = FORWARD(model, inputs)
     np.testing.assert_allclose(output["image_embeds"], image, **TOLERANCE)
     np.testing.assert_allclose(output["text_embeds"], text, **TOLERANCE)
     np.testing.assert_allclose(maps["vision/pooling"], pooling, **TOLERANCE)
@@ -73,24 +75,27 @@ def test_embeddings_logits_and_probabilities(published, model):
     scale, bias = (published[1][f"logit_{name}"][0] for name in ("scale", "bias"))
     logits = np.exp(scale) * image @ text.T + bias
     np.testing.assert_allclose(output["logits_per_image"], logits, **TOLERANCE)
-    np.testing.assert_allclose(model.score(inputs), np.diag(logits), **TOLERANCE)
-    np.testing.assert_allclose(model.predict(inputs), 1 / (1 + np.exp(-logits)), **TOLERANCE)
+    np.testing.assert_allclose(SCORE(model, inputs), np.diag(logits), **TOLERANCE)
+    probabilities = jax.jit(lambda model, inputs: model.predict(inputs))(model, inputs)
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits)), **TOLERANCE)
 
 
 def test_a_text_sees_what_comes_after(model):
     inputs = random_inputs()
     later = {**inputs, "text": inputs["text"].copy()}
     later["text"][:, 6] = (later["text"][:, 6] + 1) % 12
-    maps = [model(x, return_attention=True)[1]["text"] for x in (inputs, later)]
+    maps = [FORWARD(model, x)[1]["text"] for x in (inputs, later)]
     assert not np.allclose(maps[0][1][:, :, 0], maps[1][1][:, :, 0])
 
 
 # ---- Explanations
 
+TAPS = jax.jit(jaxrel.capture_with_grad(lambda m, x: m.score(x), ("vision", "vision/pooling")))
+
 
 def by_hand(model, inputs, method):
     """Relevance of patches: maps and gradients of the encoder accumulated, then the pooling."""
-    _, tags, grads = jaxrel.capture_with_grad(model.score, ("vision", "vision/pooling"))(inputs)
+    _, tags, grads = TAPS(model, {name: inputs[name] for name in ("image", "text")})
     maps, grad = (np.asarray(x["vision"], np.float64) for x in (tags, grads))
     pooling, of_pooling = (np.asarray(x["vision/pooling"], np.float64) for x in (tags, grads))
     rows = []
@@ -125,45 +130,59 @@ def relevance(model, inputs, method, form="auto", **options):
     return jax.jit(explain)(model, inputs)
 
 
+@pytest.fixture(scope="module")
+def stacked(model):
+    methods = ("equal", "weighted", "no_aggregation", "rollout", "raw", "grad_cam")
+    return relevance(model, random_inputs(), methods)
+
+
 @pytest.mark.parametrize("method", ["equal", "no_aggregation", "rollout"])
-def test_relevance_is_read_through_the_pooling(model, method):
-    inputs = random_inputs()
-    found = relevance(model, inputs, (method,))[method]["vision"]
-    np.testing.assert_allclose(found, by_hand(model, inputs, method), **TOLERANCE)
+def test_relevance_is_read_through_the_pooling(model, stacked, method):
+    expected = by_hand(model, random_inputs(), method)
+    np.testing.assert_allclose(stacked[method]["vision"], expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("method", ["equal", "weighted"])
-def test_streamed_and_stacked_agree(model, method):
-    inputs = random_inputs()
-    forms = [relevance(model, inputs, method, form) for form in ("streaming", "stacked")]
+def test_streamed_and_stacked_agree(model, stacked, method):
+    streamed = relevance(model, random_inputs(), method, "streaming")
     for name in ("vision", "text"):
-        np.testing.assert_allclose(forms[0][name], forms[1][name], **TOLERANCE)
+        np.testing.assert_allclose(streamed[name], stacked[method][name], **TOLERANCE)
 
 
-def test_methods_of_the_last_layer_read_the_pooling(model):
+def test_methods_of_the_last_layer_read_the_pooling(model, stacked):
     inputs = random_inputs()
-    pooling = np.asarray(model(inputs, return_attention=True)[1]["vision/pooling"])
-    found = relevance(model, inputs, ("raw", "grad_cam"))
-    np.testing.assert_allclose(found["raw"]["vision"], pooling.mean(1)[:, 0], **TOLERANCE)
+    pooling, maps = (
+        np.asarray(FORWARD(model, inputs)[1][name]) for name in ("vision/pooling", "vision")
+    )
+    np.testing.assert_allclose(stacked["raw"]["vision"], pooling.mean(1)[:, 0], **TOLERANCE)
     last = relevance(model, inputs, ("raw",), layers=[-1])["raw"]["vision"]
-    maps = np.asarray(model(inputs, return_attention=True)[1]["vision"][-1]).mean(1)
+    maps = maps[-1].mean(1)
     expected = np.einsum("bk,bkj->bj", pooling.mean(1)[:, 0], maps)
     np.testing.assert_allclose(last, expected, **TOLERANCE)
 
 
-def test_explain_has_all_methods(model):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+PIXELS = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), np.uint8)
+ASKED = {"image": list(PIXELS), "text": ["A red CIRCLE", "blue"]}
+
+
+@pytest.fixture(scope="module")
+def by_method(model):
+    """The explanations of two pairs by all methods."""
     methods = (*METHODS, "lrp", "cp_lrp", "input_x_gradient")
-    found = jaxrel.explain(model, image=image, text=["A red CIRCLE", "blue"], method=methods)
-    for explanation in found:
+    found = jaxrel.explain(model, **ASKED, method=methods)
+    return dict(zip(methods, found, strict=True))
+
+
+def test_explain_has_all_methods(model, by_method):
+    for explanation in by_method.values():
         assert explanation.image.shape == (2, 2, 2)
         assert [word for word, _ in explanation.words(0)] == ["a", "red", "circle"]
         assert explanation.pixels[0].shape == (20, 30, 3)  # all of it, resized
-    by_method = dict(zip(methods, found, strict=True))
-    inputs = model.pairs(model.prepare(image=image, text=["a red circle", "blue"]))
+    inputs = model.pairs(model.prepare(image=ASKED["image"], text=["a red circle", "blue"]))
     expected = by_hand(model, inputs, "equal").reshape(2, 2, 2)
     np.testing.assert_allclose(by_method["equal"].image, expected, **TOLERANCE)
-    coverage = {one.method: one.report["coverage"] for one in found}
+    coverage = {name: one.report["coverage"] for name, one in by_method.items()}
+    assert all(one.method == name for name, one in by_method.items())
     # Two layers and the pooling of the image, three layers of the text.
     assert (coverage["equal"]["followed"], coverage["equal"]["layers"]) == (6, 6)
     assert (coverage["raw"]["followed"], coverage["raw"]["layers"]) == (2, 6)
@@ -224,7 +243,7 @@ def test_another_image_size(published, folder):
         model = SigLIP.from_pretrained(folder, image_size=size)
         assert model.layout["vision"].grid == grid
         image = Image.new("RGB", (40, 50), (9, 200, 40))
-        explanation = jaxrel.explain(model, image=image, text="red", method="equal")
+        explanation = jaxrel.explain(model, image=image, text="red", method="raw")
         assert explanation.image.shape == (1, *grid)
 
 
@@ -270,24 +289,22 @@ def test_remat_and_bfloat16(published, model):
     inputs = random_inputs()
     again = SigLIP.from_pretrained(published[0])
     again.config = replace(again.config, remat=True)
-    np.testing.assert_allclose(again.score(inputs), model.score(inputs), **TOLERANCE)
+    np.testing.assert_allclose(SCORE(again, inputs), SCORE(model, inputs), **TOLERANCE)
     half = SigLIP.from_pretrained(published[0], dtype="bfloat16")
-    score = half.score(inputs)
+    score = SCORE(half, inputs)
     assert score.dtype == jnp.float32
     # bfloat16 has 8 bits: 0.4% per operation, on cosines times exp of the scale.
-    np.testing.assert_allclose(score, model.score(inputs), atol=0.1)
+    np.testing.assert_allclose(score, SCORE(model, inputs), atol=0.1)
 
 
 @pytest.mark.devices(2)
-def test_a_mesh_changes_nothing(model):
+def test_a_mesh_changes_nothing(model, by_method):
     """The probe and the row of relevance that begins at it are sharded as the examples are."""
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), np.uint8)
-    asked = {"image": list(pixels), "text": ["red", "blue"]}
     mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Explicit,))
     for methods in (("weighted",), ("equal", "rollout")):  # streamed, and stacked
-        whole = jaxrel.explain(model, **asked, method=methods)
         with jax.set_mesh(mesh):
-            shared = jaxrel.explain(model, **asked, method=methods)
-        for one, other in zip(whole, shared, strict=True):
+            shared = jaxrel.explain(model, **ASKED, method=methods)
+        for name, other in zip(methods, shared, strict=True):
+            one = by_method[name]
             np.testing.assert_allclose(one.image, other.image, **TOLERANCE)
             np.testing.assert_allclose(one.text, other.text, **TOLERANCE)
