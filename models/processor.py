@@ -22,6 +22,9 @@ from jaxrel.renamed import renamed
 
 __all__ = ["Processor"]
 
+# Where a tokenizer was loaded from, which changes nothing that it does.
+_WHERE = ("name_or_path", "is_local", "local_files_only")
+
 
 @dataclass(frozen=True, eq=False)
 class Processor:
@@ -52,7 +55,9 @@ class Processor:
         """A digest of all that the tokenizer and the image preprocessing do."""
         fields = [type(self.tokenizer).__name__, type(self.images).__name__]
         if self.tokenizer is not None:
-            fields += [self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.init_kwargs)]
+            given = sorted(self.tokenizer.init_kwargs.items())
+            kept = [one for one in given if one[0] not in _WHERE and not one[0].endswith("_file")]
+            fields += [self.tokenizer.backend_tokenizer.to_str(), str(kept)]
         if self.images is not None:
             fields.append(json.dumps(self.images.to_dict(), sort_keys=True, default=str))
         return hashlib.sha256("\0".join(fields).encode()).hexdigest()

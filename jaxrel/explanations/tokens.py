@@ -173,7 +173,8 @@ def token_relevance(
     measure(importance)
     options = _options(model, Request(methods, importance=importance))
     every = np.ones(len(next(iter(inputs.values()))), bool)
-    return _explained(model, inputs, model.target_tokens(inputs), every, {}, **options)[1]
+    rows = shard_rows((inputs, model.target_tokens(inputs), every))
+    return _explained(model, *rows, {}, **options)[1]
 
 
 def _schedule(model: Any) -> tuple[Any, ...]:

@@ -1,12 +1,14 @@
 """The models that ship do what their cards say, on a few held-out scenes."""
 
+import shutil
+
 import jax
 import pytest
 
 import jaxrel
 from jaxrel.metrics import chance, relevance_mass_accuracy
 from jaxrel.metrics.detector import Detector
-from jaxrel.models import Captioner, CLIPMapper, from_pretrained
+from jaxrel.models import Captioner, CLIPMapper, Processor, from_pretrained
 from jaxrel.models.checkpoint import bundled, find_folder
 from jaxrel.train.data.shapes import Shapes
 from jaxrel.train.data.shapes.claims import facts
@@ -97,3 +99,13 @@ def test_a_model_that_is_loaded_again_is_the_same_to_jax(name):
     first, second = (jax.tree.structure(from_pretrained(name)) for _ in range(2))
     assert first == second
     assert hash(first) == hash(second)
+
+
+def test_a_copy_of_a_model_is_the_same_to_jax(tmp_path):
+    """Where its files lie is no part of it; what they say is."""
+    model = from_pretrained("clip-shapes")
+    copy = from_pretrained(shutil.copytree(find_folder("clip-shapes"), tmp_path / "copy"))
+    assert jax.tree.structure(copy) == jax.tree.structure(model)
+    copy.processor.tokenizer.init_kwargs["model_max_length"] += 1
+    other = Processor(copy.processor.tokenizer, copy.processor.images)
+    assert other != model.processor
