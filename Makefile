@@ -27,7 +27,7 @@ endif
 
 help:
 	@echo 'make demo        explain the five sample images; the result is in OUT (out)'
-	@echo 'make test        run the tests'
+	@echo 'make test        run the tests but those that train models (pytest -m recipes)'
 	@echo 'make notebooks   run the notebooks of colab/; the executed copies are in OUT'
 	@echo 'make docs        build the site in OUT/docs, with the notebooks as executed in OUT'
 	@echo 'make bench       measure time and memory on this machine, beside the peers of extra bench'
@@ -43,7 +43,7 @@ demo: $(VENV)/.installed
 	  --text "a red circle" --text "a red star" --method weighted,equal --out $(OUT)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not zoo'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not zoo and not recipes'
 
 # Errors in a cell fail; the executed copies, with their images, go to $(OUT).
 EXECUTE = $(BIN)/jupyter execute --timeout=600 --output='$(abspath $(OUT))/{notebook_name}'

@@ -20,6 +20,8 @@ from jaxrel.train.recipes.captioner_real import AoACoco, AoAFlickr30k, GridTDCoc
 from jaxrel.train.recipes.registry import find_recipe
 from tests.train.folders import Repeated
 
+pytestmark = pytest.mark.recipes
+
 SMALL = {
     "steps": 4,
     "batch": 8,

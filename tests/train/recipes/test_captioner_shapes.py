@@ -29,7 +29,7 @@ from jaxrel.train.recipes.captioner import (
 from jaxrel.train.recipes.captioner_shapes import AoAShapes, GridTDShapes
 from jaxrel.train.recipes.registry import RECIPES, find_recipe, is_real
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.recipes, pytest.mark.usefixtures("one_device")]
 
 SMALL = {
     "scenes": 32,

@@ -11,6 +11,8 @@ from jaxrel.models import CLIP
 from jaxrel.train.recipes import clip_shapes
 from jaxrel.train.recipes.clip_shapes import ClipShapes
 
+pytestmark = pytest.mark.recipes
+
 SMALL = ClipShapes(
     scenes=64,
     steps=6,

@@ -30,6 +30,8 @@ from tests.paths import ROOT
 from tests.zoo.captioners import REGIONS
 from tests.zoo.captioners import captioner as random_captioner
 
+pytestmark = pytest.mark.recipes
+
 SMALL = {
     "scenes": 16,
     "steps": 4,

@@ -27,6 +27,8 @@ from jaxrel.train.recipes.caption_coco import CaptionCoco
 from jaxrel.train.recipes.vqa_v2 import VqaV2
 from tests.train.folders import Repeated
 
+pytestmark = pytest.mark.recipes
+
 WORDS = ("a", "dog", "is", "it", "no", "red", "runs", "what")
 SMALL = {
     "steps": 2,

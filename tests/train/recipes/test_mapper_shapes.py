@@ -22,7 +22,7 @@ from jaxrel.train.recipes.clip_shapes import ClipShapes
 from jaxrel.train.recipes.vqa_shapes import VqaShapes
 from tests.zoo.clipmappers import random_values
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.recipes, pytest.mark.usefixtures("one_device")]
 
 SMALL = {
     "scenes": 32,
