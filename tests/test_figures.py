@@ -60,6 +60,7 @@ def record(name: str) -> dict:
 def quotes():
     """All sentences that quote figures."""
     yield from gpu_quotes()
+    yield from peer_quotes()
     yield from long_inputs_quotes()
     yield from results_quotes()
     yield from flag_quotes()
@@ -82,6 +83,17 @@ def gpu_quotes():
     said = "The other # differ in the last digits of float64. # compare blockwise"
     yield Quote(BENCHMARKS, said, [failed - 1, of_blocks])
     yield Quote("README.md", "where # float64 tests miss their tolerance", [failed - 1])
+
+
+def peer_quotes():
+    for network, method, peer, said in (
+        ("ViT-B/16", "AttnLRP", "LXT", "takes # times as long as a gradient (LXT # times)"),
+        ("VGG16", "gamma", "zennit", "and Gamma of a VGG16 # times (zennit # times)"),
+    ):
+        of_tools = [
+            cells(network, "x own gradient", method, tool=tool)[0] for tool in ("jaxrel", peer)
+        ]
+        yield Quote("README.md", said, of_tools)
 
 
 def long_inputs_quotes():

@@ -51,12 +51,13 @@ def difference(tool: str, results: Mapping[str, Sequence[np.ndarray]]) -> dict[s
 
 
 def apart(tool: str, found: np.ndarray, reference: np.ndarray) -> float:
-    """The greatest difference of two arrays over the greatest value of the second."""
+    """The greatest difference of two arrays over the greatest value of the second, if any."""
     if tool == ours.LOOP:  # which sums over the colours
         reference = reference.sum(-1)
     if found.shape != reference.shape:
         raise ValueError(f"{tool}: shape {found.shape}, where jaxrel has {reference.shape}")
-    return float(np.abs(found - reference).max() / np.abs(reference).max())
+    # Grad-CAM of a network with random weights may be 0 everywhere.
+    return float(np.abs(found - reference).max() / (np.abs(reference).max() or 1))
 
 
 def write(folder: Path, figures: Figures) -> None:
