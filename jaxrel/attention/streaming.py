@@ -23,6 +23,7 @@ from jaxrel.attention.importance import Measure, layer_weights
 from jaxrel.attention.maps import TargetToken, head_mean, matmul, token_index
 from jaxrel.attention.reweighing import open_entries
 from jaxrel.tracing import sharding
+from jaxrel.tracing.evaluate import kept
 from jaxrel.tracing.sharding import shaped_like
 
 
@@ -236,15 +237,16 @@ def weigh_sum(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _weigh(carrier, total, before, after, importance):
-    return carrier, total
+    return carrier, kept(total)
 
 
 def _weigh_forward(carrier, total, before, after, importance):
-    return (carrier, total), (before, after)
+    return (carrier, kept(total)), (before, after)
 
 
 def _weigh_backward(importance, values, cotangents):
     (before, after), (relevance, grad) = values, cotangents
+    grad = kept(grad)
     alpha, beta = layer_weights(before, after, grad, importance)
     dtype = relevance.keep.dtype
     weighed = Carrier(alpha.astype(dtype) * relevance.keep, beta.astype(dtype) * relevance.move)

@@ -24,7 +24,7 @@ from jaxrel.propagation.rules import (
 )
 from jaxrel.propagation.zero_inputs import Probe
 from jaxrel.tracing import primitives
-from jaxrel.tracing.evaluate import Step
+from jaxrel.tracing.evaluate import Step, kept
 from jaxrel.tracing.graph import Node
 from jaxrel.tracing.primitives import DIV, MUL, REDUCE_PROD, SCALES, SUB
 
@@ -37,7 +37,7 @@ def step_for(
     weights: bool = False,
     biased: bool = True,
 ) -> tuple[Node, Step] | None:
-    """The node that an operation's rule changes, and how; None if its derivative is the rule.
+    """The node that an operation's rule changes, and how; None if it is computed as it was.
 
     Args:
       operation: from `operations`.
@@ -73,7 +73,8 @@ def _step_for(
 ) -> tuple[Node, Step] | None:
     node = operation.node
     if isinstance(rule, Gradient):
-        return None
+        sums = operation.kind == "add"
+        return (node, Step(node.ins, lambda *ins: [kept(node.bind(*ins)[0])])) if sums else None
     if isinstance(rule, Stop):
         return node, Step(node.ins, lambda *ins: _stopped(node.bind(*ins)))
     if isinstance(operation, Linear):
@@ -84,7 +85,9 @@ def _step_for(
     if isinstance(operation, Product) and isinstance(rule, ProductRule):
         return node, _product(operation, rule)
     if isinstance(rule, Epsilon):
-        return node, Step(node.ins, lambda *ins: [share_sum(node.bind(*ins)[0], rule.epsilon)])
+        return node, Step(
+            node.ins, lambda *ins: [share_sum(kept(node.bind(*ins)[0]), rule.epsilon)]
+        )
     raise NotImplementedError(f"{rule} is not defined for {operation.kind!r}")
 
 
@@ -118,7 +121,7 @@ def _linear(
         summand = extra.pop(0) if beside is not None else None
         b = b if b is not None and biased else jnp.zeros((), dtype)
         z = apply(x, w, b, *extra, *[None] * (2 - len(extra)))
-        return [z if summand is None else summand + z]
+        return [z if summand is None else kept(summand + z)]
 
     return node, Step(ins, function)
 

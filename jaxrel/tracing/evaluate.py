@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array
 
 from jaxrel.tracing import primitives
 from jaxrel.tracing.flow import operands
@@ -156,6 +157,15 @@ def evaluate(
         for value, out in zip(node.outs, outs, strict=True):
             write(value, out)
     return Evaluated([read(atom) for atom in graph.outs], taps, carrier)
+
+
+def kept(total: Array) -> Array:
+    """A sum, or a gradient that is one, that is computed once.
+
+    XLA would compute a residual stream anew wherever a layer reads it, from all that the layers
+    before have added: kernels of hundreds of operands, which take long to compile and to read.
+    """
+    return lax.optimization_barrier(total)
 
 
 def _needed(graph: Graph, edits: Edits) -> tuple[list[Node], set[Value]]:
