@@ -173,8 +173,7 @@ def token_relevance(
     measure(importance)
     options = _options(model, Request(methods, importance=importance))
     every = np.ones(len(next(iter(inputs.values()))), bool)
-    rows = shard_rows((inputs, model.target_tokens(inputs), every))
-    return _explained(model, *rows, {}, **options)[1]
+    return _explained(model, inputs, model.target_tokens(inputs), every, {}, **options)[1]
 
 
 def _schedule(model: Any) -> tuple[Any, ...]:

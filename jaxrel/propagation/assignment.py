@@ -237,9 +237,11 @@ def _steps(choices: Iterable[Choice], weights: bool) -> dict[Node, Step]:
         operation, rule = choice.operation, choice.rule
         if rule is None:
             continue
-        if operation.kind == "add" and operation.node in steps and isinstance(rule, Epsilon):
+        taken = operation.kind == "add" and operation.node in steps
+        if taken and isinstance(rule, Epsilon | Gradient):
             # A sum that a linear operation has taken in shares by its own rule.
-            steps[operation.node] = _then_shared(steps[operation.node], rule)
+            if isinstance(rule, Epsilon):
+                steps[operation.node] = _then_shared(steps[operation.node], rule)
             continue
         step = step_for(operation, rule, probe=choice.probe, weights=weights)
         if step is not None:
