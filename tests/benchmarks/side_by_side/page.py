@@ -128,6 +128,7 @@ def plot(path: Path, groups: Mapping[str, Figures]) -> None:
     """Bars of time over a gradient of the same framework, by network, method and tool."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     shown = {
         network: [method for method in methods if f"{network}: {method}" in groups]
@@ -144,6 +145,10 @@ def plot(path: Path, groups: Mapping[str, Figures]) -> None:
     for panel, (network, methods) in zip(axes.flat, shown.items(), strict=False):
         panel.set_title(network)
         panel.set_yscale("log")
+        panel.set_yticks([0.5, 1, 2, 5, 10])
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.tick_params(labelsize=8)
         panel.axhline(1, color="black", linewidth=0.8)
         for place, method in enumerate(methods):
             group = groups[f"{network}: {method}"]
