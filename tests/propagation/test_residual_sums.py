@@ -10,7 +10,13 @@ import jaxrel
 from jaxrel import composites
 from jaxrel.propagation.rules import Epsilon
 
-pytestmark = pytest.mark.optimised
+pytestmark = [
+    pytest.mark.optimised,
+    pytest.mark.skipif(
+        jax.__version_info__ < (0, 12),
+        reason="XLA's CPU backend of older versions drops barriers before it fuses",
+    ),
+]
 
 
 def network(x, weights):
