@@ -96,9 +96,7 @@ class _Association:
             for made in [node] if found is None else self._together(node, *found):
                 self.nodes.append(made)
                 self.producers.update((out, made) for out in made.outs)
-        if all(map(operator.is_, self.nodes, self.graph.nodes)):
-            return self.graph
-        return dataclasses.replace(self.graph, nodes=tuple(self.nodes))
+        return _of_nodes(self.graph, self.nodes)
 
     def _apart(self, node: Node) -> tuple[Value, list[tuple[Node, int]]] | None:
         """The factor that is moved, and the way down to the one it belongs to."""
@@ -143,6 +141,12 @@ class _Association:
         return made
 
 
+def _of_nodes(graph: Graph, nodes: Sequence[Node]) -> Graph:
+    """The graph with these nodes; itself where they are its own."""
+    same = len(nodes) == len(graph.nodes) and all(map(operator.is_, nodes, graph.nodes))
+    return graph if same else dataclasses.replace(graph, nodes=tuple(nodes))
+
+
 def divide_first(graph: Graph, varies: Varies | None = None) -> Graph:
     """(exp(s) @ v) / sum(exp(s)) as (exp(s) / sum(exp(s))) @ v, in bodies too.
 
@@ -163,8 +167,7 @@ def divide_first(graph: Graph, varies: Varies | None = None) -> Graph:
             nodes.append(dataclasses.replace(node, bodies=bodies))
         elif node not in gone:
             nodes.append(node)
-    same = len(nodes) == len(graph.nodes) and all(map(operator.is_, nodes, graph.nodes))
-    return graph if same else dataclasses.replace(graph, nodes=tuple(nodes))
+    return _of_nodes(graph, nodes)
 
 
 def _alone(late: Late, used: dict[Value, list[Node]]) -> bool:
@@ -253,8 +256,7 @@ def multiply(graph: Graph) -> Graph:
             nodes.append(dataclasses.replace(node, bodies=bodies))
         elif node not in gone:
             nodes.append(node)
-    same = len(nodes) == len(graph.nodes) and all(map(operator.is_, nodes, graph.nodes))
-    return graph if same else dataclasses.replace(graph, nodes=tuple(nodes))
+    return _of_nodes(graph, nodes)
 
 
 def _transposes(graph: Graph, node: Node, used: dict[Value, list[Node]]) -> list[Node]:
