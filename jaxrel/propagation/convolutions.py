@@ -72,7 +72,8 @@ def quick_steps(graph: Graph) -> dict[Node, Step]:
             for body in node.bodies:
                 steps |= quick_steps(body)
         elif (function := patch_product(node) or _quick(node)) is not None:
-            key = (quick_steps, primitives.same_as(node.equation))
+            same = primitives.same_as(node.equation)
+            key = None if same is None else (quick_steps, same)
             steps[node] = Step(node.ins, lambda x, w, f=function: [f(x, w)], key=key)
     return steps
 
@@ -87,6 +88,7 @@ def _quick(core: Node) -> Callable[[Array, Array], Array] | None:
         return core.bind(x, w)[0]
 
     def forward(x, w):
+        # Residuals are arrays: whose derivative is wanted is said by their structure.
         parts = tuple(() if part.perturbed else None for part in (x, w))
         return function(x.value, w.value), (x.value, w.value, *parts)
 

@@ -68,6 +68,7 @@ class Term(NamedTuple):
         return self.does in SCALES
 
 
+# The parts of what a node subtracts a value from: the value times -1, plus the number.
 MINUS = Constant(-1.0, jax.typeof(-1.0))
 PLUS, TIMES = min(ADD), min(MUL)
 

@@ -263,7 +263,9 @@ def _transposes(graph: Graph, node: Node, used: dict[Value, list[Node]]) -> list
     """The transposes that alone read a node's output, one after the other."""
     moves: list[Node] = []
     out = node.outs[0]
-    while out not in graph.outs and [user.name in TRANSPOSE for user in used[out]] == [True]:
+    while out not in graph.outs and [user.name in TRANSPOSE for user in used.get(out, ())] == [
+        True
+    ]:
         moves += used[out]
         out = moves[-1].outs[0]
     return moves

@@ -109,6 +109,7 @@ def test_a_product_that_sums_nothing_scales(x64):
     assert (scale < 0).any()
 
     def with_einsum(x):
+        jnp.einsum("bd,d->bd", x, scale)  # of which nothing is used
         return jnp.einsum("bd,d->bd", jnp.tanh(x), scale) @ w
 
     def with_product(x):
