@@ -29,7 +29,7 @@ FLOORS = {
     "jaxrel.attention": (*RELEVANCE, "jaxrel.renamed"),
     "jaxrel.gradients": RELEVANCE,
     "jaxrel.contrasts": (),
-    "jaxrel.pairwise": RELEVANCE,
+    "jaxrel.pairwise": (*RELEVANCE, "jaxrel.gradients"),
     "jaxrel.token_maps": (),
     "jaxrel.report": ("jaxrel.files", "jaxrel.renamed"),
     "jaxrel.explanations": (*EXPLAIN, "jaxrel.report"),
