@@ -1,15 +1,17 @@
 """Which stacks of attention are explained, and which cannot be."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxrel.attention.discovery import Site, Stack, tagged_stack
 from jaxrel.attention.maps import token_index
 from jaxrel.attention.methods import TABLE
 from jaxrel.attention.pooling import Pooling, find_pooling
-from jaxrel.tracing.axes import same
+from jaxrel.tracing.axes import roots, same
 from jaxrel.tracing.graph import Traced
 
 
@@ -82,6 +84,8 @@ def choose_stacks(
         stacks.append(stack)
     if needing:
         _check_sums(stacks, needing)
+    for stack in stacks:
+        _check_examples(traced, stack)
     return stacks
 
 
@@ -146,6 +150,28 @@ def _check_whole(name: str, found: Mapping[str, Stack]) -> None:
             )
 
 
+def _check_examples(traced: Traced, stack: Stack) -> None:
+    """Warn of a score whose examples look like parts of the tokens, since it is summed over them.
+
+    Windows lie in one axis of the data, or move from layer to layer; examples do neither.
+    """
+    windows = [site.windows for site in stack.sites]
+    first = windows[0]
+    if first is None or traced.graph.outs[0].shape or len(first.rows) == 1:
+        return
+    alike = all(one is not None and np.array_equal(one.rows, first.rows) for one in windows)
+    begun = {(root.source, root.axis) for root in roots(first.stream[:1])}
+    if alike and begun <= {(value, 0) for value in traced.graph.ins}:
+        count, tokens = first.rows.shape
+        warnings.warn(
+            f"attention.relevance: the function returns one scalar, and {stack.name!r} attends "
+            f"within {count} parts of {tokens} tokens, which are explained as one example of "
+            f"{first.tokens} tokens: if the parts are examples, return one score for each, as in "
+            "lambda x: fun(x)[:, target], without the sum over the batch",
+            stacklevel=2,
+        )
+
+
 def _check_sums(stacks: list[Stack], method: str) -> None:
     """Two branches are weighed against each other; a sum of three has no such weights."""
     sums: dict[Any, Site] = {}
@@ -187,4 +213,28 @@ def target_token_of(traced: Traced, target_token: Any, stack: Stack) -> Any:
         )
     if isinstance(target_token, list | tuple):
         target_token = np.asarray(target_token)
+    if not isinstance(target_token, jax.core.Tracer):
+        _check_read(stack, np.unique(np.asarray(target_token) % tokens))
     return token_index(target_token, batch=batch, tokens=tokens)
+
+
+def _check_read(stack: Stack, asked: np.ndarray) -> None:
+    """Warn of target tokens where the function reads its output from others."""
+    read = stack.read
+    if read is None or len(asked) != 1 or (read == asked).all():
+        return
+    if len(read) == 1:
+        what, cure = f"token {read[0]} alone", f"give target_token={read[0]}"
+    else:
+        some = ", ".join(map(str, read[:3])) + (", ..." if len(read) > 3 else "")
+        what = f"{len(read)} tokens ({some})"
+        rows = "" if len(read) == stack.sites[0].shape[-1] else f"[:, {read.tolist()}]"
+        cure = (
+            "give target_token=None, which returns the row of each token; where their mean is "
+            f"read, its relevance is the mean of their rows, relevance{rows}.mean(axis=1)"
+        )
+    warnings.warn(
+        f"attention.relevance: after the last layer of {stack.name!r} the function reads {what}, "
+        f"and target_token={asked[0]} gives the relevance of token {asked[0]}: {cure}",
+        stacklevel=2,
+    )

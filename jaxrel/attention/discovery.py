@@ -26,6 +26,7 @@ from jax import numpy as jnp
 from jaxrel.attention.coverage import find_starts
 from jaxrel.attention.residual import Residual, find_residual
 from jaxrel.attention.stacks import Site, Stack, Step
+from jaxrel.attention.tokens_read import tokens_read
 from jaxrel.attention.windows import find_windows, flat, token_axes
 from jaxrel.tracing import primitives
 from jaxrel.tracing.axes import Axes, Axis, Extension, roots, same
@@ -139,7 +140,10 @@ def find_stacks(traced: Traced, args: tuple, argnums: Any = None) -> tuple[Stack
     found = find_sites(traced, data_values(traced, args, argnums))
     stacks = stacks_of(traced.graph, found.sites)
     refuse_left_out(found, stacks)
-    return stacks
+    return tuple(
+        dataclasses.replace(stack, read=tokens_read(traced.graph, stack.sites[-1], found.axes))
+        for stack in stacks
+    )
 
 
 def stacks_of(graph: Graph, sites: Sequence[Site]) -> tuple[Stack, ...]:

@@ -149,10 +149,14 @@ class Site:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stack:
-    """Attention sites of successive layers with maps of one shape."""
+    """Attention sites of successive layers with maps of one shape.
+
+    `read` are the tokens that the output reads after the last layer; None: not known.
+    """
 
     name: str
     sites: tuple[Site, ...]
+    read: np.ndarray | None = None
 
     @property
     def layers(self) -> int:

@@ -135,6 +135,10 @@ class Axes(Forward[tuple[Axis, ...]]):
         found = self.facts.get(value) if isinstance(value, Value) else None
         return _new(value, value.shape, known=False) if found is None else found
 
+    def part(self, value: Atom, number: int) -> Part | None:
+        """What an axis of a value is a part of: another axis, or itself; None: not known."""
+        return self._base(value, self.of(value)[number], number)
+
     def lineage(self, axis: Axis) -> frozenset[Root]:
         """What an axis came from, and what that was cut or put together from."""
         found: set[Root] = set()

@@ -39,9 +39,10 @@ def advice(error: Exception) -> str | None:
         return None
     return (
         "the function brings along an NNX module that cannot be changed while it is traced "
-        "(nnx.scan, nnx.RNN, dropout in train mode); give the module itself as the function, "
-        "jaxrel.lrp(model, rules)(x), or as an argument, "
-        "jaxrel.lrp(lambda model, x: model(x), rules, argnums=1)(model, x)"
+        "(dropout in train mode, nnx.scan, nnx.RNN). Turn dropout off, model.eval(); else give "
+        "the module itself as the function, jaxrel.lrp(model, rules)(x), or as an argument, "
+        "jaxrel.lrp(lambda model, x: model(x), rules, argnums=1)(model, x) or "
+        "attention.relevance(lambda model, x: model(x)[:, target])(model, x)"
     )
 
 

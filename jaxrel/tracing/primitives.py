@@ -95,8 +95,8 @@ REORDERS = _names("rev pad")
 POWERS = _names("integer_pow pow")
 LOOKUPS = _names("gather dynamic_slice")
 SORT = _names("sort")
-TAG = _names("jaxrel_tag name")
-STOP_GRADIENT = _names("stop_gradient")
+TAG, STOP_GRADIENT = map(_names, ("jaxrel_tag name", "stop_gradient"))
+RANDOM = _names("random_bits threefry2x32 rng_bit_generator")
 
 # Operations that move or retype values and change none of them.
 MOVES = (

@@ -7,6 +7,7 @@ of a call's arguments are explained, and puts results back into the arguments' s
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ import numpy as np
 from jax import numpy as jnp
 
 from jaxrel.tracing.evaluate import Edits, Evaluated, evaluate, tap_shapes
+from jaxrel.tracing.facts import inexact
 from jaxrel.tracing.flow import dependents, looked_up
 from jaxrel.tracing.graph import Graph, Traced, Value, trace
 from jaxrel.tracing.modules import pure, split
+from jaxrel.tracing.primitives import RANDOM
 from jaxrel.tracing.sharding import shaped_like, zeros
 
 
@@ -232,6 +235,7 @@ def check_output(caller: str, traced: Traced, has_aux: bool | None = None) -> No
             raise TypeError(f"{caller}: with has_aux the function must return (output, aux)")
         avals = avals[: parts[0].num_leaves]
     if len(avals) == 1 and jnp.issubdtype(avals[0].dtype, jnp.floating):
+        _warn_of_dropout(caller, traced.graph)
         return
     got = ", ".join(aval.str_short() for aval in avals) or "nothing"
     aux = "" if has_aux is None else ", or say has_aux=True for (output, aux)"
@@ -239,6 +243,25 @@ def check_output(caller: str, traced: Traced, has_aux: bool | None = None) -> No
         f"{caller}: the function must return one real array, such as logits or one score per "
         f"example, but it returned {got}; wrap it, as in lambda x: fun(x)[0]{aux}"
     )
+
+
+def _warn_of_dropout(caller: str, graph: Graph) -> None:
+    """Warn of masks that are drawn at random, whatever the data are."""
+    draws = [out for node in graph.walk() if node.name in RANDOM for out in node.outs]
+    if not draws:
+        return
+    drawn = dependents(graph, draws)
+    drawn -= dependents(graph, [value for value in graph.ins if inexact(value)])
+    for node in graph.walk():
+        if any(out in drawn and out.aval.dtype == bool for out in node.outs):
+            warnings.warn(
+                f"{caller}: the function draws a random mask at {node.where()}, as dropout does, "
+                "and what is explained is the function with this mask; turn dropout off, as with "
+                "model.eval() of Flax NNX, deterministic=True of Linen or "
+                "equinox.nn.inference_mode(model)",
+                stacklevel=2,
+            )
+            return
 
 
 def as_seed(caller: str, out: Any, seed: Any, what: str) -> Any:

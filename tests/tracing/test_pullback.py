@@ -1,11 +1,14 @@
 """`pullback`: cotangents of arguments, taps and carrier in one pass, as `jax.vjp` has them."""
 
+import equinox
 import jax
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jax import numpy as jnp
 
 import jaxrel
+from jaxrel import gradients
 from jaxrel.tracing import Edits, Interceptor, Step, tag_name, trace
 from jaxrel.tracing.pullback import Call, pullback
 from tests.tracing.layers import LAYERS, WEIGHTS, X, layer, remat, scanned
@@ -73,3 +76,51 @@ def test_a_call_knows_its_leaves():
     np.testing.assert_array_equal(tree["b"][0], np.zeros(2, np.float32))
     single = Call.of("test", fun, args, -1)
     assert single.gather({3: "relevance"}) == "relevance"
+
+
+class Dropped(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first, self.last = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(nnx.relu(self.first(x))))
+
+
+def linen_dropped(x, train):
+    dropout = linen.Dropout(0.5, deterministic=not train)
+    return dropout.apply({}, x, rngs={"dropout": jax.random.key(1)}).sum(-1)
+
+
+def equinox_dropped(x, train):
+    dropout = equinox.nn.Dropout(0.5, inference=not train)
+    return dropout(x, key=jax.random.key(1)).sum(-1)
+
+
+@pytest.mark.parametrize("fun", [linen_dropped, equinox_dropped])
+def test_dropout_that_is_on_is_told(fun):
+    x, rules = jnp.ones((2, 4)), jaxrel.composites.epsilon_plus()
+    with pytest.warns(UserWarning, match=r"^lrp: the function draws a random mask at .*pullback"):
+        jaxrel.lrp(lambda x: fun(x, True), rules)(x)
+    with pytest.warns(UserWarning, match=r"^gradient: the function draws a random mask"):
+        jax.jit(gradients.gradient(lambda x: fun(x, True)))(x)
+    jaxrel.lrp(lambda x: fun(x, False), rules)(x)
+
+
+def test_the_advice_about_dropout_gives_the_relevance_of_the_whole_model():
+    x, rules, model = jnp.ones((2, 4)), jaxrel.composites.epsilon_plus(), Dropped()
+    with pytest.warns(UserWarning, match=r"turn dropout off, as with model\.eval\(\)"):
+        masked = jaxrel.lrp(model, rules)(x)
+    model.eval()
+    whole = jaxrel.lrp(lambda x: model.last(nnx.relu(model.first(x))), rules)(x)
+    np.testing.assert_allclose(jaxrel.lrp(model, rules)(x), whole, rtol=1e-6)
+    assert not np.allclose(masked, whole, atol=1e-2)
+
+
+def test_weights_drawn_inside_are_no_dropout():
+    def fun(x):
+        hidden = x @ jax.random.normal(jax.random.key(0), (4, 8))
+        return jnp.where(hidden > 0, hidden, 0).sum(-1)
+
+    jaxrel.lrp(fun, jaxrel.composites.epsilon_plus())(jnp.ones((2, 4)))
