@@ -113,8 +113,8 @@ def smooth_grad(
       squared: average the squared gradients (SmoothGrad-squared, Hooker et al. 2019).
 
     Returns:
-      A function `(key, *args, seed=None, target=None)`; `key` is a PRNG key, `argnums` count the
-      arguments after it. A seed that is a function is called once, with the output at the input
+      A function `(key, *args, seed=None, target=None)`; `key` is a PRNG key, which may be given by
+      name, and `argnums` count the arguments after it. A seed that is a function is called once, with the output at the input
       itself.
 
     Raises:
@@ -151,7 +151,9 @@ def smooth_grad(
 
     explain = _explains("smooth_grad", transform, fun, argnums, at)
 
-    def explained(key: Any, *args, seed: Any = None, target: Any = None):
+    def explained(*args, key: Any = None, seed: Any = None, target: Any = None):
+        if key is None and args:
+            key, *args = args
         _check_key(key)
         return explain(*args, key=key, seed=seed, target=target)
 

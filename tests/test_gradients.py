@@ -234,7 +234,7 @@ def test_smooth_grad_of_a_linear_function_is_its_gradient(key):
 
 
 def test_smooth_grad_without_noise_is_the_gradient(key):
-    found = gradients.smooth_grad(classify, noise=0.0, samples=2)(key, IMAGES)
+    found = gradients.smooth_grad(classify, noise=0.0, samples=2)(IMAGES, key=key)
     np.testing.assert_allclose(found, gradients.gradient(classify)(IMAGES), **CLOSE)
 
 

@@ -123,7 +123,12 @@ _ROWS = (
         "Chefer, Gur and Wolf, CVPR 2021",
         streams=("bimodal",),
     ),
-    Method("equal_lrp", equal, ("LRP", "gradients"), f"{_GAE}, eq. 5 to 11 with R(A) for A"),
+    Method(
+        "equal_lrp",
+        equal,
+        ("LRP", "gradients"),
+        f"{_GAE}, eq. 5 to 11 with R(A) for A; on one stream Chefer, Gur and Wolf, CVPR 2021",
+    ),
     Method("partial_lrp", raw, ("LRP",), "Voita et al. 2019", "last", signed=True),
     Method(
         "token_tm",

@@ -29,7 +29,7 @@ from jaxrel.tracing.evaluate import Interceptor, Step
 from jaxrel.tracing.facts import active_ins
 from jaxrel.tracing.graph import Node, Value, tag_name
 from jaxrel.tracing.primitives import BRINGS, EXACT
-from jaxrel.tracing.pullback import Call
+from jaxrel.tracing.pullback import Call, seed_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def conservation(
       unknown: see `jaxrel.lrp`.
 
     Returns:
-      A function `(*args, seed=None) -> Conservation`.
+      A function `(*args, seed=None, target=None) -> Conservation`.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as for `jaxrel.lrp`.
@@ -153,8 +153,9 @@ def conservation(
     composite = as_composite(rules)
     at = as_places(at)
 
-    def conserved(*args, seed: Any = None) -> Conservation:
+    def conserved(*args, seed: Any = None, target: Any = None) -> Conservation:
         call = traced_call("conservation", fun, args, argnums)
+        seed = seed_of("conservation", seed, target, relevance=True)
         prepared = prepare_call(call, composite, at, unknown)
         places = _places(prepared)
 
@@ -193,8 +194,9 @@ def value_and_measured_lrp(
     composite = as_composite(rules)
     at = as_places(at)
 
-    def measured(*args, seed: Any = None):
+    def measured(*args, seed: Any = None, target: Any = None):
         call = traced_call("lrp", fun, args, argnums)
+        seed = seed_of("lrp", seed, target, relevance=True)
         prepared = prepare_call(call, composite, at, "error")
         places = _places(prepared)
         outs, found, output, arrived, table = _measure(call, prepared, places, at, seed)

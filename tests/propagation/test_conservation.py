@@ -29,6 +29,14 @@ def test_conservation_accounts_for_everything(x64):
         np.testing.assert_allclose(total["input"], relevance.sum(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_target_is_said_as_to_lrp(x64):
+    params, x = dense_params(), normal(2, 4)
+    total = jaxrel.conservation(dense, Epsilon(), argnums=1)(params, x, target=1).summary()
+    np.testing.assert_allclose(total["output"], dense(params, x)[:, 1].sum(), rtol=1e-5)
+    relevance = jaxrel.lrp(dense, Epsilon(), argnums=1)(params, x, target=1)
+    np.testing.assert_allclose(total["input"], relevance.sum(), rtol=1e-4, atol=1e-5)
+
+
 def test_conservation_tells_bias_from_stabiliser(x64):
     w, b, x = jnp.array([[1.0], [2.0]]), jnp.array([3.0]), jnp.array([[1.0, 1.0]])
     fun = lambda p, x: x @ p[0] + p[1]
