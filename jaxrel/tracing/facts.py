@@ -28,6 +28,8 @@ from jaxrel.tracing.primitives import (
     NONNEG_IF_ALL,
     REDUCTIONS,
     SCALES,
+    SCATTER_ADD,
+    SCATTER_EXTREMA,
     SELECT,
     SHAPES,
     SIDE_BY_SIDE,
@@ -308,10 +310,12 @@ def _zero(node: Node, ins: list[Fact]) -> bool:
 
 
 def _stat(node: Node, active: list[Fact], ins: list[Fact]) -> bool:
-    # A product with numbers of the program, such as ones, is a sum too.
+    # A product with numbers of the program, such as ones, is a sum too; so is a sum by segment.
     if node.name in REDUCTIONS or (node.name in DOT and any(fact.literal for fact in ins)):
         return True
-    flows = node.name in ELEMENTWISE or node.name in MOVES
+    if node.name in SCATTER_ADD | SCATTER_EXTREMA and not ins[0].active:
+        return True
+    flows = node.name in ELEMENTWISE | SHAPES
     return flows and all(fact.stat for fact in active)
 
 
