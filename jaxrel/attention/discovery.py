@@ -23,8 +23,8 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from jaxrel.attention.coverage import find_starts
-from jaxrel.attention.residual import Residual, find_residual
+from jaxrel.attention.coverage import find_starts, returns_map
+from jaxrel.attention.residual import Residual, find_residual, stream_order
 from jaxrel.attention.stacks import Site, Stack, Step
 from jaxrel.attention.windows import find_windows, flat, token_axes
 from jaxrel.tracing import primitives
@@ -40,6 +40,7 @@ from jaxrel.tracing.primitives import (
     DOT,
     MASKING,
     MOVES,
+    REMAT,
     TRANSPARENT,
 )
 from jaxrel.tracing.rewrite import divide_first, open_calls
@@ -73,7 +74,8 @@ def trace_attention(fun: Callable, *args) -> Traced:
     """Trace a call, and open functions with their own derivative that compute attention.
 
     A map inside such a function has no gradient by that derivative; the gradient that counts is
-    the one of the operations that the function computes.
+    the one of the operations that the function computes. A map that a `jax.checkpoint` returns
+    meets its values outside, so it is opened too.
     """
     traced = trace(fun, *args)
     graph = divide_first(open_calls(traced.graph, _attends))
@@ -82,6 +84,8 @@ def trace_attention(fun: Callable, *args) -> Traced:
 
 def _attends(node: Node) -> bool:
     """Whether a function with its own derivative computes attention, or its softmax."""
+    if node.name in REMAT:
+        return returns_map(node.bodies[0])
     if node.name not in CUSTOM or len(node.bodies) != 1:
         return False
     body = divide_first(open_calls(node.bodies[0], lambda inner: inner.name in CUSTOM))
@@ -373,10 +377,22 @@ class _Finder:
             stream = origin(residual.before, graphs[-1].producers())
             told = query == key and values in dependents(graphs[0], [stream])
         is_self = bool(told) and (query == key or site.own_keys)
+        order = None
         if residual is not None:
-            known = self._is_stream(residual.before, site) and self._is_stream(residual.after, site)
+            order = self._order_of(residual, site)
+            known = order or all(self._is_stream(value, site) for value in residual[:2])
             residual = residual if known else None
-        return dataclasses.replace(site, residual=residual, is_self=is_self)
+        return dataclasses.replace(site, residual=residual, order=order, is_self=is_self)
+
+    def _order_of(self, residual: Residual, site: Site) -> tuple[int, ...] | None:
+        """The axes of a stream with the examples first, then the tokens, if that is another order.
+
+        None also where the axes are not known, or tokens have several.
+        """
+        examples = self._examples_of(site) if site.shape[0] > 1 else None
+        orders = {stream_order(x, examples, site.tokens, self.axes) for x in residual[:2]} - {None}
+        order = orders.pop() if len(orders) == 1 else None
+        return None if order == tuple(range(len(residual.before.shape))) else order
 
     def _is_stream(self, value: Value, site: Site) -> bool:
         """Whether a value is [batch, tokens, width], apart from axes of length 1."""
