@@ -276,6 +276,7 @@ GATES = {
     "hard_sigmoid": jax.nn.hard_sigmoid,
     "clip": lambda x: jnp.clip(0.2 * x + 0.5, 0, 1),
     "exp": lambda x: 1 / (1 + jnp.exp(-x)),
+    "exp twice": lambda x: jnp.exp(x) / (1 + jnp.exp(x)),
     "tanh": lambda x: 0.5 * jnp.tanh(x / 2) + 0.5,
     "one less": lambda x: 1 - jax.nn.sigmoid(x),
 }
