@@ -35,6 +35,7 @@ from jaxrel.tracing.primitives import (
     SIDE_BY_SIDE,
     SIGMOID,
     SORT,
+    STEPS,
     STOP_GRADIENT,
     SUMS,
 )
@@ -175,7 +176,8 @@ class _Analysis(Forward[Fact]):
             fact = dataclasses.replace(fact, root=value, nonlinear=False)
         elif node.name in MOVES and isinstance(before := node.ins[0], Value):
             self._moved[value] = self._moved.get(before, before)
-        active = fact.active and inexact(value) and node not in self._barriers
+        mask = node is not None and node.name in STEPS and fact.stat
+        active = fact.active and inexact(value) and node not in self._barriers and not mask
         fact = dataclasses.replace(fact, active=active, root=fact.root or value)
         if not active and fact.fresh:
             fact = dataclasses.replace(fact, fresh=False)

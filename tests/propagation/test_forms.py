@@ -473,11 +473,17 @@ def test_a_norm_in_any_spelling(name):
         lambda x, h: h * (x.sum(-1) > 0)[..., None].astype(h.dtype),
         lambda x, h: (h - h.mean(-1, keepdims=True)) / (h.std(-1, keepdims=True) + 1e-3),
         lambda x, h: h * lax.stop_gradient(jnp.tanh(x)),
+        lambda x, h: h * jnp.sign(jnp.abs(x).sum(-1, keepdims=True)),
+        lambda x, h: h * jnp.minimum(jnp.ceil(jnp.abs(x).sum(-1, keepdims=True)), 1),
     ],
-    ids=["padding", "padding by where", "padding by cast", "std + epsilon", "constant"],
+    ids=[
+        *("padding", "padding by where", "padding by cast", "std + epsilon", "constant"),
+        *("padding by sign", "padding by ceil"),
+    ],
 )
 def test_scalings_and_masks_are_no_activations(scaling):
     x = jnp.asarray(X).at[1, 3:].set(0.0)
     fun = lambda x: scaling(x, x @ WEIGHTS[0]) @ WEIGHTS[1]
-    guided, slope = gradients.guided_backprop(fun)(x), gradients.gradient(fun)(x)
-    np.testing.assert_allclose(guided, slope, **CLOSE)
+    slope = gradients.gradient(fun)(x)
+    for method in (gradients.guided_backprop, gradients.deconvnet):
+        np.testing.assert_allclose(method(fun)(x), slope, **CLOSE)
