@@ -186,7 +186,22 @@ def test_near_ties_do_not_explode():
     np.testing.assert_allclose(found, x * slope.T, rtol=1e-9)
 
 
-def graph_attention(shift, keep=lambda weights: weights):
+def by_sum(s, ids):
+    e = jnp.exp(s - jax.ops.segment_max(s, ids, 3)[ids])
+    return e / jax.ops.segment_sum(e, ids, 3)[ids]
+
+
+def by_reciprocal(s, ids):
+    e = jnp.exp(s)
+    return e * (1 / jax.ops.segment_sum(e, ids, 3))[ids]
+
+
+def by_logarithm(s, ids):
+    top = jax.ops.segment_max(s, ids, 3)
+    return jnp.exp(s - (jnp.log(jax.ops.segment_sum(jnp.exp(s - top[ids]), ids, 3)) + top)[ids])
+
+
+def graph_attention(shift, keep=lambda weights: weights, softmax=by_sum):
     senders, receivers = np.array([0, 1, 2, 0, 1, 2]), np.array([0, 1, 2, 1, 2, 0])
     rng = np.random.default_rng(1)
     w, a, b = (rng.normal(size=shape) for shape in ((4, 4), 4, 4))
@@ -194,21 +209,22 @@ def graph_attention(shift, keep=lambda weights: weights):
     def fun(x):
         h = x @ w
         s = jax.nn.leaky_relu((h @ a)[senders] + (h @ b)[receivers], 0.2) + shift
-        e = jnp.exp(s - jax.ops.segment_max(s, receivers, 3)[receivers])
-        weights = keep(e / jax.ops.segment_sum(e, receivers, 3)[receivers])
+        weights = keep(softmax(s, receivers))
         return jax.ops.segment_sum(weights[:, None] * h[senders], receivers, 3)
 
     return fun
 
 
-def test_a_softmax_by_segment():
+@pytest.mark.parametrize("softmax", [by_sum, by_reciprocal, by_logarithm])
+def test_a_softmax_by_segment(softmax):
     x = jnp.asarray(RNG.normal(size=(3, 4)))
     constant = graph_attention(0.0, lax.stop_gradient)
     value, back = jax.vjp(constant, x)
     right = x * back(jnp.ones_like(value))[0]
-    found = jaxrel.lrp(graph_attention(0.0), composites.cp_lrp(0.0))(x)
+    found = jaxrel.lrp(graph_attention(0.0, softmax=softmax), composites.cp_lrp(0.0))(x)
     np.testing.assert_allclose(found, right, **CLOSE)
-    shifted = [jaxrel.lrp(graph_attention(s), composites.attn_lrp(0.0))(x) for s in (0.0, 5.0)]
+    spelled = graph_attention(5.0, softmax=softmax), graph_attention(0.0)
+    shifted = [jaxrel.lrp(fun, composites.attn_lrp(0.0))(x) for fun in spelled]
     np.testing.assert_allclose(*shifted, **CLOSE)
 
 
