@@ -1,5 +1,6 @@
 """Which stacks of attention are explained, and which cannot be."""
 
+import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrel.attention.discovery import Site, Stack, tagged_stack
+from jaxrel.attention.discovery import Site, Stack
 from jaxrel.attention.maps import token_index
 from jaxrel.attention.methods import TABLE
 from jaxrel.attention.pooling import Pooling, find_pooling
+from jaxrel.attention.tagged import tagged_stack
 from jaxrel.tracing.axes import roots, same
 from jaxrel.tracing.graph import Traced
 
@@ -75,12 +77,15 @@ def choose_stacks(
         if needing and not stack.has_residual:
             raise ValueError(
                 f"attention.relevance: method {needing!r} needs the residual stream around "
-                f"{name!r}, and none was found near {stack.sites[0].where}; tag the stream "
-                f"before the attention {name + '/before'!r} and the attention's output "
-                f"{name + '/after'!r} where they are added (all in one scan or remat body: put the "
-                "sum inside the jax.checkpoint), say with argnums which arguments are data, or use "
-                "method 'equal'"
+                f"{name!r}, and none was found near {stack.sites[0].where}; tag the map {name!r}, "
+                f"the stream before the attention {name + '/before'!r} and the attention's output "
+                f"{name + '/after'!r}, both [batch, tokens, width], where they are added (all in "
+                "one scan or remat body: put the sum inside the jax.checkpoint), and say "
+                f"attention={name!r}; or say with argnums which arguments are data, or use method "
+                "'equal'"
             )
+        if needing and whole:
+            _check_streams(name, stack)
         stacks.append(stack)
     if needing:
         _check_sums(stacks, needing)
@@ -109,6 +114,20 @@ def _hints(stacks: Collection[Stack]) -> str:
 def _in_parts(stack: Stack) -> bool:
     """Whether its maps may be self-attention within parts of the tokens that are not known."""
     return any(site.in_parts and site.shape[-1] == site.shape[-2] for site in stack.sites)
+
+
+def _check_streams(name: str, stack: Stack) -> None:
+    """Tagged values are read as [batch, tokens, width]; none may be in another order unsaid."""
+    for site in stack.sites:
+        batch, _, tokens, _ = site.shape
+        shape = site.residual.before.shape if site.residual else ()
+        fits = batch * tokens == math.prod(shape[:-1])
+        if not fits or batch not in (1, shape[0], shape[0] / tokens):
+            raise ValueError(
+                f"attention.relevance: the values tagged {name + '/before'!r} and "
+                f"{name + '/after'!r} must be [batch, tokens, width] = ({batch}, {tokens}, width), "
+                f"got {shape}; move their axes before the tag"
+            )
 
 
 def _check_tokens(name: str, stack: Stack) -> None:

@@ -44,6 +44,17 @@ def find_starts(graph: Graph, data: Collection[Value], axes: Axes) -> Starts:
     return Starts(maps, tuple(hidden))
 
 
+def returns_map(body: Graph) -> bool:
+    """Whether a body returns a softmax, as moves and masks leave it."""
+    users, outs = body.users(), {*body.outs}
+
+    def leaves(value: Value) -> bool:
+        after = (node for node in users.get(value, ()) if node.name in primitives.MASKING)
+        return value in outs or any(leaves(out) for node in after for out in node.outs)
+
+    return any(leaves(node.outs[0]) for node, _ in softmaxes(body))
+
+
 def _candidates(graph: Graph, data: Collection[Value]) -> Iterator[tuple[Node, Value, Node, bool]]:
     """(Last node, scores, an exponential, True) of softmaxes; the same of exponentials in none."""
     producers = graph.producers()

@@ -23,8 +23,8 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from jaxrel.attention.coverage import find_starts
-from jaxrel.attention.residual import Residual, find_residual
+from jaxrel.attention.coverage import find_starts, returns_map
+from jaxrel.attention.residual import Residual, find_residual, stream_order
 from jaxrel.attention.stacks import Site, Stack, Step
 from jaxrel.attention.tokens_read import tokens_read
 from jaxrel.attention.windows import find_windows, flat, token_axes
@@ -41,6 +41,7 @@ from jaxrel.tracing.primitives import (
     DOT,
     MASKING,
     MOVES,
+    REMAT,
     TRANSPARENT,
 )
 from jaxrel.tracing.rewrite import divide_first, open_calls
@@ -74,7 +75,8 @@ def trace_attention(fun: Callable, *args) -> Traced:
     """Trace a call, and open functions with their own derivative that compute attention.
 
     A map inside such a function has no gradient by that derivative; the gradient that counts is
-    the one of the operations that the function computes.
+    the one of the operations that the function computes. A map that a `jax.checkpoint` returns
+    meets its values outside, so it is opened too.
     """
     traced = trace(fun, *args)
     graph = divide_first(open_calls(traced.graph, _attends))
@@ -83,6 +85,8 @@ def trace_attention(fun: Callable, *args) -> Traced:
 
 def _attends(node: Node) -> bool:
     """Whether a function with its own derivative computes attention, or its softmax."""
+    if node.name in REMAT:
+        return returns_map(node.bodies[0])
     if node.name not in CUSTOM or len(node.bodies) != 1:
         return False
     body = divide_first(open_calls(node.bodies[0], lambda inner: inner.name in CUSTOM))
@@ -170,16 +174,6 @@ def refuse_left_out(found: Sites, listed: Sequence[Any] = ()) -> None:
             "map of every layer where it multiplies the values, attn = jaxrel.tag(attn, 'maps'), "
             "and say attention='maps'"
         )
-
-
-def tagged_stack(traced: Traced, name: str) -> Stack | None:
-    """The stack of maps tagged `name`, [batch, heads, query, key] each, or None.
-
-    The residual stream before the attention and the attention's output are the values tagged
-    `name/before` and `name/after`; they must be added in the same scan body.
-    """
-    found = list(_tagged_sites(traced.graph, name, ()))
-    return Stack(name, tuple(found)) if found else None
 
 
 def data_values(traced: Traced, args: tuple, argnums: Any) -> list[Value]:
@@ -377,10 +371,22 @@ class _Finder:
             stream = origin(residual.before, graphs[-1].producers())
             told = query == key and values in dependents(graphs[0], [stream])
         is_self = bool(told) and (query == key or site.own_keys)
+        order = None
         if residual is not None:
-            known = self._is_stream(residual.before, site) and self._is_stream(residual.after, site)
+            order = self._order_of(residual, site)
+            known = order or all(self._is_stream(value, site) for value in residual[:2])
             residual = residual if known else None
-        return dataclasses.replace(site, residual=residual, is_self=is_self)
+        return dataclasses.replace(site, residual=residual, order=order, is_self=is_self)
+
+    def _order_of(self, residual: Residual, site: Site) -> tuple[int, ...] | None:
+        """The axes of a stream with the examples first, then the tokens, if that is another order.
+
+        None also where the axes are not known, or tokens have several.
+        """
+        examples = self._examples_of(site) if site.shape[0] > 1 else None
+        orders = {stream_order(x, examples, site.tokens, self.axes) for x in residual[:2]} - {None}
+        order = orders.pop() if len(orders) == 1 else None
+        return None if order == tuple(range(len(residual.before.shape))) else order
 
     def _is_stream(self, value: Value, site: Site) -> bool:
         """Whether a value is [batch, tokens, width], apart from axes of length 1."""
@@ -531,57 +537,3 @@ def _named(groups: list[list[Site]]) -> Iterator[Stack]:
             name = "attention" if count == 0 else f"attention_{count}"
             count += 1
         yield Stack(name, tuple(group))
-
-
-def _tagged_sites(graph: Graph, name: str, place: tuple[Step, ...]) -> Iterator[Site]:
-    tags = [(tag_name(node), node) for node in graph.nodes]
-    # One map, one residual and one output per layer, in the same order.
-    before = [node.outs[0] for tag, node in tags if tag == f"{name}/before"]
-    after = [node.outs[0] for tag, node in tags if tag == f"{name}/after"]
-    sums = [_sum_of(graph, *pair) for pair in zip(before, after, strict=False)]
-    complete = len(before) == len(after) == sum(tag == name for tag, _ in tags)
-    residuals = iter(sums if complete else ())
-    for number, node in enumerate(graph.nodes):
-        if node.is_control:
-            for body in node.bodies:
-                yield from _tagged_sites(body, name, (*place, Step(number, node)))
-        if tag_name(node) != name:
-            continue
-        rank = len(node.outs[0].shape)
-        if rank not in (3, 4):
-            raise ValueError(
-                f"the value tagged {name!r} at {node.where()} has shape {node.outs[0].shape}; "
-                "an attention map is [batch, heads, query, key], or [heads, query, key] for one "
-                "example"
-            )
-        yield Site(
-            value=node.outs[0],
-            batch=0 if rank == 4 else None,
-            heads=(rank - 3,),
-            query=rank - 2,
-            key=rank - 1,
-            where=node.where(),
-            place=(*place, Step(number)),
-            name=name,
-            residual=next(residuals, None),
-        )
-
-
-def _sum_of(graph: Graph, before: Value, after: Value) -> Residual | None:
-    """The addition of two tagged values, which may have been moved or retyped in between."""
-    producers = graph.producers()
-
-    def leads_back(atom: Any, target: Value) -> bool:
-        while isinstance(atom, Value) and atom is not target:
-            node = producers.get(atom)
-            if node is None or node.name not in MOVES:
-                return False
-            atom = node.ins[0]
-        return atom is target
-
-    for node in graph.nodes:
-        if node.name in ADD:
-            for x, y in (node.ins, node.ins[::-1]):
-                if leads_back(x, before) and leads_back(y, after):
-                    return Residual(before, after, node.outs[0])
-    return None

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from jaxrel.attention.discovery import tagged_stack
 from jaxrel.attention.maps import head_mean, relevance_dtype, row
 from jaxrel.attention.methods import Method
 from jaxrel.attention.stacks import Site, Stack
 from jaxrel.attention.streaming import Carrier
+from jaxrel.attention.tagged import tagged_stack
 from jaxrel.tracing.graph import Traced
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from jaxrel.tracing import primitives
-from jaxrel.tracing.axes import Axes
+from jaxrel.tracing.axes import Axes, Axis, same
 from jaxrel.tracing.flow import dependents
 from jaxrel.tracing.graph import Atom, Graph, Node, Value
 from jaxrel.tracing.primitives import ADD, DOT, KEEPS, MOVES, SCALES, SELECT, SUMS
@@ -58,6 +58,27 @@ def find_residual(
             return found
         inner = graph
     return None
+
+
+def stream_order(
+    value: Value, examples: Axis | None, tokens: Axis, axes: Axes
+) -> tuple[int, ...] | None:
+    """The axes of a stream in the order examples, tokens, others; None if these are not known.
+
+    Args:
+      value: the stream.
+      examples: the identity of the examples; None for one example.
+      tokens: the identity of the tokens.
+      axes: the identities of axes.
+    """
+    found = axes.of(value)
+    order: tuple[int, ...] = ()
+    for known in (tokens,) if examples is None else (examples, tokens):
+        places = [i for i, axis in enumerate(found) if same(axis, known)]
+        if len(places) != 1 or places[0] in order:
+            return None
+        order += (places[0],)
+    return (*order, *(i for i in range(len(found)) if i not in order))
 
 
 def _ancestors(graph: Graph, holder: Node | None, scores: Value) -> set[Value]:

@@ -27,7 +27,10 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
-    """One attention map in a graph. Axes are those of `value`; `heads` may be several or none."""
+    """One attention map in a graph. Axes are those of `value`; `heads` may be several or none.
+
+    `order` are the axes of the residual sum's values as [batch, tokens, width], if they differ.
+    """
 
     value: Value
     batch: int | None
@@ -38,6 +41,7 @@ class Site:
     place: tuple["Step", ...]
     name: str | None = None
     residual: "Residual | None" = None
+    order: tuple[int, ...] | None = None
     is_self: bool = True
     tokens: Axis = ()
     keys: Axis = ()
@@ -144,7 +148,19 @@ class Site:
     def stacked_values(self, x: Array) -> Array:
         """Token values that loops stacked, as [layers, batch, tokens, width]."""
         batch, _, tokens, _ = self.shape
+        x = self.in_order(x)
         return x.reshape(math.prod(scan.length for scan in self.scans), batch, tokens, -1)
+
+    def in_order(self, x: Array) -> Array:
+        """Token values, or what loops stacked of them, with the examples before the tokens."""
+        if self.order is None:
+            return x
+        first = x.ndim - len(self.order)
+        return jnp.transpose(x, (*range(first), *(first + axis for axis in self.order)))
+
+    def as_it_was(self, x: Array) -> Array:
+        """The inverse of `in_order`, of one layer's values."""
+        return x if self.order is None else jnp.transpose(x, np.argsort(self.order).tolist())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -424,8 +424,9 @@ def _weigh_at(name: str, site: Site, importance: Callable) -> Callable:
     batch, _, tokens, _ = site.shape
 
     def interceptor(carriers, total, before, after):
-        rows = [x.reshape(batch, tokens, -1) for x in (total, before, after)]
+        ordered = [site.in_order(x) for x in (total, before, after)]
+        rows = [x.reshape(batch, tokens, -1) for x in ordered]
         carrier, weighed = weigh_sum(carriers[name], rows[0], rows[1], rows[2], importance)
-        return {**carriers, name: carrier}, weighed.reshape(total.shape)
+        return {**carriers, name: carrier}, site.as_it_was(weighed.reshape(ordered[0].shape))
 
     return interceptor

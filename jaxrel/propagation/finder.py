@@ -26,9 +26,14 @@ from jaxrel.tracing.primitives import (
     REDUCTIONS,
     ROOTS,
     SCALES,
+    SCATTER_ADD,
+    SCATTER_EXTREMA,
     SHAPES,
     SUMS,
 )
+
+# What takes the values of a statistic together.
+_TOGETHER = REDUCTIONS | DOT | SCATTER_ADD | SCATTER_EXTREMA
 
 
 def carriers(
@@ -93,12 +98,12 @@ def norm_nodes(graph: Graph, facts: Facts) -> tuple[list[Node], set[Node]]:
     made: set[Node] = set()
     for node in graph.nodes:
         ins = active_ins(facts, node)
-        if ins and sizes.issuperset(ins) and (is_elementwise(node) or node.name in MOVES):
+        if ins and sizes.issuperset(ins) and (is_elementwise(node) or node.name in SHAPES):
             sizes.update(node.outs)
             made.add(node)
 
     def scales(node: Node) -> bool:
-        return _scales(node.outs[0], users, facts, sizes)
+        return any(_scales(out, users, facts, sizes) for out in node.outs)
 
     return [*filter(scales, roots)], {*filter(scales, made)}
 
@@ -123,7 +128,7 @@ def _scales(value: Value, users: dict[Value, list[Node]], facts: Facts, sizes: s
     for node in users.get(value, ()):
         if node.name in SCALES and any(v not in sizes for v in active_ins(facts, node)):
             return True
-        if node.outs[0] in sizes and _scales(node.outs[0], users, facts, sizes):
+        if any(out in sizes and _scales(out, users, facts, sizes) for out in node.outs):
             return True
     return False
 
@@ -268,18 +273,21 @@ class _Finder(LinearMaps):
     def _statistic(self, norm: Node) -> set[Node]:
         """What computes a statistic: its derivative is one thing, not a rule for each node."""
         inside: set[Node] = set()
-        todo = [norm]
+        stat, todo = {norm}, [norm]
         while todo:
             node = todo.pop()
             inside.add(node)
+            # Squares, say, which may be moved before they are taken together.
+            takes = node.name in _TOGETHER or (node.name in SHAPES and node not in stat)
             made = (self.producers.get(v) for v in self.active(node))
             for producer in made:
                 if producer is None or producer in inside or len(producer.outs) != 1:
                     continue
                 fact = self.facts[producer.outs[0]]
-                users = self.users[producer.outs[0]]
-                own = fact.nonlinear and all(user in inside for user in users)
-                if fact.stat or (node.name in REDUCTIONS | DOT and own):
+                own = all(user in inside for user in self.users[producer.outs[0]])
+                if fact.stat:
+                    stat.add(producer)
+                if fact.stat or (takes and own and (fact.nonlinear or producer.name in SHAPES)):
                     todo.append(producer)
         return inside
 

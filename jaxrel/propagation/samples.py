@@ -52,12 +52,17 @@ class Samples:
         near = slice(_POINTS.index(-2), _POINTS.index(2) + 1)
         if any(np.nanmax(np.abs(y[near])) > 1e6 for y in self._values):
             return False
-        return self.keeps_zero or all(_gentle(y) and _is_flat(y) for y in self._values)
+        return self.keeps_zero or all(_gentle(y) and _is_flat(y) for y in self._computable)
 
     @functools.cached_property
     def is_gate(self) -> bool:
         """Whether f rises or falls between 0 and another limit, as a sigmoid does."""
-        return all(map(_between_limits, self._values))
+        return all(map(_between_limits, self._computable))
+
+    @property
+    def _computable(self) -> list[np.ndarray]:
+        """f without what is no number far from 0, where an exponential overflows."""
+        return [y[(np.abs(_POINTS) < 100) | ~np.isnan(y)] for y in self._values]
 
     @functools.cached_property
     def _values(self) -> list[np.ndarray]:
@@ -155,8 +160,7 @@ def _filled(value: Value, number: float, filled: list[Atom]) -> Any:
 
 def _gentle(y: np.ndarray) -> bool:
     """Whether y only rises or only falls, and grows at most in proportion to x."""
-    y = y[~np.isnan(y)]
-    if len(y) < 3 or not np.all(np.isfinite(y)):
+    if np.isnan(y).any() or not np.all(np.isfinite(y)):
         return False
     steps = np.diff(y)
     least = 1e-3 * np.max(np.abs(y))
@@ -169,7 +173,7 @@ def _gentle(y: np.ndarray) -> bool:
 
 
 def _between_limits(y: np.ndarray) -> bool:
-    if not _gentle(y) or np.isnan(y).any():
+    if not _gentle(y):
         return False
     least = 1e-3 * np.max(np.abs(y))
     ends = sorted((abs(y[0]), abs(y[-1])))

@@ -8,12 +8,13 @@ A tagged value that is explained has a probe of its own, which begins at the tag
 
 Where constants stand beside the input (zeros around an image, a mask's zeros), a second companion
 of ones goes the same way: it is 0 at the constants, which take no relevance, as the zeros that a
-convolution pads with itself take none.
+convolution pads with itself take none. A mean of the input and a fixed linear map (a resize) share
+what the probe takes by their weights, whatever their signs.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -25,7 +26,10 @@ from jaxrel.tracing.graph import Atom, Graph, Node, Value, build, tag_name
 from jaxrel.tracing.primitives import (
     AFFINE,
     CLIPS,
+    CONV,
+    LINEAR,
     LOOKUPS,
+    MEANS,
     MOVES,
     PLACES,
     SCATTERS,
@@ -86,7 +90,8 @@ def add_probes(
     """
     sources = frozenset(sources)
     mirror = _Mirror(facts, sources.union(wanted), sources)
-    return Probed(mirror.graph(graph, explained), mirror.found, mirror.steps)
+    made, _ = mirror.graph(graph, explained)
+    return Probed(made, mirror.found, mirror.steps)
 
 
 class _Mirror:
@@ -103,11 +108,11 @@ class _Mirror:
         followed: Sequence[Value],
         masked: Sequence[Value] = (),
         stale: Iterable[Value] = (),
-    ) -> Graph:
+    ) -> tuple[Graph, dict[Value, Probe]]:
         """The graph with, as its last inputs, a probe for each of the followed inputs.
 
         After these come the companions of the masked ones, which hold constants too. The probes
-        of stale inputs are there, but lead nowhere.
+        of stale inputs are there, but lead nowhere. Also the probes of all values that have one.
         """
         extra = [self._new(value) for value in (*followed, *masked)]
         masks = dict(zip(masked, extra[len(followed) :], strict=True))
@@ -122,7 +127,8 @@ class _Mirror:
             nodes += self._node(node, probes)
             nodes += self._sources(node, probes)
         self.found |= {value: probe for value, probe in probes.items() if value in self.wanted}
-        return Graph((*graph.ins, *extra), tuple(nodes), graph.outs, graph.constants)
+        made = Graph((*graph.ins, *extra), tuple(nodes), graph.outs, graph.constants)
+        return made, probes
 
     def _new(self, like: Value) -> Value:
         value = Value(like.aval)
@@ -133,7 +139,9 @@ class _Mirror:
         """The node, and what its probe needs; new probes are noted."""
         active = active_ins(self.facts, node)
         if node.is_open:
-            inside = any(self._wants(body) for body in node.bodies)
+            led = any(value in probes for value in active)
+            through = led and any(self.facts[out].fresh for out in node.outs)
+            inside = through or any(map(self._wants, node.bodies))
             return self._control(node, probes) if inside else [node]
         known = [value for value in active if value in probes]
         if not known or node.is_control:
@@ -141,6 +149,8 @@ class _Mirror:
         if node.name in _MOVING or tag_name(node) or self._masks(node):
             places = tuple(i for i, atom in enumerate(node.ins) if atom in known)
             return [node, *self._mirror(node, probes, places, _tangent(node, places))]
+        if len(active) == 1 and self._shares(node, active[0]):
+            return [node, *self._shared(node, active[0], probes)]
         if len(active) == 1 and is_elementwise(node) and node.name in _PASSED:
             (x,) = active
             shape = node.outs[0].shape
@@ -155,16 +165,49 @@ class _Mirror:
         """Whether the node puts constants in some places, whatever the values are there."""
         return node.name in SELECT and not fact_of(self.facts, node.ins[0]).nonlinear
 
+    def _shares(self, node: Node, x: Value) -> bool:
+        """Whether the node is a sum, or a linear map whose weights are written into the program."""
+        others = (fact_of(self.facts, atom) for atom in node.ins if atom is not x)
+        return node.name in MEANS or (node.name in LINEAR and all(f.literal for f in others))
+
+    def _shared(self, node: Node, x: Value, probes: dict[Value, Probe]) -> list[Node]:
+        """Nodes that share what their probe takes among the inputs, by their weights."""
+        place, (value, present) = node.ins.index(x), probes[x]
+
+        def weighed(ins: Sequence, x: Any) -> Any:
+            given = [x if i == place else jnp.abs(one) for i, one in enumerate(ins)]
+            return node.bind(*given)[0]
+
+        def total(*args):
+            ins = args[: len(node.ins)]
+            return weighed(ins, jnp.ones_like(ins[place]) if present is None else args[-1])
+
+        def shares(*args):
+            whole = total(*args)
+            ins, probe = args[: len(node.ins)], args[len(node.ins)]
+            part = weighed(ins, probe if present is None else probe * args[-1])
+            return [jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)]
+
+        masks = [] if present is None else [present]
+        nodes = [self._added(node, [value, *masks], shares)]
+        mask = None
+        if masks or node.name in CONV:
+            # What a convolution pads is no input.
+            counted = self._added(
+                node, masks, lambda *args: [(total(*args) > 0).astype(args[place].dtype)]
+            )
+            nodes.append(counted)
+            mask = counted.outs[0]
+        probes[node.outs[0]] = Probe(nodes[0].outs[0], mask)
+        return nodes
+
     def _sources(self, node: Node, probes: dict[Value, Probe]) -> list[Node]:
         """What gives a probe to explained values that the node makes of what is not explained."""
         added = []
         for value in node.outs:
             if value in self.sources and value not in probes and self.facts[value].fresh:
-                probe = self._new(value)
-                zeros = Node(node.equation, (value,), (probe,))
-                self.steps[zeros] = Step((value,), lambda x: [jnp.zeros_like(x)])
-                probes[value] = Probe(probe)
-                added.append(zeros)
+                added.append(self._made(value, jnp.zeros_like))
+                probes[value] = Probe(added[-1].outs[0])
         return added
 
     def _mirror(
@@ -225,7 +268,7 @@ class _Mirror:
                 followed[i] = entering(i, probe.value)
                 if probe.present is not None:
                     masked[i] = entering(i, probe.present)
-        bodies = []
+        bodies, inside = [], []
         for body in node.bodies:
             # Only the first iteration's state is the input; later ones compute theirs.
             state = [] if _runs_first(node, body) else given.state
@@ -233,9 +276,55 @@ class _Mirror:
                 [body.ins[i - len(given.test)] for i in places]
                 for places in (followed, masked, [i for i in state if i in followed])
             )
-            bodies.append(self.graph(body, inner, inner_masked, stale))
+            made, found = self.graph(body, inner, inner_masked, stale)
+            bodies.append(made)
+            inside.append(found)
         ins = (*node.ins, *followed.values(), *masked.values())
-        return [*added, dataclasses.replace(node, ins=ins, bodies=tuple(bodies))]
+        changed = dataclasses.replace(node, ins=ins, bodies=tuple(bodies))
+        left = self._leaving(changed, inside, probes)
+        used = len(left.outs) > len(node.outs) or any(map(self._wants, node.bodies))
+        return [*added, left] if used else [node]
+
+    def _leaving(
+        self, node: Node, inside: Sequence[dict[Value, Probe]], probes: dict[Value, Probe]
+    ) -> Node:
+        """The node, which also returns the probes of what all of its bodies return with one.
+
+        What leaves a loop as its state has none.
+        """
+        first = node.scan.carries if node.scan else 0
+        extra: list[list[Value]] = [[] for _ in node.bodies]
+        nodes = [[*body.nodes] for body in node.bodies]
+        outs = [*node.outs]
+        for number, out in enumerate(node.outs):
+            ends = [body.outs[number] for body in node.bodies]
+            pairs = zip(inside, ends, strict=True)
+            known = [found[end] for found, end in pairs if isinstance(end, Value) and end in found]
+            if number < first or len(known) < len(ends):
+                continue
+            masked = any(probe.present for probe in known)
+            for i, probe in enumerate(known):
+                made = [self._made(probe.value, _same)]
+                if masked:
+                    whole = probe.present is None
+                    like, same = (probe.value, jnp.ones_like) if whole else (probe.present, _same)
+                    made.append(self._made(like, same))
+                nodes[i] += made
+                extra[i] += [one.outs[0] for one in made]
+            probes[out] = Probe(self._new(out), self._new(out) if masked else None)
+            outs += [value for value in probes[out] if value is not None]
+        bodies = (
+            Graph(body.ins, tuple(made), (*body.outs, *more), body.constants)
+            for body, made, more in zip(node.bodies, nodes, extra, strict=True)
+        )
+        return dataclasses.replace(node, outs=tuple(outs), bodies=tuple(bodies))
+
+    def _made(self, like: Value, function: Callable) -> Node:
+        """A node that makes a companion of a value."""
+        program, _ = make_program(jnp.negative, shaped_like(like.aval))
+        made = dataclasses.replace(build(program).nodes[0], ins=(like,), outs=(self._new(like),))
+        self.steps[made] = Step(made.ins, lambda x: [function(x)])
+        return made
 
     def _repeated(self, length: int, probe: Value) -> Node:
         """A node that repeats a probe, once for each iteration of a scan."""
@@ -244,6 +333,10 @@ class _Mirror:
         (node,) = build(program).nodes
         self.facts[node.outs[0]] = Fact(root=node.outs[0])
         return dataclasses.replace(node, ins=(probe,))
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 def _runs_first(node: Node, body: Graph) -> bool:

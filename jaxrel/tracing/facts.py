@@ -28,11 +28,14 @@ from jaxrel.tracing.primitives import (
     NONNEG_IF_ALL,
     REDUCTIONS,
     SCALES,
+    SCATTER_ADD,
+    SCATTER_EXTREMA,
     SELECT,
     SHAPES,
     SIDE_BY_SIDE,
     SIGMOID,
     SORT,
+    STEPS,
     STOP_GRADIENT,
     SUMS,
 )
@@ -173,7 +176,8 @@ class _Analysis(Forward[Fact]):
             fact = dataclasses.replace(fact, root=value, nonlinear=False)
         elif node.name in MOVES and isinstance(before := node.ins[0], Value):
             self._moved[value] = self._moved.get(before, before)
-        active = fact.active and inexact(value) and node not in self._barriers
+        mask = node is not None and node.name in STEPS and fact.stat
+        active = fact.active and inexact(value) and node not in self._barriers and not mask
         fact = dataclasses.replace(fact, active=active, root=fact.root or value)
         if not active and fact.fresh:
             fact = dataclasses.replace(fact, fresh=False)
@@ -308,10 +312,12 @@ def _zero(node: Node, ins: list[Fact]) -> bool:
 
 
 def _stat(node: Node, active: list[Fact], ins: list[Fact]) -> bool:
-    # A product with numbers of the program, such as ones, is a sum too.
+    # A product with numbers of the program, such as ones, is a sum too; so is a sum by segment.
     if node.name in REDUCTIONS or (node.name in DOT and any(fact.literal for fact in ins)):
         return True
-    flows = node.name in ELEMENTWISE or node.name in MOVES
+    if node.name in SCATTER_ADD | SCATTER_EXTREMA and not ins[0].active:
+        return True
+    flows = node.name in ELEMENTWISE | SHAPES
     return flows and all(fact.stat for fact in active)
 
 

@@ -298,7 +298,7 @@ class _Matcher:
             yield node.ins[0], node.ins[1]
         elif node.name in MUL:
             for above, inverse in (node.ins, node.ins[::-1]):
-                made = self.before(inverse)
+                made = trace_back(inverse, self.producers, MOVES | LOOKUPS)
                 if made is None:
                     continue
                 log = self._negative_log(made)
@@ -349,10 +349,11 @@ class _Matcher:
         return origin(atom, self.producers) if isinstance(atom, Value) else atom
 
     def _find_log(self, atom: Atom) -> Node | None:
-        """The logarithm in log(sum(exp(s - max))) or in log(...) + max."""
-        node = self.before(atom)
+        """The logarithm in log(sum(exp(s - max))) or in log(...) + max, or picked from these."""
+        before = functools.partial(trace_back, producers=self.producers, through=MOVES | LOOKUPS)
+        node = before(atom)
         if node is not None and node.name in ADD:
-            terms = (self.before(term) for term in node.ins)
+            terms = (before(term) for term in node.ins)
             node = next((term for term in terms if term is not None and term.name in LOG), None)
         return node if node is not None and node.name in LOG else None
 

@@ -80,8 +80,7 @@ MEANS = REDUCE_SUM | _names("reduce_window_sum")
 MAXIMA = _names("reduce_max reduce_window_max")
 REDUCE_PROD = _names("reduce_prod")
 TRANSPOSE = _names("transpose")
-BROADCAST = _names("broadcast_in_dim")
-IOTA = _names("iota")
+BROADCAST, IOTA = map(_names, ("broadcast_in_dim", "iota"))
 SLICES = _names("slice dynamic_slice split")
 CONCATENATE = _names("concatenate")
 RESHAPES = _names("reshape squeeze")
@@ -94,7 +93,6 @@ CUTS = _names("slice")
 REORDERS = _names("rev pad")
 POWERS = _names("integer_pow pow")
 LOOKUPS = _names("gather dynamic_slice")
-SORT = _names("sort")
 TAG, STOP_GRADIENT = map(_names, ("jaxrel_tag name", "stop_gradient"))
 RANDOM = _names("random_bits threefry2x32 rng_bit_generator")
 
@@ -117,7 +115,9 @@ ELEMENTWISE = (
 )
 # Elementwise and affine in the one input that varies.
 AFFINE = SUMS | SCALES | _names("neg copy convert_element_type reduce_precision select_n")
-EQUAL = _names("eq")
+EQUAL, SORT = map(_names, ("eq", "sort"))
+# Constant but for jumps: of a statistic, such a value is a mask.
+STEPS = _names("sign floor ceil round")
 COMPARISONS = _names("eq ne lt le gt ge and or not xor is_finite")
 REDUCTIONS = MEANS | MAXIMA | REDUCE_PROD | _names("reduce_min cumsum cummax cumprod cumlogsumexp")
 # Each output is the input at its place, moved.

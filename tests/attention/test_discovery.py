@@ -205,6 +205,18 @@ def test_attention_with_a_derivative_of_its_own_is_that_of_what_it_computes(meth
     np.testing.assert_allclose(explain(fused), explain(fused.fun), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", attention.METHODS)
+def test_a_map_that_a_checkpoint_returns_is_found(method):
+    def model(x, wrap):
+        for _ in range(2):
+            x = x + wrap(lambda x: jax.nn.softmax(x @ x.swapaxes(1, 2) / 9))(x) @ x
+        return x.sum((1, 2))
+
+    explain = lambda wrap: attention.relevance(lambda x: model(x, wrap), method=method)(X)
+    plain = explain(lambda f: f)
+    np.testing.assert_allclose(explain(jax.checkpoint), plain, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.devices(8)
 def test_attention_in_shard_map_is_refused():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -6,6 +6,7 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 
+import jaxrel
 from jaxrel import attention
 
 BATCH, TOKENS, WIDTH = 2, 5, 6
@@ -99,3 +100,54 @@ def test_a_long_skip_is_not_the_residual_of_an_attention():
     assert [site.residual is None for site in stack.sites] == [True, False]
     with pytest.raises(ValueError, match="needs the residual stream"):
         attention.relevance(model)(X.astype(np.float32))
+
+
+# [batch, tokens, width] to another order of axes.
+ORDERS = {"tokens first": (1, 0, 2), "channels first": (0, 2, 1), "channels before all": (2, 0, 1)}
+
+
+def _ordered(name, x):
+    return x.transpose(ORDERS[name])
+
+
+def _by_name(name, x):
+    return x.transpose(np.argsort(ORDERS[name]))
+
+
+@pytest.mark.parametrize("method", ["weighted", "token_tm"])
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("examples", [1, 2, TOKENS])
+def test_the_axes_of_a_stream_in_any_order(name, method, examples):
+    def layers(x, change, back):
+        x = change(x)
+        for scale in (1.0, 0.7):
+            x = x + change(attend(back(x) * scale))
+        return back(x)[:, 1].sum(-1)
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(examples, TOKENS, WIDTH)))
+        other = lambda x: layers(x, lambda x: _ordered(name, x), lambda x: _by_name(name, x))
+        plain = lambda x: layers(x, lambda x: x, lambda x: x)
+        options = {"method": method, "target_token": 1}
+        got, want = (jax.jit(attention.relevance(f, **options))(x) for f in (other, plain))
+    np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)  # float64 rounding
+
+
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: x.swapaxes(0, 1)])
+def test_tags_are_read_as_batch_tokens_width(change):
+    """What the error asks for gives the right number; in another order it is refused."""
+
+    def model(x, tag=lambda value, name: value):
+        for _ in range(2):
+            attn = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x @ W[0], x @ W[1]))
+            out = tag(attn[:, None], "maps")[:, 0] @ (x @ W[2])
+            x = change(tag(change(x), "maps/before") + tag(change(out), "maps/after"))
+        return x[:, 0].sum(-1)
+
+    tagged = attention.relevance(lambda x: model(x, jaxrel.tag), attention="maps")
+    x = jnp.asarray(X, jnp.float32)
+    if change(x).shape != x.shape:
+        with pytest.raises(ValueError, match=r"must be \[batch, tokens, width\] = \(2, 5, width\)"):
+            tagged(x)
+        return
+    np.testing.assert_allclose(tagged(x), attention.relevance(model)(x), rtol=1e-5, atol=1e-6)

@@ -262,7 +262,7 @@ ERRORS = {
     "no residual": (
         lambda: attention.relevance(without_residual)(X),
         ValueError,
-        r"'weighted' needs the residual stream.*tag the stream.*'attention/before'",
+        r"'weighted' needs the residual stream.*tag the map.*'attention/before'",
     ),
     "not a scalar": (
         lambda: attention.relevance(lambda x: (scanned(x), x))(X),

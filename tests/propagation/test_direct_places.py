@@ -137,3 +137,54 @@ def test_presets_with_flat_and_causal_padding(x64):
     relevance = jaxrel.lrp(fun, composites.epsilon_plus_flat())(x)
     # 1e-6 is the stabiliser, beside at least 3 inputs.
     np.testing.assert_allclose(relevance.sum((1, 2)), fun(x).sum((1, 2)), rtol=1e-5)
+
+
+# Rows of weights that a mean or a resize of the time axis has, [out, 6].
+FIXED = {
+    "mean": (lambda x: x.reshape(2, 3, 2, 3).mean(2), np.kron(np.eye(3), [[0.5, 0.5]])),
+    "window": (
+        lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 1), (1, 2, 1), "VALID") / 2,
+        np.kron(np.eye(3), [[0.5, 0.5]]),
+    ),
+    "resize": (
+        lambda x: jax.image.resize(x, (2, 3, 3), "bilinear", antialias=False),
+        np.kron(np.eye(3), [[0.5, 0.5]]),
+    ),
+    "padded": (
+        lambda x: jnp.pad(x, ((0, 0), (1, 1), (0, 0))).reshape(2, 4, 2, 3).mean(2),
+        np.kron(np.eye(4), [[0.5, 0.5]])[:, 1:-1],
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", DIRECT, ids=str)
+@pytest.mark.parametrize("name", FIXED)
+def test_black_pixels_before_a_mean_or_a_resize(x64, name, rule):
+    change, weights = FIXED[name]
+    x, w = jnp.abs(normal(2, 6, 3)).at[0, :4].set(0.0), normal(3, 3, 4)
+    found = jaxrel.lrp(lambda x: conv(change(x), w), [(first(), rule)])(x)
+    direct = jaxrel.lrp(lambda y: conv(y, w), [(first(), rule)])(change(x))
+    shares = weights / weights.sum(1, keepdims=True)
+    np.testing.assert_allclose(found, jnp.einsum("btc,ts->bsc", direct, shares), rtol=1e-9)
+    assert jnp.abs(found[0, :4]).min() > 0
+
+
+@pytest.mark.parametrize("rule", DIRECT, ids=str)
+@pytest.mark.parametrize("wrap", ["remat", "scan", "cond", "padded", "padded in one branch"])
+def test_what_is_done_to_the_input_in_a_body_of_its_own(x64, wrap, rule):
+    x, w = jnp.abs(normal(2, 5, 3)).at[0, 1:3].set(0.0), normal(3, 3, 4)
+    plain = lambda x: x * 2 - 1
+    padded = lambda x: jnp.pad(plain(x), ((0, 0), (2, 0), (0, 0)))
+    longer = lambda x: jnp.concatenate([plain(x[:, :2]), plain(x)], 1)
+    run = {
+        "remat": jax.checkpoint(plain),
+        "scan": lambda x: lax.map(plain, x),
+        "cond": lambda x: lax.cond(w[0, 0, 0] < 9, plain, lambda x: x, x),
+        "padded": jax.checkpoint(padded),
+        "padded in one branch": lambda x: lax.cond(w[0, 0, 0] < 9, padded, longer, x),
+    }[wrap]
+    change = padded if "padded" in wrap else plain
+    rules = [(first(), rule)]
+    found = jax.jit(jaxrel.lrp(lambda x: conv(run(x), w), rules))(x)
+    expected = jaxrel.lrp(lambda x: conv(change(x), w), rules)(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

@@ -186,7 +186,22 @@ def test_near_ties_do_not_explode():
     np.testing.assert_allclose(found, x * slope.T, rtol=1e-9)
 
 
-def graph_attention(shift, keep=lambda weights: weights):
+def by_sum(s, ids):
+    e = jnp.exp(s - jax.ops.segment_max(s, ids, 3)[ids])
+    return e / jax.ops.segment_sum(e, ids, 3)[ids]
+
+
+def by_reciprocal(s, ids):
+    e = jnp.exp(s)
+    return e * (1 / jax.ops.segment_sum(e, ids, 3))[ids]
+
+
+def by_logarithm(s, ids):
+    top = jax.ops.segment_max(s, ids, 3)
+    return jnp.exp(s - (jnp.log(jax.ops.segment_sum(jnp.exp(s - top[ids]), ids, 3)) + top)[ids])
+
+
+def graph_attention(shift, keep=lambda weights: weights, softmax=by_sum):
     senders, receivers = np.array([0, 1, 2, 0, 1, 2]), np.array([0, 1, 2, 1, 2, 0])
     rng = np.random.default_rng(1)
     w, a, b = (rng.normal(size=shape) for shape in ((4, 4), 4, 4))
@@ -194,21 +209,22 @@ def graph_attention(shift, keep=lambda weights: weights):
     def fun(x):
         h = x @ w
         s = jax.nn.leaky_relu((h @ a)[senders] + (h @ b)[receivers], 0.2) + shift
-        e = jnp.exp(s - jax.ops.segment_max(s, receivers, 3)[receivers])
-        weights = keep(e / jax.ops.segment_sum(e, receivers, 3)[receivers])
+        weights = keep(softmax(s, receivers))
         return jax.ops.segment_sum(weights[:, None] * h[senders], receivers, 3)
 
     return fun
 
 
-def test_a_softmax_by_segment():
+@pytest.mark.parametrize("softmax", [by_sum, by_reciprocal, by_logarithm])
+def test_a_softmax_by_segment(softmax):
     x = jnp.asarray(RNG.normal(size=(3, 4)))
     constant = graph_attention(0.0, lax.stop_gradient)
     value, back = jax.vjp(constant, x)
     right = x * back(jnp.ones_like(value))[0]
-    found = jaxrel.lrp(graph_attention(0.0), composites.cp_lrp(0.0))(x)
+    found = jaxrel.lrp(graph_attention(0.0, softmax=softmax), composites.cp_lrp(0.0))(x)
     np.testing.assert_allclose(found, right, **CLOSE)
-    shifted = [jaxrel.lrp(graph_attention(s), composites.attn_lrp(0.0))(x) for s in (0.0, 5.0)]
+    spelled = graph_attention(5.0, softmax=softmax), graph_attention(0.0)
+    shifted = [jaxrel.lrp(fun, composites.attn_lrp(0.0))(x) for fun in spelled]
     np.testing.assert_allclose(*shifted, **CLOSE)
 
 
@@ -276,6 +292,7 @@ GATES = {
     "hard_sigmoid": jax.nn.hard_sigmoid,
     "clip": lambda x: jnp.clip(0.2 * x + 0.5, 0, 1),
     "exp": lambda x: 1 / (1 + jnp.exp(-x)),
+    "exp twice": lambda x: jnp.exp(x) / (1 + jnp.exp(x)),
     "tanh": lambda x: 0.5 * jnp.tanh(x / 2) + 0.5,
     "one less": lambda x: 1 - jax.nn.sigmoid(x),
 }
@@ -423,6 +440,8 @@ def test_a_number_added_after_an_activation_is_no_part_of_it():
 def _norms():
     squares = lambda h: (h * h).sum(-1, keepdims=True)
     size = lambda h: jnp.linalg.norm(h, axis=-1, keepdims=True)
+    rows, zeros = np.arange(60) // 6, np.zeros(6, int)
+    by_row = lambda h: jax.ops.segment_sum((h * h).ravel(), rows, 10)
     return {
         "einsum": lambda h: h / jnp.sqrt(jnp.einsum("bti,bti->bt", h, h)[..., None]),
         "vdot": jax.vmap(jax.vmap(lambda h: h / jnp.sqrt(jnp.vdot(h, h)))),
@@ -434,6 +453,17 @@ def _norms():
         "epsilon": lambda h: h / (jnp.sqrt(squares(h)) + EPS),
         "power": lambda h: h * squares(h) ** -0.5,
         "reciprocal": lambda h: h * (1 / jnp.sqrt(squares(h))),
+        "last of a running sum": lambda h: h / jnp.sqrt(jnp.cumsum(h * h, -1)[..., -1:]),
+        "by segment": lambda h: h / jnp.sqrt(by_row(h)[rows]).reshape(h.shape),
+        "by segment, picked before": lambda h: h * lax.rsqrt(by_row(h)[rows].reshape(h.shape)),
+        "picked": lambda h: h / size(h)[..., zeros],
+        "side by side": lambda h: h / jnp.concatenate([size(h)] * 6, -1),
+        "in two halves": lambda h: jnp.concatenate(
+            [h[i : i + 1] / size for i, size in enumerate(jnp.split(size(h), 2))]
+        ),
+        "moved squares": lambda h: (
+            h * lax.rsqrt((h * h).reshape(2, 5, 2, 3).sum((2, 3))[..., None])
+        ),
         "logarithm": lambda h: h / jnp.exp(0.5 * jnp.log(squares(h))),
         "logarithm, reciprocal": lambda h: h * jnp.exp(jnp.log(squares(h)) / -2),
     }
@@ -459,11 +489,17 @@ def test_a_norm_in_any_spelling(name):
         lambda x, h: h * (x.sum(-1) > 0)[..., None].astype(h.dtype),
         lambda x, h: (h - h.mean(-1, keepdims=True)) / (h.std(-1, keepdims=True) + 1e-3),
         lambda x, h: h * lax.stop_gradient(jnp.tanh(x)),
+        lambda x, h: h * jnp.sign(jnp.abs(x).sum(-1, keepdims=True)),
+        lambda x, h: h * jnp.minimum(jnp.ceil(jnp.abs(x).sum(-1, keepdims=True)), 1),
     ],
-    ids=["padding", "padding by where", "padding by cast", "std + epsilon", "constant"],
+    ids=[
+        *("padding", "padding by where", "padding by cast", "std + epsilon", "constant"),
+        *("padding by sign", "padding by ceil"),
+    ],
 )
 def test_scalings_and_masks_are_no_activations(scaling):
     x = jnp.asarray(X).at[1, 3:].set(0.0)
     fun = lambda x: scaling(x, x @ WEIGHTS[0]) @ WEIGHTS[1]
-    guided, slope = gradients.guided_backprop(fun)(x), gradients.gradient(fun)(x)
-    np.testing.assert_allclose(guided, slope, **CLOSE)
+    slope = gradients.gradient(fun)(x)
+    for method in (gradients.guided_backprop, gradients.deconvnet):
+        np.testing.assert_allclose(method(fun)(x), slope, **CLOSE)
