@@ -15,13 +15,19 @@ from jaxrel.images import read_image
 Found = Mapping[str, Any]
 
 _QUERY = """
-  with everything as (select * from read_parquet($parts) where error is null),
+  with everything as (
+    select * from read_parquet($parts, union_by_name = true, file_row_number = true)
+    where error is null
+  ),
   chosen as (
     select id, "row", row_number() over (order by {order}) as place
-    from (select distinct on (id, "row") * from everything where {where})
+    from (
+      select distinct on (id, "row") * from everything where {where}
+      order by id, "row", file_row_number
+    )
   )
   select everything.* from everything join chosen using (id, "row")
-  where place <= $limit order by place, method
+  where place <= $limit order by place, file_row_number
 """
 
 
@@ -101,7 +107,7 @@ def _explanation(rows: Sequence[Found], pixels: Mapping, model: Any, name: str) 
         tokens=filled if length else (),
         pixels=None if any(one is None for one in shown) else shown,
         model=name,
-        report=_joined([json.loads(row["report"]) for row in rows]),
+        report=_report(rows),
     )
 
 
@@ -117,6 +123,29 @@ def _grid(size: int, model: Any) -> tuple[int, int]:
     grids = [stream.grid for stream in model.layout.streams if stream.grid is not None]
     side = round(size**0.5)
     return next((grid for grid in grids if np.prod(grid) == size), (side, side))
+
+
+def _report(rows: Sequence[Found]) -> Any:
+    """The report of all rows; what it tells of each is of the tokens that the table keeps."""
+    report = _joined([json.loads(row["report"]) for row in rows])
+    # The parts of a job number the captions anew.
+    numbers = {one: i for i, one in enumerate(dict.fromkeys(row["id"] for row in rows))}
+    for row, told in zip(rows, report.get("examples", ()), strict=False):
+        if "caption" in told:
+            told["caption"] = numbers[row["id"]]
+            told["position"] = _position(row, told)
+    return report
+
+
+def _position(row: Found, told: Found) -> int | None:
+    """The place of the explained word in the tokens of a row."""
+    if "position" not in told:
+        return row["position"]
+    # Tables were once without this column. Their report counts the tokens that they left out: the
+    # start, and unknown words.
+    tokens, last = row["tokens"] or [], told["position"] - 1
+    same = [i for i, token in enumerate(tokens[: last + 1]) if token == told["word"]]
+    return same[-1] if same else last
 
 
 def _joined(reports: Sequence[Any]) -> Any:

@@ -23,6 +23,7 @@ COLUMNS = (
     "score",
     "method",
     "tokens",
+    "position",
     "text_relevance",
     "image_relevance",
     "report",
@@ -66,8 +67,8 @@ def columns(
     for one in example:
         places.append(numbers[one])
         numbers[one] += 1
-    kept_report = {k: v for k, v in explanation.report.items() if k != "example"}
-    reports = [part(kept_report, slice(i, i + 1), count) for i in range(count)]
+    told = explanation.report.get("examples", [{}] * count)
+    reports = [part(_kept(explanation.report), slice(i, i + 1), count) for i in range(count)]
     shown = [[i for i, token in enumerate(row) if token] for row in explanation.tokens]
     rows = [{"image": None, "text": None} if given is None else given[i] for i in example]
     text, maps, nothing = explanation.text, explanation.image, [None] * count
@@ -82,6 +83,9 @@ def columns(
         "tokens": nothing
         if text is None
         else [[row[i] for i in kept] for row, kept in zip(explanation.tokens, shown, strict=True)],
+        "position": nothing
+        if text is None
+        else [_among(kept, one.get("position")) for kept, one in zip(shown, told, strict=True)],
         "text_relevance": nothing
         if text is None
         else [row[kept] for row, kept in zip(text, shown, strict=True)],
@@ -89,6 +93,22 @@ def columns(
         "report": [json.dumps(_row_report(report)) for report in reports],
         "error": nothing,
     }
+
+
+def _kept(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report without what columns say."""
+    kept = {name: value for name, value in report.items() if name != "example"}
+    if "examples" in kept:
+        kept["examples"] = [
+            {name: value for name, value in one.items() if name != "position"}
+            for one in kept["examples"]
+        ]
+    return kept
+
+
+def _among(kept: Sequence[int], position: int | None) -> int | None:
+    """The place of a token among those that are kept."""
+    return None if position is None else sum(i < position for i in kept)
 
 
 def _row_report(report: Any) -> Any:
@@ -127,6 +147,7 @@ def schema(shapes: Collection[tuple[int, ...]], *, precision: str = "float32") -
         "id": pa.field("id", pa.string(), nullable=False),
         "row": pa.field("row", pa.int32(), nullable=False),
         "score": pa.field("score", pa.float32()),
+        "position": pa.field("position", pa.int32()),
         "tokens": pa.field("tokens", pa.list_(pa.string())),
         "text_relevance": pa.field("text_relevance", pa.list_(pa.float32())),
         "image_relevance": pa.field("image_relevance", maps, metadata=shape),
