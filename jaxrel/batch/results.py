@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrel.explanations.explain import family
 from jaxrel.explanations.result import Explanation
-from jaxrel.explanations.tables import COLUMNS, required
+from jaxrel.explanations.tables import COLUMNS, flag_of, required
 from jaxrel.images import read_image
 
 Found = Mapping[str, Any]
@@ -107,6 +107,8 @@ def _explanation(rows: Sequence[Found], pixels: Mapping, model: Any, name: str) 
         tokens=filled if length else (),
         pixels=None if any(one is None for one in shown) else shown,
         model=name,
+        # Tables were once without this column.
+        flags=[flag_of(row.get("flag")) for row in rows],
         report=_report(rows),
     )
 

@@ -3,6 +3,7 @@
 pyarrow and pandas are optional (`pip install 'jaxrel[batch]'`), and are imported when needed.
 """
 
+import dataclasses
 import importlib
 import io
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrel.explanations.joined import part
+from jaxrel.flags import Flag
 
 # The columns of a table with a row per example, in this order.
 COLUMNS = (
@@ -26,6 +28,7 @@ COLUMNS = (
     "position",
     "text_relevance",
     "image_relevance",
+    "flag",
     "report",
     "error",
 )
@@ -90,6 +93,7 @@ def columns(
         if text is None
         else [row[kept] for row, kept in zip(text, shown, strict=True)],
         "image_relevance": nothing if maps is None else list(maps),
+        "flag": [_flag(one) for one in explanation.flags] or nothing,
         "report": [json.dumps(_row_report(report)) for report in reports],
         "error": nothing,
     }
@@ -109,6 +113,17 @@ def _kept(report: Mapping[str, Any]) -> dict[str, Any]:
 def _among(kept: Sequence[int], position: int | None) -> int | None:
     """The place of a token among those that are kept."""
     return None if position is None else sum(i < position for i in kept)
+
+
+def _flag(flag: Flag | None) -> dict[str, Any] | None:
+    """A flag as a table holds it, with what follows from its numbers."""
+    return None if flag is None else dataclasses.asdict(flag) | {"flagged": flag.flagged}
+
+
+def flag_of(held: Mapping[str, Any] | None) -> Flag | None:
+    """A flag from what a table holds."""
+    names = [field.name for field in dataclasses.fields(Flag)]
+    return None if held is None else Flag(**{name: held[name] for name in names})
 
 
 def _row_report(report: Any) -> Any:
@@ -143,6 +158,9 @@ def schema(shapes: Collection[tuple[int, ...]], *, precision: str = "float32") -
     if len(shapes) == 1:
         ((rows, columns),) = shapes
         maps, shape = pa.list_(number, rows * columns), {"shape": json.dumps([rows, columns])}
+    text, real = pa.string(), pa.float64()
+    flag = {"word": text, "statistic": text, "value": real, "threshold": real, "precision": real}
+    flag |= {"evidence": text, "flagged": pa.bool_()}
     fields = {
         "id": pa.field("id", pa.string(), nullable=False),
         "row": pa.field("row", pa.int32(), nullable=False),
@@ -151,6 +169,7 @@ def schema(shapes: Collection[tuple[int, ...]], *, precision: str = "float32") -
         "tokens": pa.field("tokens", pa.list_(pa.string())),
         "text_relevance": pa.field("text_relevance", pa.list_(pa.float32())),
         "image_relevance": pa.field("image_relevance", maps, metadata=shape),
+        "flag": pa.field("flag", pa.struct([*flag.items()])),
     }
     return pa.schema([fields.get(name, pa.field(name, pa.string())) for name in COLUMNS])
 

@@ -11,6 +11,7 @@ import jaxrel
 from jaxrel import report
 from jaxrel.batch import Explainer
 from jaxrel.batch.results import explanations, find_rows
+from jaxrel.flags import Flag
 from jaxrel.images import read_image
 from tests.zoo.captioners import captioner
 from tests.zoo.clipmappers import random_mapper
@@ -82,7 +83,40 @@ def test_the_page_of_a_job_is_that_of_explain(case, files, tmp_path):
     assert articles == wanted_articles
 
 
-def without_position(table):
+class EverySecond:
+    """A detector that flags a word, finds nothing at the next, and does not judge the third."""
+
+    def flags(self, method, words, maps):
+        values = [0.1 + len(method) / 100, 0.75]
+        judged = [
+            Flag(word, "mean", values[i % 3], 0.5, 0.25, "on <three> images") if i % 3 < 2 else None
+            for i, word in enumerate(words)
+        ]
+        assert len(maps) == len(judged)
+        return judged
+
+
+def test_flagged_words_are_flagged_in_the_page_of_a_job(files, tmp_path):
+    model, methods = captioner("gridtd"), ("gradient", "grad_cam")
+    options = {"detector": EverySecond(), "method": methods}
+    write(tmp_path, model, files, text="a red circle a", **options)
+    rows = find_rows(tmp_path, "true", order="id, row", limit=100)
+    found = explanations(rows, model, name="mine")
+    images = [read_image(str(file)) for file in files]
+    wanted = jaxrel.explain(
+        model, image=images, text=["a red circle a"] * 3, batch_size=1, name="mine", **options
+    )
+    assert [one.flags for one in found] == [one.flags for one in wanted]
+    assert [flag and flag.flagged for flag in found[0].flags[:4]] == [True, False, None, True]
+    assert shown(found) == shown(wanted)
+    assert "on &lt;three&gt; images" in shown(found)[0][0]
+    held = rows[0]["flag"]
+    assert (held["word"], held["value"], held["flagged"]) == ("a", 0.1 + 8 / 100, True)
+    chosen = find_rows(tmp_path, "flag.flagged", order="id, row", limit=100)
+    assert [row["row"] for row in chosen if row["method"] == "gradient"] == [0, 3] * 3
+
+
+def older(table):
     """As tables were once: the report counts the tokens that are left out, such as the start."""
     reports = []
     for row in table.to_pylist():
@@ -90,7 +124,7 @@ def without_position(table):
         told["examples"]["position"] = row["position"] + 1
         reports.append(json.dumps(told))
     place = table.column_names.index("report")
-    return table.set_column(place, "report", [reports]).drop_columns(["position"])
+    return table.set_column(place, "report", [reports]).drop_columns(["position", "flag"])
 
 
 def test_an_older_job_is_drawn_alike(files, tmp_path):
@@ -99,7 +133,7 @@ def test_an_older_job_is_drawn_alike(files, tmp_path):
     new.mkdir(), old.mkdir()
     write(new, model, files, method="equal", text="a red a")
     for part in new.iterdir():
-        pq.write_table(without_position(pq.read_table(part)), old / part.name)
+        pq.write_table(older(pq.read_table(part)), old / part.name)
     pages = []
     for folder in (new, old):
         rows = find_rows(folder, "true", order="id, row", limit=100)
