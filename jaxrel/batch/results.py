@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,26 +19,47 @@ _QUERY = """
     select * from read_parquet($parts, union_by_name = true, file_row_number = true)
     where error is null
   ),
-  chosen as (
-    select id, "row", row_number() over (order by {order}) as place
+  ordered as (
+    select id, "row", row_number() over (order by {order}, id, "row") as place
     from (
       select distinct on (id, "row") * from everything where {where}
       order by id, "row", file_row_number
     )
+  ),
+  ends as (
+    select place, id is distinct from lead(id) over (order by place) as is_end from ordered
+  ),
+  counted as (
+    select count(*) as total, min(place) filter (is_end and place >= $limit) as last from ends
   )
-  select everything.* from everything join chosen using (id, "row")
-  where place <= $limit order by place, file_row_number
+  select everything.*, place, total
+  from everything join ordered using (id, "row"), counted
+  where place <= coalesce(last, total) order by place, file_row_number
 """
 
 
-def find_rows(folder: Path, where: str, *, order: str, limit: int) -> list[Found]:
+class Chosen(NamedTuple):
+    """Rows that a condition holds for.
+
+    Attributes:
+      rows: those to be shown, with all methods of each.
+      shown: how many they are, methods aside.
+      total: how many there are without a limit.
+    """
+
+    rows: list[Found]
+    shown: int
+    total: int
+
+
+def find_rows(folder: Path, where: str, *, order: str, limit: int) -> Chosen:
     """The rows of a job that a condition holds for, with all methods of each.
 
     Args:
       folder: what `jaxrel batch` wrote.
       where: a condition in DuckDB's SQL over `jaxrel.batch.COLUMNS`.
       order: the columns that say the order.
-      limit: at most so many rows.
+      limit: at most so many rows, and those that follow the last of them in its caption.
 
     Raises:
       ValueError: the condition cannot be understood, or holds for no row.
@@ -61,14 +82,14 @@ def find_rows(folder: Path, where: str, *, order: str, limit: int) -> list[Found
         ) from None
     if not rows:
         raise ValueError(f"no row of {folder} without an error has {where!r}")
-    return rows
+    return Chosen(rows, rows[-1]["place"], rows[-1]["total"])
 
 
 def explanations(rows: Sequence[Found], model: Any, *, name: str) -> list[Explanation]:
     """Rows of a table as explanations, one per method.
 
     Args:
-      rows: as `find_rows` returns them.
+      rows: of `Chosen`.
       model: the model that explained them; it says which part of an image it saw.
       name: its name.
 

@@ -28,7 +28,10 @@ def add(commands: Any) -> None:
     )
     report.add_argument("--order", default="id, row", help="in which order (default: 'id, row')")
     report.add_argument(
-        "--limit", type=shared.positive, default=50, help="at most so many (default: 50)"
+        "--limit",
+        type=shared.positive,
+        default=50,
+        help="at most so many, and the rest of the last caption (default: 50)",
     )
     report.add_argument(
         "--out", type=Path, default=Path("report.html"), help="default: report.html"
@@ -43,8 +46,10 @@ def run(options: argparse.Namespace) -> None:
     from jaxrel.batch.results import explanations, find_rows
 
     manifest = read_manifest(options.results)
-    rows = find_rows(options.results, options.where, order=options.order, limit=options.limit)
+    chosen = find_rows(options.results, options.where, order=options.order, limit=options.limit)
     model = shared.load(manifest["settings"]["model"])
-    found = explanations(rows, model, name=manifest["settings"]["model"])
+    found = explanations(chosen.rows, model, name=manifest["settings"]["model"])
     report.save(found, options.out)
-    print(f"wrote {len(found[0])} rows to {options.out}")
+    every = f"{chosen.total} rows"
+    what = every if chosen.shown == chosen.total else f"{chosen.shown} of {every} (--limit)"
+    print(f"wrote {what} to {options.out}")

@@ -67,7 +67,7 @@ def test_the_page_of_a_job_is_that_of_explain(case, files, tmp_path):
     make, methods, text = CASES[case]
     model = make()
     write(tmp_path, model, files, method=methods, text=text)
-    rows = find_rows(tmp_path, "true", order="id, row", limit=100)
+    rows = find_rows(tmp_path, "true", order="id, row", limit=100).rows
     articles, data = shown(explanations(rows, model, name="mine"))
     wanted = jaxrel.explain(
         model,
@@ -81,6 +81,37 @@ def test_the_page_of_a_job_is_that_of_explain(case, files, tmp_path):
     assert len(articles) == len(files)
     assert data == wanted_data
     assert articles == wanted_articles
+
+
+def test_a_limit_cuts_no_caption(tmp_path):
+    """Three captions of four words, explained by two methods."""
+    rows = [
+        {"id": f"{caption}.png", "row": word, "method": method, "score": 4.0 * word + caption}
+        for caption in range(3)
+        for method in ("lrp", "gradient")
+        for word in range(4)
+    ]
+    pq.write_table(
+        pa.Table.from_pylist([row | {"error": None} for row in rows]), tmp_path / "part-0.parquet"
+    )
+
+    def found(limit, order="id, row", where="true"):
+        chosen = find_rows(tmp_path, where, order=order, limit=limit)
+        words = [(row["id"][0], row["row"]) for row in chosen.rows if row["method"] == "gradient"]
+        assert len(words) == chosen.shown
+        assert len(chosen.rows) == 2 * chosen.shown
+        assert chosen.rows[0]["method"] == "lrp"
+        return words, chosen.total
+
+    every = [(caption, word) for caption in "012" for word in range(4)]
+    assert found(100) == found(12) == found(9) == (every, 12)
+    assert found(5) == found(8) == (every[:8], 12)
+    assert found(1) == found(4) == (every[:4], 12)
+    # The words of a caption are not together here.
+    assert found(2, "score desc") == ([("2", 3), ("1", 3)], 12)
+    # Rows that are alike keep the order of ids and words.
+    assert found(2, "method", "score > 8")[0] == [("0", 3), ("1", 2), ("1", 3)]
+    assert found(1, "id desc") == ([("2", word) for word in range(4)], 12)
 
 
 class EverySecond:
@@ -100,7 +131,7 @@ def test_flagged_words_are_flagged_in_the_page_of_a_job(files, tmp_path):
     model, methods = captioner("gridtd"), ("gradient", "grad_cam")
     options = {"detector": EverySecond(), "method": methods}
     write(tmp_path, model, files, text="a red circle a", **options)
-    rows = find_rows(tmp_path, "true", order="id, row", limit=100)
+    rows = find_rows(tmp_path, "true", order="id, row", limit=100).rows
     found = explanations(rows, model, name="mine")
     images = [read_image(str(file)) for file in files]
     wanted = jaxrel.explain(
@@ -113,7 +144,8 @@ def test_flagged_words_are_flagged_in_the_page_of_a_job(files, tmp_path):
     held = rows[0]["flag"]
     assert (held["word"], held["value"], held["flagged"]) == ("a", 0.1 + 8 / 100, True)
     chosen = find_rows(tmp_path, "flag.flagged", order="id, row", limit=100)
-    assert [row["row"] for row in chosen if row["method"] == "gradient"] == [0, 3] * 3
+    assert (chosen.shown, chosen.total) == (6, 6)
+    assert [row["row"] for row in chosen.rows if row["method"] == "gradient"] == [0, 3] * 3
 
 
 def older(table):
@@ -136,12 +168,12 @@ def test_an_older_job_is_drawn_alike(files, tmp_path):
         pq.write_table(older(pq.read_table(part)), old / part.name)
     pages = []
     for folder in (new, old):
-        rows = find_rows(folder, "true", order="id, row", limit=100)
+        rows = find_rows(folder, "true", order="id, row", limit=100).rows
         pages.append(shown(explanations(rows, model, name="mine")))
     assert pages[0] == pages[1]
     caption = [(one["word"], one["row"]) for one in pages[0][1]["views"][0]["caption"]]
     assert caption == [("a", 0), ("red", 1), ("a", 2)]
     # One that was begun by an older version, and ended by this one.
     (old / "part-2.parquet").write_bytes((new / "part-2.parquet").read_bytes())
-    rows = find_rows(old, "true", order="id, row", limit=100)
+    rows = find_rows(old, "true", order="id, row", limit=100).rows
     assert shown(explanations(rows, model, name="mine")) == pages[0]

@@ -96,7 +96,9 @@ def test_a_page_of_chosen_rows(results, run, tmp_path):
     text = page.read_text(encoding="utf-8")
     first, second = (f"{score:.5g}" for score in best.score)
     assert text.index(first) < text.index(second)
-    assert run("report", results, "--limit", 1, "--out", tmp_path / "x.png")[0] == 0
+    figure = tmp_path / "x.png"
+    status, said, _ = run("report", results, "--limit", 1, "--out", figure)
+    assert (status, said) == (0, f"wrote 1 of 6 rows (--limit) to {figure}\n")
     status, _, error = run("report", results, "--where", "scroe > 1", "--out", page)
     assert status == 2
     assert "cannot be read as SQL over the columns id, row, image, text, target, score" in error
