@@ -149,11 +149,13 @@ def _grid(size: int, model: Any) -> tuple[int, int]:
 
 
 def _report(rows: Sequence[Found]) -> Any:
-    """The report of all rows; what it tells of each is of the tokens that the table keeps."""
+    """The report of all rows, which names each of them and counts the tokens of the table."""
     report = _joined([json.loads(row["report"]) for row in rows])
     # The parts of a job number the captions anew.
     numbers = {one: i for i, one in enumerate(dict.fromkeys(row["id"] for row in rows))}
     for row, told in zip(rows, report.get("examples", ()), strict=False):
+        if row["id"] != told.get("file"):
+            told["id"] = row["id"]
         if "caption" in told:
             told["caption"] = numbers[row["id"]]
             told["position"] = _position(row, told)

@@ -141,6 +141,9 @@ def test_flagged_words_are_flagged_in_the_page_of_a_job(files, tmp_path):
     assert [flag and flag.flagged for flag in found[0].flags[:4]] == [True, False, None, True]
     assert shown(found) == shown(wanted)
     assert "on &lt;three&gt; images" in shown(found)[0][0]
+    elsewhere = [row | {"id": f"sub/{row['id']}"} for row in rows]
+    (first, *_), _ = shown(explanations(elsewhere, model, name="mine"))
+    assert '<p class="muted" id="input0">sub/a.png</p>' in first
     held = rows[0]["flag"]
     assert (held["word"], held["value"], held["flagged"]) == ("a", 0.1 + 8 / 100, True)
     chosen = find_rows(tmp_path, "flag.flagged", order="id, row", limit=100)
