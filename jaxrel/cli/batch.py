@@ -178,12 +178,13 @@ def run(options: argparse.Namespace) -> None:
     made.batch_size = found.batch_size
     folder = _folder(options, source, made)
     folder.open()
+    left = sum(stop - start for start, stop in map(folder.inputs, folder.missing()))
     print(f"{folder.rows} rows in {found}", file=sys.stderr)
     draw = functools.partial(_draw, options) if options.save_images else None
     if options.engine == "ray":
         from jaxrel.batch import ray_data
 
-        errors = ray_data.run(
+        ray_data.run(
             functools.partial(_explainer, options),
             functools.partial(_source, options),
             folder,
@@ -197,11 +198,20 @@ def run(options: argparse.Namespace) -> None:
             resources=options.resources,
         )
     else:
-        errors = embedded.run(
+        embedded.run(
             made, source, folder, precision=options.precision, threads=options.threads, draw=draw
         )
+    print(_said(options, folder, left))
+
+
+def _said(options: argparse.Namespace, folder: Any, left: int) -> str:
+    """What was done, and what is there, after `left` rows were explained."""
+    errors = folder.errors()
     what = f", {errors} of them with an error (column 'error')" if errors else ""
-    print(f"wrote {folder.rows} rows to {options.out}{what}")
+    if not left:
+        return f"nothing left to do: {folder.rows} rows in {options.out}{what}"
+    whole = f", which has {folder.rows} now" if left < folder.rows else ""
+    return f"wrote {left} rows to {options.out}{whole}{what}"
 
 
 def _source(options: argparse.Namespace) -> Any:

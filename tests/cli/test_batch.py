@@ -77,8 +77,12 @@ def test_it_goes_on_and_refuses_another_job(results, run, images, saved):
     command = ("batch", images, "--text", "a red circle", "--model", saved, "--out", results)
     same = ("--method", "equal,rollout", "--shard-rows", 4, "--batch-size", 2)
     (results / "part-00001.parquet").unlink()
-    assert run(*command, *same)[0] == 0
+    status, said, _ = run(*command, *same)
+    held = "1 of them with an error (column 'error')\n"
+    assert (status, said) == (0, f"wrote 3 rows to {results}, which has 7 now, {held}")
     assert len(pandas.read_parquet(results)) == 13
+    status, said, _ = run(*command, *same)
+    assert (status, said) == (0, f"nothing left to do: 7 rows in {results}, {held}")
     status, _, error = run(*command, "--method", "equal", "--shard-rows", 4)
     assert status == 2
     assert "another job: method was ['equal', 'rollout'] and is ['equal']" in error
