@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import options as shared
-from jaxrel.cli.explain import DEFAULT_MODELS, Asked, check_asked
+from jaxrel.cli.explain import DEFAULT_MODELS, METHODS_HELP, Asked, check_asked
 
 EXAMPLES = """examples:
   jaxrel batch photos/ --text "a dog" --out results
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         "(columns id, image, text, target), or of a file of COCO captions, VQA v2 questions or "
         "Flickr30k, and write Parquet files to OUT. A job that was stopped goes on with the same "
         "command. An input that cannot be read is a row with its error.",
-        epilog=EXAMPLES,
+        epilog=f"{METHODS_HELP}\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     batch.add_argument(
@@ -53,7 +53,11 @@ def _add_asked(batch: argparse.ArgumentParser) -> None:
         type=shared.name,
         help="a bundled model, a folder or a hub name (default: by what is asked)",
     )
-    batch.add_argument("--method", help="one or several, with commas, or 'all'")
+    batch.add_argument(
+        "--method",
+        help="one or several of the methods below, with commas, or 'all' (default: weighted; with "
+        "a Captioner lrp)",
+    )
     batch.add_argument("--layers", type=shared.numbers, help="layers that count, such as 0,1")
     batch.add_argument("--heads", type=shared.numbers, help="attention heads that count")
     batch.add_argument("--importance", default="grad_value", help="measure of the weighted method")
@@ -89,8 +93,8 @@ def _add_files(batch: argparse.ArgumentParser) -> None:
     results.add_argument(
         "--save-images",
         type=_which,
-        metavar="every:100|ID,ID",
-        help="draw every so manieth row, or these (default: none)",
+        metavar="every:N|ID,ID",
+        help="draw every Nth row, or those of these ids (default: none)",
     )
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 import jaxrel
 from jaxrel import cli
+from jaxrel.cli.explain import METHODS
 
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
@@ -110,6 +111,16 @@ def test_a_page_of_chosen_rows(results, run, tmp_path):
     assert (status, "no row of" in error) == (2, True)
     status, _, error = run("report", tmp_path, "--out", page)
     assert (status, "is no folder that `jaxrel batch` wrote" in error) == (2, True)
+
+
+def test_help_lists_the_methods(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["batch", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    known = {name for methods in METHODS.values() for name in methods}
+    listed = said.partition("methods: with --text")[2].partition("examples:")[0]
+    assert known <= set(listed.replace(",", "").split())
+    assert "draw every Nth row, or those of these ids" in said
 
 
 @pytest.mark.parametrize(
