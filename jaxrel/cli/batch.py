@@ -184,7 +184,7 @@ def run(options: argparse.Namespace) -> None:
     folder.open()
     left = sum(stop - start for start, stop in map(folder.inputs, folder.missing()))
     print(f"{folder.rows} rows in {found}", file=sys.stderr)
-    draw = functools.partial(_draw, options) if options.save_images else None
+    draw = _drawing(options, source.ids)
     if options.engine == "ray":
         from jaxrel.batch import ray_data
 
@@ -293,7 +293,25 @@ def _folder(options: argparse.Namespace, source: Any, made: Any) -> Any:
     return Folder(options.out, len(source.ids), options.shard_rows, settings, provenance)
 
 
-def _draw(options: argparse.Namespace, found: Sequence[Any], loaded: Any, start: int) -> None:
+def _drawing(options: argparse.Namespace, ids: Sequence[str]) -> Any:
+    """What draws the rows of a batch that are to be drawn; None where none are."""
+    if not options.save_images:
+        return None
+    known = set(ids)
+    # Of the ids "a" and "a.png" neither may take the other's file.
+    kept = not any(f"{one}.png" in known for one in ids)
+    return functools.partial(_draw, options, kept)
+
+
+def _image_name(identity: str, kept: bool) -> str:
+    """The file that a row is drawn into: its id, whose ".png" may be kept."""
+    name = urllib.parse.quote(identity, safe=" ")
+    return name if kept and name.lower().endswith(".png") else f"{name}.png"
+
+
+def _draw(
+    options: argparse.Namespace, kept: bool, found: Sequence[Any], loaded: Any, start: int
+) -> None:
     """Draw the rows of a batch that `--save-images` names."""
     from jaxrel import report
     from jaxrel.explanations.tables import example_of
@@ -305,8 +323,8 @@ def _draw(options: argparse.Namespace, found: Sequence[Any], loaded: Any, start:
         identity = loaded.rows[row]["id"]
         if _drawn(options.save_images, start + row, identity):
             place = slice(examples.index(i), examples.index(i) + examples.count(i))
-            name = urllib.parse.quote(identity, safe=" ")
-            report.save([one[place] for one in found], options.out / "_images" / f"{name}.png")
+            file = options.out / "_images" / _image_name(identity, kept)
+            report.save([one[place] for one in found], file)
 
 
 def _drawn(which: str, number: int, identity: str) -> bool:

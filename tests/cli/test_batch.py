@@ -71,7 +71,20 @@ def test_a_folder_of_images(results, images, model):
     assert manifest["settings"]["method"] == ["equal", "rollout"]
     assert manifest["provenance"]["command"].startswith("jaxrel batch ")
     assert manifest["provenance"]["versions"]["jaxrel"] == jaxrel.__version__
-    assert sorted(x.name for x in (results / "_images").iterdir()) == ["0.png.png", "6.png.png"]
+    assert sorted(x.name for x in (results / "_images").iterdir()) == ["0.png", "6.png"]
+
+
+def test_drawings_of_like_names_are_apart(images, run, saved, tmp_path):
+    (images / "1.jpg").write_bytes((images / "2.png").read_bytes())
+    command = ("batch", images, "--text", "red", "--model", saved, "--method", "equal")
+    options = ("--batch-size", 2, "--save-images", "1.jpg,1.png,1.jpg.png")
+    assert run(*command, *options, "--out", tmp_path / "a")[0] == 0
+    drawn = tmp_path / "a" / "_images"
+    assert sorted(x.name for x in drawn.iterdir()) == ["1.jpg.png", "1.png"]
+    (images / "1.jpg.png").write_bytes((images / "4.png").read_bytes())
+    assert run(*command, *options, "--out", tmp_path / "b")[0] == 0
+    drawn = tmp_path / "b" / "_images"
+    assert sorted(x.name for x in drawn.iterdir()) == ["1.jpg.png", "1.jpg.png.png", "1.png.png"]
 
 
 def test_it_goes_on_and_refuses_another_job(results, run, images, saved):
@@ -109,6 +122,12 @@ def test_a_page_of_chosen_rows(results, run, tmp_path):
     assert "cannot be read as SQL over the columns id, row, image, text, target, score" in error
     status, _, error = run("report", results, "--where", "score > 1e9", "--out", page)
     assert (status, "no row of" in error) == (2, True)
+    status, _, error = run("report", results, "--where", "error is not null", "--out", page)
+    assert status == 2
+    assert "has 'error is not null'; 1 with an error has it and has no picture: --errors" in error
+    status, said, _ = run("report", results, "--errors")
+    assert (status, said) == (0, f"3.png: {frame.error.dropna().item()}\n")
+    assert run("report", results, "--errors", "--where", "id = '4.png'")[:2] == (0, "")
     status, _, error = run("report", tmp_path, "--out", page)
     assert (status, "is no folder that `jaxrel batch` wrote" in error) == (2, True)
 
