@@ -14,7 +14,7 @@ from jaxrel.images import read_image
 
 Found = Mapping[str, Any]
 
-_QUERY = """
+_ROWS = """
   with everything as (
     select * from read_parquet($parts, union_by_name = true, file_row_number = true)
     where error is null
@@ -35,6 +35,11 @@ _QUERY = """
   select everything.*, place, total
   from everything join ordered using (id, "row"), counted
   where place <= coalesce(last, total) order by place, file_row_number
+"""
+
+_FAILED = """
+  select id, error from read_parquet($parts, union_by_name = true)
+  where error is not null and {where} order by {order}
 """
 
 
@@ -65,24 +70,42 @@ def find_rows(folder: Path, where: str, *, order: str, limit: int) -> Chosen:
       ValueError: the condition cannot be understood, or holds for no row.
       ModuleNotFoundError: DuckDB is missing.
     """
+    rows = _query(_ROWS, folder, where, order, limit=limit)
+    if not rows:
+        failed = len(_query(_FAILED, folder, where, "id"))
+        have = "has it and has" if failed == 1 else "have it and have"
+        raise ValueError(
+            f"no row of {folder} without an error has {where!r}"
+            + (f"; {failed} with an error {have} no picture: --errors lists them" * bool(failed))
+        )
+    return Chosen(rows, rows[-1]["place"], rows[-1]["total"])
+
+
+def find_errors(folder: Path, where: str) -> list[tuple[str, str]]:
+    """The id and the error of each row that could not be explained, where a condition holds.
+
+    Raises:
+      ValueError: the condition cannot be understood.
+      ModuleNotFoundError: DuckDB is missing.
+    """
+    return [(row["id"], row["error"]) for row in _query(_FAILED, folder, where, "id")]
+
+
+def _query(query: str, folder: Path, where: str, order: str, **values: Any) -> list[Found]:
     duckdb = required("duckdb")
     parts = sorted(map(str, folder.glob("*.parquet")))
     if not parts:
         raise ValueError(f"{folder} holds no results yet; `jaxrel batch` writes them part by part")
     try:
-        found = duckdb.execute(
-            _QUERY.format(where=f"({where})", order=order), {"parts": parts, "limit": limit}
-        )
+        asked = query.format(where=f"({where})", order=order)
+        found = duckdb.execute(asked, {"parts": parts, **values})
         names = [column[0] for column in found.description]
-        rows: list[Found] = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+        return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
     except duckdb.Error as error:
         raise ValueError(
             f"--where {where!r} --order {order!r} cannot be read as SQL over the columns "
             f"{', '.join(COLUMNS)}: {str(error).splitlines()[0]}"
         ) from None
-    if not rows:
-        raise ValueError(f"no row of {folder} without an error has {where!r}")
-    return Chosen(rows, rows[-1]["place"], rows[-1]["total"])
 
 
 def explanations(rows: Sequence[Found], model: Any, *, name: str) -> list[Explanation]:

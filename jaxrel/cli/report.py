@@ -8,6 +8,7 @@ from jaxrel.cli import options as shared
 
 EXAMPLES = """examples:
   jaxrel report results --where "score > 20" --limit 50 --out page.html
+  jaxrel report results --errors
   jaxrel report results --where "list_contains(tokens, 'dog')" --order "score desc" --out page.html
 """
 
@@ -36,16 +37,25 @@ def add(commands: Any) -> None:
     report.add_argument(
         "--out", type=Path, default=Path("report.html"), help="default: report.html"
     )
+    report.add_argument(
+        "--errors",
+        action="store_true",
+        help="print the rows that could not be explained, and why; write nothing",
+    )
     report.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Draw the rows."""
+    """Draw the rows, or say which could not be explained."""
     from jaxrel import report
     from jaxrel.batch.folder import read_manifest
-    from jaxrel.batch.results import explanations, find_rows
+    from jaxrel.batch.results import explanations, find_errors, find_rows
 
     manifest = read_manifest(options.results)
+    if options.errors:
+        for identity, error in find_errors(options.results, options.where):
+            print(f"{shared.printable(identity)}: {error}")
+        return
     chosen = find_rows(options.results, options.where, order=options.order, limit=options.limit)
     model = shared.load(manifest["settings"]["model"])
     found = explanations(chosen.rows, model, name=manifest["settings"]["model"])
