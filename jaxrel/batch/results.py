@@ -37,6 +37,8 @@ _ROWS = """
   where place <= coalesce(last, total) order by place, file_row_number
 """
 
+# What a report says of the method, and of every row alike.
+_OF_METHOD = frozenset({"coverage", "rules"})
 _FAILED = """
   select id, error from read_parquet($parts, union_by_name = true)
   where error is not null and {where} order by {order}
@@ -173,7 +175,8 @@ def _grid(size: int, model: Any) -> tuple[int, int]:
 
 def _report(rows: Sequence[Found]) -> Any:
     """The report of all rows, which names each of them and counts the tokens of the table."""
-    report = _joined([json.loads(row["report"]) for row in rows])
+    reports = [json.loads(row["report"]) for row in rows]
+    report = _joined(reports) | {name: reports[0][name] for name in _OF_METHOD & {*reports[0]}}
     # The parts of a job number the captions anew.
     numbers = {one: i for i, one in enumerate(dict.fromkeys(row["id"] for row in rows))}
     for row, told in zip(rows, report.get("examples", ()), strict=False):

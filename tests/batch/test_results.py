@@ -81,6 +81,9 @@ def test_the_page_of_a_job_is_that_of_explain(case, files, tmp_path):
     assert len(articles) == len(files)
     assert data == wanted_data
     assert articles == wanted_articles
+    # What is said of a method is said once.
+    drawn = explanations(rows, model, name="mine")
+    assert [one.report["coverage"] for one in drawn] == [one.report["coverage"] for one in wanted]
 
 
 def test_a_limit_cuts_no_caption(tmp_path):
