@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
     from jaxrel import report
     from jaxrel.batch.folder import read_manifest
     from jaxrel.batch.results import explanations, find_errors, find_rows
+    from jaxrel.report import html
 
     manifest = read_manifest(options.results)
     if options.errors:
@@ -62,4 +63,7 @@ def run(options: argparse.Namespace) -> None:
     report.save(found, options.out)
     every = f"{chosen.total} rows"
     what = every if chosen.shown == chosen.total else f"{chosen.shown} of {every} (--limit)"
+    inputs = len({row["id"] for row in chosen.rows})
+    if options.out.suffix.lower() == ".html" and inputs > html.MOST:
+        what += f" of {inputs} inputs, of which the page shows {html.MOST},"
     print(f"wrote {what} to {options.out}")

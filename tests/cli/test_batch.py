@@ -9,6 +9,7 @@ from PIL import Image
 import jaxrel
 from jaxrel import cli
 from jaxrel.cli.explain import METHODS
+from jaxrel.report import html
 
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
@@ -102,7 +103,7 @@ def test_it_goes_on_and_refuses_another_job(results, run, images, saved):
     assert "another job: method was ['equal', 'rollout'] and is ['equal']" in error
 
 
-def test_a_page_of_chosen_rows(results, run, tmp_path):
+def test_a_page_of_chosen_rows(results, run, tmp_path, monkeypatch):
     frame = pandas.read_parquet(results)
     best = frame[frame.method == "equal"].nlargest(2, "score")
     page = tmp_path / "page.html"
@@ -117,6 +118,12 @@ def test_a_page_of_chosen_rows(results, run, tmp_path):
     figure = tmp_path / "x.png"
     status, said, _ = run("report", results, "--limit", 1, "--out", figure)
     assert (status, said) == (0, f"wrote 1 of 6 rows (--limit) to {figure}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(html, "MOST", 2)
+        said = run("report", results, "--limit", 3, "--out", page)[1]
+    some = "3 of 6 rows (--limit) of 3 inputs, of which the page shows 2,"
+    assert said == f"wrote {some} to {page}\n"
+    assert page.read_text(encoding="utf-8").count("<article") == 2
     status, _, error = run("report", results, "--where", "scroe > 1", "--out", page)
     assert status == 2
     assert "cannot be read as SQL over the columns id, row, image, text, target, score" in error
