@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrel.explanations.tables import Columns, parquet
+from jaxrel.explanations.tables import Columns, parquet, required
 from jaxrel.files import write_atomically
 
 FORMAT = 1
@@ -56,6 +56,13 @@ class Folder:
     def missing(self) -> list[int]:
         """The shards that are not there yet."""
         return [i for i in range(self.shards) if not self.part(i).exists()]
+
+    def errors(self) -> int:
+        """How many rows of the shards that are there have an error."""
+        read = required("pyarrow.parquet").read_table
+        parts = [self.part(i) for i in range(self.shards) if self.part(i).exists()]
+        columns = [read(part, columns=["error"]).column(0) for part in parts]
+        return sum(len(column) - column.null_count for column in columns)
 
     def open(self) -> None:
         """Begin the job in a new folder, or go on in that of a job that was interrupted.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import options as shared
-from jaxrel.cli.explain import DEFAULT_MODELS, Asked, check_asked
+from jaxrel.cli.explain import DEFAULT_MODELS, METHODS_HELP, Asked, check_asked
 
 EXAMPLES = """examples:
   jaxrel batch photos/ --text "a dog" --out results
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         "(columns id, image, text, target), or of a file of COCO captions, VQA v2 questions or "
         "Flickr30k, and write Parquet files to OUT. A job that was stopped goes on with the same "
         "command. An input that cannot be read is a row with its error.",
-        epilog=EXAMPLES,
+        epilog=f"{METHODS_HELP}\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     batch.add_argument(
@@ -53,7 +53,11 @@ def _add_asked(batch: argparse.ArgumentParser) -> None:
         type=shared.name,
         help="a bundled model, a folder or a hub name (default: by what is asked)",
     )
-    batch.add_argument("--method", help="one or several, with commas, or 'all'")
+    batch.add_argument(
+        "--method",
+        help="one or several of the methods below, with commas, or 'all' (default: weighted; with "
+        "a Captioner lrp)",
+    )
     batch.add_argument("--layers", type=shared.numbers, help="layers that count, such as 0,1")
     batch.add_argument("--heads", type=shared.numbers, help="attention heads that count")
     batch.add_argument("--importance", default="grad_value", help="measure of the weighted method")
@@ -89,8 +93,8 @@ def _add_files(batch: argparse.ArgumentParser) -> None:
     results.add_argument(
         "--save-images",
         type=_which,
-        metavar="every:100|ID,ID",
-        help="draw every so manieth row, or these (default: none)",
+        metavar="every:N|ID,ID",
+        help="draw every Nth row, or those of these ids (default: none)",
     )
 
 
@@ -178,12 +182,13 @@ def run(options: argparse.Namespace) -> None:
     made.batch_size = found.batch_size
     folder = _folder(options, source, made)
     folder.open()
+    left = sum(stop - start for start, stop in map(folder.inputs, folder.missing()))
     print(f"{folder.rows} rows in {found}", file=sys.stderr)
-    draw = functools.partial(_draw, options) if options.save_images else None
+    draw = _drawing(options, source.ids)
     if options.engine == "ray":
         from jaxrel.batch import ray_data
 
-        errors = ray_data.run(
+        ray_data.run(
             functools.partial(_explainer, options),
             functools.partial(_source, options),
             folder,
@@ -197,11 +202,20 @@ def run(options: argparse.Namespace) -> None:
             resources=options.resources,
         )
     else:
-        errors = embedded.run(
+        embedded.run(
             made, source, folder, precision=options.precision, threads=options.threads, draw=draw
         )
+    print(_said(options, folder, left))
+
+
+def _said(options: argparse.Namespace, folder: Any, left: int) -> str:
+    """What was done, and what is there, after `left` rows were explained."""
+    errors = folder.errors()
     what = f", {errors} of them with an error (column 'error')" if errors else ""
-    print(f"wrote {folder.rows} rows to {options.out}{what}")
+    if not left:
+        return f"nothing left to do: {folder.rows} rows in {options.out}{what}"
+    whole = f", which has {folder.rows} now" if left < folder.rows else ""
+    return f"wrote {left} rows to {options.out}{whole}{what}"
 
 
 def _source(options: argparse.Namespace) -> Any:
@@ -279,7 +293,25 @@ def _folder(options: argparse.Namespace, source: Any, made: Any) -> Any:
     return Folder(options.out, len(source.ids), options.shard_rows, settings, provenance)
 
 
-def _draw(options: argparse.Namespace, found: Sequence[Any], loaded: Any, start: int) -> None:
+def _drawing(options: argparse.Namespace, ids: Sequence[str]) -> Any:
+    """What draws the rows of a batch that are to be drawn; None where none are."""
+    if not options.save_images:
+        return None
+    known = set(ids)
+    # Of the ids "a" and "a.png" neither may take the other's file.
+    kept = not any(f"{one}.png" in known for one in ids)
+    return functools.partial(_draw, options, kept)
+
+
+def _image_name(identity: str, kept: bool) -> str:
+    """The file that a row is drawn into: its id, whose ".png" may be kept."""
+    name = urllib.parse.quote(identity, safe=" ")
+    return name if kept and name.lower().endswith(".png") else f"{name}.png"
+
+
+def _draw(
+    options: argparse.Namespace, kept: bool, found: Sequence[Any], loaded: Any, start: int
+) -> None:
     """Draw the rows of a batch that `--save-images` names."""
     from jaxrel import report
     from jaxrel.explanations.tables import example_of
@@ -291,8 +323,8 @@ def _draw(options: argparse.Namespace, found: Sequence[Any], loaded: Any, start:
         identity = loaded.rows[row]["id"]
         if _drawn(options.save_images, start + row, identity):
             place = slice(examples.index(i), examples.index(i) + examples.count(i))
-            name = urllib.parse.quote(identity, safe=" ")
-            report.save([one[place] for one in found], options.out / "_images" / f"{name}.png")
+            file = options.out / "_images" / _image_name(identity, kept)
+            report.save([one[place] for one in found], file)
 
 
 def _drawn(which: str, number: int, identity: str) -> bool:

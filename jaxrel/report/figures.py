@@ -174,8 +174,8 @@ def _input(row: Row, shown: np.ndarray | None, cell: int) -> Block:
 
 
 def _about(row: Row, cell: int) -> list[Block]:
-    """The file and the question, and what to know before reading the map."""
-    told = [(name, text) for name, text in row[0].about if name in ("file", "question")]
+    """The file, its id and the question, and what to know before reading the map."""
+    told = [(name, text) for name, text in row[0].about if name in ("file", "id", "question")]
     lines = [_text(f"{name}: {text}", _SMALL, cell, ink=_MUTED) for name, text in told]
     notes = dict.fromkeys(note for panel in row for note in panel.notes)
     return lines + [_text(note, _SMALL, cell, ink=_FLAGGED) for note in notes]

@@ -85,7 +85,7 @@ def _page(checked: Sequence[Column], title: str | None, most: int) -> str:
     rest = ""
     if len(shown) < len(every):
         rest = f'<p class="note">{_escape(texts.cut(len(shown), len(every)))}</p>\n'
-    articles = "".join(_view(i, view, checked) for i, view in enumerate(shown))
+    articles = "".join(_view(i, view, checked, len(every) > 1) for i, view in enumerate(shown))
     style, script = _style(), _file("view.js")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -145,21 +145,25 @@ def _summary(columns: Sequence[Column]) -> str:
     return f'<p class="muted">{text}</p>\n<p class="muted">{legend}</p>\n'
 
 
-def _view(index: int, view: Sequence[Row], columns: Sequence[Column]) -> str:
+def _view(index: int, view: Sequence[Row], columns: Sequence[Column], several: bool) -> str:
     """An input: its heading, what to know, a place for the script, and still maps."""
     last = view[-1]
+    # Of one input, the page's title names the file.
+    below = [texts.source(last)] if several else []
     if last[0].caption is not None:
-        heading, score = _escape(" ".join(word for word, _, _ in caption_words(view))), ""
+        heading = _escape(" ".join(word for word, _, _ in caption_words(view)))
     else:
         start, flagged = map(escape, texts.target(last))
         asked = _escape(dict(last[0].about).get("question", ""))
         heading = f"{asked} " * bool(asked) + start + (f"<mark>{flagged}</mark>" * bool(flagged))
-        score = f'<p class="muted">score {_escape(texts.score(last))}</p>\n'
+        below.append(f"score {texts.score(last)}")
+    told = _escape(" · ".join(filter(None, below)))
+    line = f'<p class="muted" id="input{index}">{told}</p>\n' * bool(told)
     notes = "".join(f'<p class="note" role="note">{_escape(x)}</p>\n' for x in _notes(view))
     kind = "view words-of" if last[0].caption is not None else "view"
     return (
-        f'<article class="{kind}" aria-labelledby="target{index}">\n'
-        f'<h2 id="target{index}">{heading}</h2>\n{score}{notes}'
+        f'<article class="{kind}" aria-labelledby="target{index}{f" input{index}" * bool(told)}">\n'
+        f'<h2 id="target{index}">{heading}</h2>\n{line}{notes}'
         f'<div class="live" hidden></div>\n'
         f'<div class="still">{_stills(index, view, columns)}</div>\n'
         f"{_about(last[0].about)}</article>\n"

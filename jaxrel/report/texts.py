@@ -137,6 +137,15 @@ def score(row: Sequence[Panel]) -> str:
     )
 
 
+def source(row: Sequence[Panel]) -> str:
+    """Which input a row is about: its file, and its id where that is another."""
+    told = dict(row[0].about)
+    file, identity = (clean(told.get(name, "")) for name in ("file", "id"))
+    if file and identity.endswith(file):
+        return identity
+    return " · ".join(filter(None, (file, f"id {identity}" * bool(identity))))
+
+
 def target(row: Sequence[Panel]) -> tuple[str, str]:
     """What is explained of one example, in two parts: the text, and its flagged end or ""."""
     text = clean(row[0].target)

@@ -8,6 +8,8 @@ from PIL import Image
 
 import jaxrel
 from jaxrel import cli
+from jaxrel.cli.explain import METHODS
+from jaxrel.report import html
 
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
@@ -70,21 +72,38 @@ def test_a_folder_of_images(results, images, model):
     assert manifest["settings"]["method"] == ["equal", "rollout"]
     assert manifest["provenance"]["command"].startswith("jaxrel batch ")
     assert manifest["provenance"]["versions"]["jaxrel"] == jaxrel.__version__
-    assert sorted(x.name for x in (results / "_images").iterdir()) == ["0.png.png", "6.png.png"]
+    assert sorted(x.name for x in (results / "_images").iterdir()) == ["0.png", "6.png"]
+
+
+def test_drawings_of_like_names_are_apart(images, run, saved, tmp_path):
+    (images / "1.jpg").write_bytes((images / "2.png").read_bytes())
+    command = ("batch", images, "--text", "red", "--model", saved, "--method", "equal")
+    options = ("--batch-size", 2, "--save-images", "1.jpg,1.png,1.jpg.png")
+    assert run(*command, *options, "--out", tmp_path / "a")[0] == 0
+    drawn = tmp_path / "a" / "_images"
+    assert sorted(x.name for x in drawn.iterdir()) == ["1.jpg.png", "1.png"]
+    (images / "1.jpg.png").write_bytes((images / "4.png").read_bytes())
+    assert run(*command, *options, "--out", tmp_path / "b")[0] == 0
+    drawn = tmp_path / "b" / "_images"
+    assert sorted(x.name for x in drawn.iterdir()) == ["1.jpg.png", "1.jpg.png.png", "1.png.png"]
 
 
 def test_it_goes_on_and_refuses_another_job(results, run, images, saved):
     command = ("batch", images, "--text", "a red circle", "--model", saved, "--out", results)
     same = ("--method", "equal,rollout", "--shard-rows", 4, "--batch-size", 2)
     (results / "part-00001.parquet").unlink()
-    assert run(*command, *same)[0] == 0
+    status, said, _ = run(*command, *same)
+    held = "1 of them with an error (column 'error')\n"
+    assert (status, said) == (0, f"wrote 3 rows to {results}, which has 7 now, {held}")
     assert len(pandas.read_parquet(results)) == 13
+    status, said, _ = run(*command, *same)
+    assert (status, said) == (0, f"nothing left to do: 7 rows in {results}, {held}")
     status, _, error = run(*command, "--method", "equal", "--shard-rows", 4)
     assert status == 2
     assert "another job: method was ['equal', 'rollout'] and is ['equal']" in error
 
 
-def test_a_page_of_chosen_rows(results, run, tmp_path):
+def test_a_page_of_chosen_rows(results, run, tmp_path, monkeypatch):
     frame = pandas.read_parquet(results)
     best = frame[frame.method == "equal"].nlargest(2, "score")
     page = tmp_path / "page.html"
@@ -96,14 +115,38 @@ def test_a_page_of_chosen_rows(results, run, tmp_path):
     text = page.read_text(encoding="utf-8")
     first, second = (f"{score:.5g}" for score in best.score)
     assert text.index(first) < text.index(second)
-    assert run("report", results, "--limit", 1, "--out", tmp_path / "x.png")[0] == 0
+    figure = tmp_path / "x.png"
+    status, said, _ = run("report", results, "--limit", 1, "--out", figure)
+    assert (status, said) == (0, f"wrote 1 of 6 rows (--limit) to {figure}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(html, "MOST", 2)
+        said = run("report", results, "--limit", 3, "--out", page)[1]
+    some = "3 of 6 rows (--limit) of 3 inputs, of which the page shows 2,"
+    assert said == f"wrote {some} to {page}\n"
+    assert page.read_text(encoding="utf-8").count("<article") == 2
     status, _, error = run("report", results, "--where", "scroe > 1", "--out", page)
     assert status == 2
     assert "cannot be read as SQL over the columns id, row, image, text, target, score" in error
     status, _, error = run("report", results, "--where", "score > 1e9", "--out", page)
     assert (status, "no row of" in error) == (2, True)
+    status, _, error = run("report", results, "--where", "error is not null", "--out", page)
+    assert status == 2
+    assert "has 'error is not null'; 1 with an error has it and has no picture: --errors" in error
+    status, said, _ = run("report", results, "--errors")
+    assert (status, said) == (0, f"3.png: {frame.error.dropna().item()}\n")
+    assert run("report", results, "--errors", "--where", "id = '4.png'")[:2] == (0, "")
     status, _, error = run("report", tmp_path, "--out", page)
     assert (status, "is no folder that `jaxrel batch` wrote" in error) == (2, True)
+
+
+def test_help_lists_the_methods(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["batch", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    known = {name for methods in METHODS.values() for name in methods}
+    listed = said.partition("methods: with --text")[2].partition("examples:")[0]
+    assert known <= set(listed.replace(",", "").split())
+    assert "draw every Nth row, or those of these ids" in said
 
 
 @pytest.mark.parametrize(

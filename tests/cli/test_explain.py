@@ -1,9 +1,12 @@
 """The command line end to end: what it writes, and one clear line for each kind of bad input."""
 
+import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import jax
 import numpy as np
@@ -17,6 +20,7 @@ from jaxrel import attention, cli
 from jaxrel.cli import doctor
 from jaxrel.explanations.explain import METHODS
 from jaxrel.models import CLIP
+from tests.paths import ROOT
 
 
 @pytest.fixture
@@ -226,7 +230,32 @@ def test_doctor_names_versions_devices_and_models(capsys):
 def test_doctor_says_what_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(doctor.EXTRAS, "no-such-package", "report")
     assert cli.main(["doctor"]) == 0
-    assert "no-such-package is missing: pip install 'jaxrel[report]'" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    how = "(extra report: pip install 'jaxrel[report]')"
+    assert f"no-such-package is not installed {how}" in lines
+    for package in ("pyarrow", "duckdb", "pandas", "ray", "scikit-image", "playwright"):
+        (line,) = (line for line in lines if line.startswith(f"{package} "))
+        assert line.startswith(f"{package} {_held(package)}")
+
+
+def _held(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "is not installed (extra "
+
+
+def test_doctor_knows_the_packages_of_each_extra():
+    """All but those that only developers of jaxrel install."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    users = ("train", "report", "batch", "ray", "photographs", "torch", "browser")
+    listed = {
+        re.match(r"[\w-]+", requirement)[0]: extra
+        for extra in users
+        for requirement in project["optional-dependencies"][extra]
+        if not requirement.startswith("jaxrel[")
+    }
+    assert listed == doctor.EXTRAS
 
 
 def test_debug_shows_where(scene):

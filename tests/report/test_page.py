@@ -278,6 +278,36 @@ def test_page_says_what_it_is_of():
     assert {"dt", "dd", "details"} <= {tag for tag, _ in page.elements}
 
 
+def test_each_of_several_inputs_is_named():
+    told = [{"file": "a<b>.png"}, {"file": "b.png", "id": "sub/b.png"}]
+    html = report.page(make(report={"examples": told}))
+    assert '<p class="muted" id="input0">a&lt;b&gt;.png · score 24.312</p>' in html
+    assert '<p class="muted" id="input1">sub/b.png · score -1.5</p>' in html
+    assert [article["aria-labelledby"] for article in parse(html).all("article")] == [
+        "target0 input0",
+        "target1 input1",
+    ]
+    told = [{"file": "b.png", "id": "<37>"}, {"id": "38"}]
+    html = report.page(make(report={"examples": told}))
+    assert '<p class="muted" id="input0">b.png · id &lt;37&gt; · score 24.312</p>' in html
+    assert '<p class="muted" id="input1">id 38 · score -1.5</p>' in html
+    # The title names the file of one input.
+    assert '<p class="muted" id="input0">score 24.312</p>' in report.page(make()[0])
+    one = make_caption(["a", "ring"])
+    assert "input0" not in report.page(one)
+    second = {
+        **vars(one),
+        "report": {
+            "examples": [
+                {**told, "file": "other.jpg", "caption": 1} for told in one.report["examples"]
+            ]
+        },
+    }
+    html = report.page(Explanation.concatenate([one, Explanation(**second)]))
+    assert '<h2 id="target0">a ring</h2>\n<p class="muted" id="input0">photo.jpg</p>' in html
+    assert '<h2 id="target1">a ring</h2>\n<p class="muted" id="input1">other.jpg</p>' in html
+
+
 def test_page_says_how_much_relevance_arrives():
     found = {"output": 10.0, "input": 6.0, "bias": 3.0, "stabiliser": 0.25, "rule": 0.75}
     one = make(method="lrp", report={"relevance": found, "rules": {"dense: Epsilon()": 4}})
