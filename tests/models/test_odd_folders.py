@@ -183,8 +183,49 @@ def test_settings_of_a_tokenizer_that_do_not_name_its_tokens(folder):
     tokenizer = CLIP.from_pretrained(folder).processor.tokenizer
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<start>", "<end>")
     path.write_text('{"model_max_length": "8"}')
-    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be read .* again"):
+    message = r"the tokenizer in .* cannot be read .* again: tokenizer.json and tokenizer_config"
+    with pytest.raises(ValueError, match=message):
         CLIP.from_pretrained(folder)
     tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = None
     with pytest.raises(ValueError, match="neither a padding nor an end token"):
         Processor(tokenizer).text("a", 8)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_the_file_of_a_tokenizer_that_is_broken_is_named(folder, name):
+    (folder / name).write_text("{")
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON .*; fetch the file again"):
+        CLIP.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("eos_token_id", [2, 3])
+def test_a_tokenizer_that_puts_nothing_around_a_text(folder, eos_token_id):
+    def change(name, changes):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    text = json.loads((folder / "config.json").read_text())[TEXT]
+    change("config.json", {TEXT: text | {"eos_token_id": eos_token_id}})
+    change("tokenizer.json", {"post_processor": None})
+    message = "puts no bos_token, '<start>', around a text"
+    for changes in ({}, {"eos_token": None}):
+        change("tokenizer_config.json", changes)
+        with pytest.raises(ValueError, match=message):
+            CLIP.from_pretrained(folder).prepare(image=Image.new("RGB", (16, 16)), text="a")
+
+
+def test_tokens_that_the_model_lacks_are_named(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": ["<a>", "<b>", "<c>"]})
+    )
+    with pytest.raises(ValueError, match="the model 12, which lacks <c>: .* were changed"):
+        CLIP.from_pretrained(folder)
+
+
+def test_long_texts_are_short_in_messages(folder):
+    processor = Processor.from_folder(folder)
+    for text in ("x" * 10_000, "a " * 10_000):
+        with pytest.raises(ValueError, match=r"x\.\.\.'|a \.\.\.'") as caught:
+            processor.text(text, 8)
+        assert len(str(caught.value)) < 300
