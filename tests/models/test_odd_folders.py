@@ -219,7 +219,7 @@ def test_tokens_that_the_model_lacks_are_named(folder):
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": ["<a>", "<b>", "<c>"]})
     )
-    with pytest.raises(ValueError, match="the model 12, which lacks <c>: .* were changed"):
+    with pytest.raises(ValueError, match=r"the model 12, which lacks <c>: .* were changed"):
         CLIP.from_pretrained(folder)
 
 
