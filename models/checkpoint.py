@@ -21,6 +21,8 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OPEN_CLIP, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth")
+# Weights under another name, of other libraries, or links whose files are not there.
+_OTHERS = ("*.safetensors", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.ckpt")
 # Dtypes of safetensors that NumPy has, with `ml_dtypes`; the others have 8 bits or fewer.
 _READABLE = (
     "F64",
@@ -214,9 +216,11 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.nd
     # Beside the weights there may be the state of their training.
     pickles = [path for path in pickles if path.name.startswith("pytorch_model")] or pickles
     if not pickles:
+        others = sorted(path.name for pattern in _OTHERS for path in folder.glob(pattern))
         raise FileNotFoundError(
-            f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; fetch the file into the "
-            "folder, or save the model again with save_pretrained"
+            f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}"
+            + (f" (what is there is neither: {some(others)})" if others else "")
+            + "; fetch the file into the folder, or save the model again with save_pretrained"
         )
     if not allow_pickle:
         raise ValueError(
@@ -291,6 +295,11 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
                     raise ValueError(_quantised(name, dtype))
             return {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
+        if "unknown variant" in str(error):  # a dtype that is newer than the package
+            raise ValueError(
+                f"{path} has a dtype that the installed safetensors does not know ({error}); use "
+                "a float32, float16 or bfloat16 checkpoint"
+            ) from None
         raise OSError(
             f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file "
             f"({error}); fetch it again"

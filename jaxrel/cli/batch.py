@@ -219,7 +219,8 @@ def _asked(options: argparse.Namespace, source: Any) -> Asked:
         return "caption"
     if source.are_questions:
         return "question"
-    has_text = source.read(0, 1)[0]["text"] is not None
+    # Single rows may lack theirs.
+    has_text = any(row["text"] is not None for row in source.read(0, options.shard_rows))
     if not has_text and options.model is None:
         raise ValueError(
             f"the rows of {options.input} have no text: say with --text, --question or --caption "

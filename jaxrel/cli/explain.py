@@ -212,7 +212,7 @@ def _check(options: argparse.Namespace, asked: Asked) -> tuple[list, list[str] |
 
 def _files(options: argparse.Namespace) -> list[Path]:
     """The files to write; ValueError for a format that is not known."""
-    formats = dict.fromkeys(filter(None, options.format.split(",")))
+    formats = dict.fromkeys(shared.names(options.format))
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise ValueError(

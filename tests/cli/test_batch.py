@@ -133,6 +133,15 @@ def test_bad_input_is_one_line(run, images, saved, tmp_path, arguments, message,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_first_row_without_text_is_a_row_with_an_error(run, images, tmp_path):
+    table, out = tmp_path / "x.csv", tmp_path / "out"
+    table.write_text("image,text\n0.png,\n1.png,a red circle\n")
+    assert run("batch", table, "--images", images, "--out", out)[0] == 0
+    first, second = pandas.read_parquet(out).error
+    assert "text" in first
+    assert not isinstance(second, str)
+
+
 def test_strict_stops_at_the_first_bad_image(run, images, saved, tmp_path):
     status, _, error = run(
         "batch", images, "--text", "red", "--model", saved, "--strict", "--out", tmp_path / "out"

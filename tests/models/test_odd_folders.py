@@ -49,6 +49,7 @@ VISION, TEXT = "vision_config", "text_config"
         ({TEXT: {"vocab_size": True}}, "text_config.vocab_size must be .* got True"),
         ({TEXT: {"hidden_act": ["gelu"]}}, "text_config.hidden_act must be a name"),
         ({TEXT: {"layer_norm_eps": "1e-5"}}, "text_config.layer_norm_eps must be a number"),
+        ({TEXT: {"layer_norm_eps": -1e-5}}, "text: layer_norm_eps must be 0 or more, got -1e-05"),
         ({TEXT: {"eos_token_id": None}}, "text_config.eos_token_id must be one integer, got None"),
         ({TEXT: {"eos_token_id": [[1]]}}, r"eos_token_id must be one integer, got \[\[1\]\]"),
         ({VISION: {"image_size": {}}}, "vision_config.image_size must be one integer, got {}"),
@@ -109,6 +110,27 @@ def test_weights_of_8_bits_are_refused(folder, tmp_path, dtype):
     write_tensor(folder / "model.safetensors", dtype)
     message = f"the tensor x has dtype {dtype}; quantised weights cannot be loaded, use a float32"
     with pytest.raises(ValueError, match=message):
+        CLIP.from_pretrained(folder)
+
+
+def test_a_dtype_of_the_future_is_refused(folder):
+    write_tensor(folder / "model.safetensors", "F3")
+    message = "has a dtype that the installed safetensors does not know .*F3.*; use a float32"
+    with pytest.raises(ValueError, match=message):
+        CLIP.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "flax_model.msgpack"])
+def test_weights_under_another_name_are_named(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    message = (
+        rf"has no weights: neither model.safetensors nor .* \(what is there is neither: {name}"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        CLIP.from_pretrained(folder)
+    (folder / name).unlink()
+    (folder / "model.safetensors").symlink_to(folder / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"is neither: model.safetensors\)"):
         CLIP.from_pretrained(folder)
 
 
