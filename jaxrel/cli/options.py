@@ -15,7 +15,7 @@ def add_out(command: Any) -> None:
 
 
 def folder(text: str) -> Path:
-    """A folder; an empty name, such as of a variable that is not set, is none."""
+    """A folder or a file; an empty name, such as of a variable that is not set, is none."""
     return Path(name(text))
 
 
@@ -27,7 +27,9 @@ def name(text: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """A text that is UTF-8; ValueError for another, as of a terminal in Latin-1."""
+    """A text that is not empty, in UTF-8; ValueError for another, as of a terminal in Latin-1."""
+    if not text.strip():
+        raise ValueError(f"the text is empty: {text!r}; is a variable not set?")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument("results", type=Path, help="the folder that `jaxrel batch` wrote")
+    report.add_argument("results", type=shared.folder, help="the folder that `jaxrel batch` wrote")
     report.add_argument(
         "--where", default="true", help="which rows, such as 'score > 20' (default: all)"
     )
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         "--limit", type=shared.positive, default=50, help="at most so many (default: 50)"
     )
     report.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="default: report.html"
+        "--out", type=shared.folder, default=Path("report.html"), help="default: report.html"
     )
     report.set_defaults(run=run)
 

@@ -78,6 +78,8 @@ def test_it_goes_on_and_refuses_another_job(results, run, images, saved):
     same = ("--method", "equal,rollout", "--shard-rows", 4, "--batch-size", 2)
     (results / "part-00001.parquet").unlink()
     assert run(*command, *same)[0] == 0
+    status, _, error = run(*command, *same, "--images", images)
+    assert f"another job: images was None and is '{images}'" in error
     assert len(pandas.read_parquet(results)) == 13
     status, _, error = run(*command, "--method", "equal", "--shard-rows", 4)
     assert status == 2
@@ -100,8 +102,13 @@ def test_a_page_of_chosen_rows(results, run, tmp_path):
     status, _, error = run("report", results, "--where", "scroe > 1", "--out", page)
     assert status == 2
     assert "cannot be read as SQL over the columns id, row, image, text, target, score" in error
+    assert run("report", results, "--where", "regexp_matches(id, '(')", "--out", page)[0] == 2
     status, _, error = run("report", results, "--where", "score > 1e9", "--out", page)
     assert (status, "no row of" in error) == (2, True)
+    (results / "part-00001.parquet").write_bytes(b"PAR1")
+    status, _, error = run("report", results, "--out", page)
+    assert status == 2
+    assert "part-00001.parquet cannot be read" in error
     status, _, error = run("report", tmp_path, "--out", page)
     assert (status, "is no folder that `jaxrel batch` wrote" in error) == (2, True)
 
@@ -117,6 +124,11 @@ def test_a_page_of_chosen_rows(results, run, tmp_path):
         (("{images}", "--text", "red", "--save-images", "every:x"), "a whole number from 1"),
         (("{images}", "--text", "red", "--resources", "TPU"), "expected NAME=NUMBER"),
         (("{images}", "--text", "red", "--out", "{images}"), "holds other files"),
+        (("{images}", "--text", ""), "the text is empty: ''; is a variable not set?"),
+        (("{images}", "--question", " "), "the text is empty: ' '; is a variable not set?"),
+        (("{images}", "--text", "red", "--images", "nowhere"), "--images nowhere is no folder"),
+        (("", "--text", "red"), "the name is empty; is a variable not set?"),
+        (("{images}", "--text", "red", "--images", ""), "the name is empty"),
     ],
 )
 def test_bad_input_is_one_line(run, images, saved, tmp_path, arguments, message, capsys):
