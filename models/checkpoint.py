@@ -17,6 +17,8 @@ from jax import numpy as jnp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxrel.files import check_writable
+
 PRETRAINED = Path(__file__).parent / "pretrained"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OPEN_CLIP, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -550,9 +552,7 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
 def check_new_folder(folder: str | os.PathLike) -> bool:
     """Raise the error that `new_folder` would, before any work; return whether it replaces."""
     target = Path(folder).expanduser().resolve()
-    above = next(parent for parent in target.parents if parent.exists())
-    if not above.is_dir():
-        raise NotADirectoryError(f"{above} is a file, so {target} cannot be made; name a folder")
+    check_writable(target.parent)
     replaces = target.is_dir() and any(target.iterdir())
     if (target.exists() and not target.is_dir()) or (replaces and not (target / CONFIG).is_file()):
         raise FileExistsError(

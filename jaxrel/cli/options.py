@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrel.files import check_writable
+
 
 def add_out(command: Any) -> None:
     """Add the option `--out` to a command, or to a group of its options."""
@@ -47,9 +49,10 @@ def printable(text: str) -> str:
 
 
 def check_out(out: Path) -> None:
-    """Raise NotADirectoryError if `--out` is a file."""
+    """Raise OSError if `--out` is a file, or nothing can be written there."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file; name a folder")
+    check_writable(out)
 
 
 def check_plots() -> None:

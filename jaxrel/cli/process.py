@@ -65,6 +65,14 @@ def run(given: Sequence[str], *, whole: bool) -> int:
         finally:
             output.flush()
             errors.flush()
+        if output.failure is not None:
+            print(
+                f"jaxrel: error: the standard output is not whole ({output.failure.strerror}): "
+                "make room, or send it elsewhere",
+                file=sys.stderr,
+                flush=True,
+            )
+            return 2
     return 0
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import options as shared
+from jaxrel.files import check_writable
 
 EXAMPLES = """examples:
   jaxrel report results --where "score > 20" --limit 50 --out page.html
@@ -42,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
     from jaxrel.batch.folder import read_manifest
     from jaxrel.batch.results import explanations, find_rows
 
+    check_writable(options.out.parent)
     manifest = read_manifest(options.results)
     rows = find_rows(options.results, options.where, order=options.order, limit=options.limit)
     model = shared.load(manifest["settings"]["model"])

@@ -84,6 +84,17 @@ def test_a_reader_that_leaves_is_no_error():
             print("x" * 100_000, file=output, flush=True)
 
 
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "jaxrel.cli", "doctor"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "jaxrel: error: the standard output is not whole (No space left on device): make room, or "
+        "send it elsewhere\n"
+    )
+
+
 def test_no_stream_at_all():
     print("x", file=Output(None), flush=True)
 
