@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ def sentence(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text in which bytes of a file's name that are not UTF-8 are escaped."""
-    return text.encode(errors="backslashreplace").decode()
+    """A text in which control characters are escaped, and bytes that are not UTF-8."""
+    shown = re.sub("[\0-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+    return shown.encode(errors="backslashreplace").decode()
 
 
 def check_out(out: Path) -> None:

@@ -226,6 +226,12 @@ def test_text_that_is_not_utf8_is_refused(option, capsys):
 
 def test_names_of_files_are_printable():
     assert options.printable(os.fsdecode(b"lat\xe9")) == "lat\\udce9"
+    assert options.printable("a\x1b[31m\r\n\x9bé猫👩‍👧") == "a\\x1b[31m\\r\\n\\x9bé猫👩‍👧"
+
+
+def test_no_name_moves_the_cursor_of_a_terminal(capsys):
+    assert cli.main(["explain", "a\x1b[31m.png", "--text", "a"]) == 2
+    assert capsys.readouterr().err.startswith("jaxrel: error: a\\x1b[31m.png: there is no such")
 
 
 # ---- compiled programs
