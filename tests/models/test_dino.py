@@ -192,7 +192,11 @@ def test_round_trip(published, name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ({"architectures": 5}, "architectures names 5, and what is supported is 'Dinov2Model'"),
+        (
+            "dinov2",
+            {"architectures": 5},
+            "architectures names 5, and what is supported is 'Dinov2Model'",
+        ),
         (
             "dinov2",
             {"architectures": ["Dinov2ForImageClassification"]},
