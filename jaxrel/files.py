@@ -32,9 +32,29 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
+        # Of the file that was asked for, and not of the one that nobody knows.
+        raise type(error)(
+            error.errno, f"cannot write {path}: {error.strerror}; make room, or give another place"
+        ) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError where files cannot be written into a folder, which may be missing.
+
+    Raises:
+      NotADirectoryError: it, or what it would be in, is a file.
+      PermissionError: it may not be written, as on a disk for reading only.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"cannot write into {folder}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"cannot write into {folder}: {there} may not be written; name another folder"
+        )
 
 
 def free_names(folder: Path, stem: str, suffixes: Sequence[str]) -> list[Path]:

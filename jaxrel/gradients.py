@@ -114,8 +114,8 @@ def smooth_grad(
 
     Returns:
       A function `(key, *args, seed=None, target=None)`; `key` is a PRNG key, which may be given by
-      name, and `argnums` count the arguments after it. A seed that is a function is called once, with the output at the input
-      itself.
+      name, and `argnums` count the arguments after it. A seed that is a function is called once,
+      with the output at the input itself.
 
     Raises:
       TypeError: (when called) as for `gradient`; `key` is not a PRNG key.

@@ -56,8 +56,7 @@ def read_image(
     """
     if not isinstance(path, str | os.PathLike):
         return _decoded(path, Path("the image"), max_pixels)
-    path = Path(path)
-    _check_file(path)
+    path = _checked(path)
     with path.open("rb") as file:
         return _decoded(file, path, max_pixels)
 
@@ -143,11 +142,14 @@ def read_images(
         raise ValueError("no image files are given; give at least one")
     # All of them, before a large first one is decoded.
     for path in paths:
-        _check_file(Path(path))
+        _checked(path)
     return [read_image(path, max_pixels=max_pixels) for path in paths]
 
 
-def _check_file(path: Path) -> None:
+def _checked(given: str | os.PathLike[str]) -> Path:
+    if is_address(given):
+        raise ValueError(f"{given!s:.80} is an address; download the image, and give the file")
+    path = Path(given)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give an image file, such as {path}/*.png")
     if not path.exists():
@@ -156,12 +158,19 @@ def _check_file(path: Path) -> None:
         raise OSError(f"{path} is not a regular file; give an image file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes); give an image file")
+    return path
+
+
+def is_address(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is an address, as of the web, and no file's."""
+    return isinstance(name, str) and re.match(r"[a-z0-9]+://|data:image/", name) is not None
 
 
 def _too_large(path: Path, size: str, max_pixels: int) -> ValueError:
     return ValueError(
         f"{path} is too large: {size}, at most {max_pixels:,} are read; scale the image down "
-        "(a model sees a few hundred pixels a side), or raise max_pixels if you trust the file"
+        "(a model sees a few hundred pixels a side), or, in Python, raise max_pixels if you trust "
+        "the file"
     )
 
 

@@ -17,10 +17,14 @@ from jax import numpy as jnp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxrel.files import check_writable
+
 PRETRAINED = Path(__file__).parent / "pretrained"
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 OPEN_CLIP, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth")
+# Weights under another name, of other libraries, or links whose files are not there.
+_OTHERS = ("*.safetensors", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.ckpt")
 # Dtypes of safetensors that NumPy has, with `ml_dtypes`; the others have 8 bits or fewer.
 _READABLE = (
     "F64",
@@ -214,9 +218,11 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, np.nd
     # Beside the weights there may be the state of their training.
     pickles = [path for path in pickles if path.name.startswith("pytorch_model")] or pickles
     if not pickles:
+        others = sorted(path.name for pattern in _OTHERS for path in folder.glob(pattern))
         raise FileNotFoundError(
-            f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}; fetch the file into the "
-            "folder, or save the model again with save_pretrained"
+            f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}"
+            + (f" (what is there is neither: {some(others)})" if others else "")
+            + "; fetch the file into the folder, or save the model again with save_pretrained"
         )
     if not allow_pickle:
         raise ValueError(
@@ -291,6 +297,11 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
                     raise ValueError(_quantised(name, dtype))
             return {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
+        if "unknown variant" in str(error):  # a dtype that is newer than the package
+            raise ValueError(
+                f"{path} has a dtype that the installed safetensors does not know ({error}); use "
+                "a float32, float16 or bfloat16 checkpoint"
+            ) from None
         raise OSError(
             f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file "
             f"({error}); fetch it again"
@@ -541,9 +552,7 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
 def check_new_folder(folder: str | os.PathLike) -> bool:
     """Raise the error that `new_folder` would, before any work; return whether it replaces."""
     target = Path(folder).expanduser().resolve()
-    above = next(parent for parent in target.parents if parent.exists())
-    if not above.is_dir():
-        raise NotADirectoryError(f"{above} is a file, so {target} cannot be made; name a folder")
+    check_writable(target.parent)
     replaces = target.is_dir() and any(target.iterdir())
     if (target.exists() and not target.is_dir()) or (replaces and not (target / CONFIG).is_file()):
         raise FileExistsError(

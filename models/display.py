@@ -7,7 +7,7 @@ backslash before it.
 
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from jaxtyping import Int
 SPELLING = "spelling"
 UNKNOWN = "{} (unknown)"
 _CONTINUES = "##"
+# What decoders write where a character is not complete.
+_PART = "\ufffd"
+Decode = Callable[[list[str]], str]
 # What gets a backslash, and what has one.
 _ESCAPED, _UNESCAPED = re.compile(r"\\*##"), re.compile(r"\\+##")
 # The joiners: what they stand between is written as one.
@@ -58,37 +61,44 @@ def strings(tokenizer: Any, ids: Sequence[int], specials: Collection[int]) -> li
       ids: the tokens.
       specials: ids of tokens that stand for no part of a text.
     """
-    model = tokenizer.backend_tokenizer.model
+    backend = tokenizer.backend_tokenizer
     suffix, prefix = (
-        getattr(model, name, None) for name in ("end_of_word_suffix", "continuing_subword_prefix")
+        getattr(backend.model, name, None)
+        for name in ("end_of_word_suffix", "continuing_subword_prefix")
     )
+    decode = backend.decoder.decode if backend.decoder is not None else "".join
     alone = {*tokenizer.get_added_vocab().values(), *specials}
     row: list[str] = []
     pieces: list[str] = []
     for index, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
-        if index not in alone:
-            pieces.append(token.removesuffix(suffix) if suffix else token)
-        if index in alone or not suffix or token.endswith(suffix):
-            row += _pieces(tokenizer, pieces, prefix)
+        if index in alone or not (suffix or _goes_on(decode, pieces, token)):
+            row += _pieces(decode, pieces, prefix)
             pieces = []
         if index in alone:
             row.append("" if index in specials else word(token))
-    return row + _pieces(tokenizer, pieces, prefix)
+            continue
+        pieces.append(token.removesuffix(suffix) if suffix else token)
+        if suffix and token.endswith(suffix):
+            row += _pieces(decode, pieces, prefix)
+            pieces = []
+    return row + _pieces(decode, pieces, prefix)
 
 
-def _pieces(tokenizer: Any, pieces: list[str], prefix: str | None) -> list[str]:
+def _goes_on(decode: Decode, pieces: list[str], token: str) -> bool:
+    """Whether a token is of the character that the pieces before it have begun."""
+    return bool(pieces) and decode(pieces)[-1:] == decode([token])[:1] == _PART
+
+
+def _pieces(decode: Decode, pieces: list[str], prefix: str | None) -> list[str]:
     """One string per piece of a word; a character made of several pieces is in the first."""
     if not pieces:
         return []
     if prefix and len(pieces) == 1 and pieces[0].startswith(prefix):
         return [more(pieces[0].removeprefix(prefix))]
-    decoder = tokenizer.backend_tokenizer.decoder
-    decode = decoder.decode if decoder is not None else "".join
     starts = []
     for i in range(len(pieces)):
         before = decode(pieces[:i])
-        # U+FFFD at the end: a character that the piece before has begun.
-        whole = before.rstrip("\ufffd")
+        whole = before.rstrip(_PART)
         starts.append(len(whole) + (whole != before))
     ends = [*starts[1:], None]
     shown = [decode(pieces)[a:b] for a, b in zip(starts, ends, strict=True)]
@@ -116,6 +126,7 @@ def spelled(
     """
     found = list(shown)
     for i, (start, stop) in enumerate(spans):
+        before = spans[i - 1][1]  # above `start` where both are of the same character
         if i in unknown:
             written = text[start:stop].strip()
             found[i] = word(UNKNOWN.format(written) if is_word(written) else written)
@@ -125,8 +136,7 @@ def spelled(
             and shown[i - 1]
             and not shown[i].startswith(_CONTINUES)
             and not {i - 1, i} & {*unknown, *alone}
-            and spans[i - 1][1] == start
-            and _is_inside(text, start)
+            and (start < before or (start == before and _is_inside(text, start)))
         ):
             found[i] = more(sentence([shown[i]]))
     return found

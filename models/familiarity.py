@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxrel.models.checkpoint import read_json
+
 FILE = "familiarity.json"
 PROTOCOL = "familiarity/1"
 
@@ -108,16 +110,16 @@ def read_familiarity(folder: Path) -> Familiarity | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("protocol") != PROTOCOL:
+        content = read_json(path)
+        if content.pop("protocol", None) != PROTOCOL:
             raise ValueError(f"expected protocol {PROTOCOL!r}")
         found = Familiarity(**{name: _frozen(value) for name, value in content.items()})
         if np.shape(found.whitening) != (_COUNT, _COUNT) or np.shape(found.mean) != (_COUNT,):
             raise ValueError(f"expected {_COUNT} statistics, got {len(found.mean)}")
         return found
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} does not tell which images are familiar: {error!r}. Delete the file, or "
+            f"{path} does not tell which images are familiar: {error}. Delete the file, or "
             "measure again with jaxrel evaluate RECIPE --familiarity"
         ) from error
 

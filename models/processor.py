@@ -16,6 +16,7 @@ from PIL import Image
 
 from jaxrel.images import rgb
 from jaxrel.models import display
+from jaxrel.models.checkpoint import some
 from jaxrel.models.preprocessing import IMAGES, ImageProcessing, read_images
 from jaxrel.models.tokenizer import TOKENIZER_FILES, quiet_transformers, read_tokenizer
 from jaxrel.renamed import renamed
@@ -94,9 +95,12 @@ class Processor:
         """
         count = size if self.tokenizer is None else len(self.tokenizer)
         if count > size or (exact and count != size):
+            ids = {} if self.tokenizer is None else self.tokenizer.get_vocab()
+            beyond = sorted(token for token, index in ids.items() if index >= size)
             raise ValueError(
-                f"the tokenizer has {count} tokens and the model {size}: this is the tokenizer of "
-                "another model"
+                f"the tokenizer has {count} tokens and the model {size}"
+                + (f", which lacks {some(beyond)}" if beyond else "")
+                + ": this is the tokenizer of another model, or its files were changed"
             )
 
     def image(
@@ -283,17 +287,17 @@ class Processor:
     def _check(self, sentence: str, ids: list[int], context: int) -> None:
         content = [i for i in ids if i not in self.specials]
         if not content:
-            raise ValueError(f"the text {sentence!r} holds no word; write what to look for")
+            raise ValueError(f"the text {_short(sentence)} holds no word; write what to look for")
         if len(ids) > context:
             raise ValueError(
-                f"the text {sentence[:60]!r} has {len(ids)} tokens with its start and end token, "
+                f"the text {_short(sentence)} has {len(ids)} tokens with its start and end token, "
                 f"and this model reads at most {context}: shorten it by {len(ids) - context}"
             )
         inside = [i for i in ids[1:-1] if i in self.specials]
         if inside:
             name = self.tokenizer.convert_ids_to_tokens(inside[0])
             raise ValueError(
-                f"the text {sentence!r} contains {name!r}, which is a special token of this "
+                f"the text {_short(sentence)} contains {name!r}, which is a special token of this "
                 "model's tokenizer: take it out"
             )
 
@@ -318,19 +322,19 @@ class Processor:
             here = [word for word, is_known in words.items() if not is_known]
             if here and unknown == "raise":
                 raise ValueError(
-                    f"this model does not know {', '.join(map(repr, here))} in the caption "
-                    f"{text!r}; it knows {len(self.tokenizer)} tokens, see "
+                    f"this model does not know {', '.join(map(_short, here))} in the caption "
+                    f"{_short(text)}; it knows {len(self.tokenizer)} tokens, see "
                     "model.processor.tokenizer.get_vocab()"
                 )
             if not any(words.values()):
                 raise ValueError(
-                    f"this model knows none of the words of {text!r}; its vocabulary has "
+                    f"this model knows none of the words of {_short(text)}; its vocabulary has "
                     f"{len(self.tokenizer)} tokens, such as {self._examples()}"
                 )
             missing.update(dict.fromkeys(here))
         if missing:
             warnings.warn(
-                f"this model does not know {', '.join(map(repr, missing))}; the text is read "
+                f"this model does not know {', '.join(map(_short, missing))}; the text is read "
                 "without the meaning of these words",
                 UserWarning,
                 stacklevel=5,  # the caller of the model's `prepare`
@@ -348,6 +352,11 @@ class Processor:
                 "copy that file from the model's origin into the folder, or pass "
                 "processor=Processor(tokenizer, image_processing(size)) to the model"
             )
+
+
+def _short(text: str) -> str:
+    """A text in quotes, for a message."""
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def _texts(text: Any) -> list[str]:

@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxrel.models.checkpoint import read_json
+
 TOKENIZER_FILES = "tokenizer.json (or vocab.json and merges.txt)"
+# All that say something of a tokenizer.
+_FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 PAD, UNKNOWN, START, END = SPECIALS = ("<pad>", "<unk>", "<start>", "<end>")
 
 
@@ -50,8 +57,14 @@ def read_tokenizer(folder: Path) -> Any:
             _name_specials(tokenizer, alone=not (folder / "tokenizer_config.json").is_file())
             tokenizer("a", return_offsets_mapping=True, verbose=False)  # as `Processor` does
         except Exception as error:  # the tokenizers library raises bare Exception
+            there = [folder / name for name in _FILES if (folder / name).is_file()]
+            for path in there:
+                if path.suffix == ".json":
+                    read_json(path)  # says which file it is, if it is no JSON
+            names = " and ".join(path.name for path in there)
             raise ValueError(
-                f"the tokenizer in {folder} cannot be read ({error}); fetch {TOKENIZER_FILES} again"
+                f"the tokenizer in {folder} cannot be read ({error}); fetch its files again: "
+                f"{names}"
             ) from error
     return tokenizer
 

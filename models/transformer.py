@@ -62,6 +62,8 @@ def check_transformer(config: Any, part: str, *more: str) -> None:
     check_sizes(part, config, ("width", "layers", "heads", "mlp_width", *more))
     check_heads(part, "width", config.width, config.heads)
     check_numbers(part, config, ["layer_norm_eps"])
+    if config.layer_norm_eps < 0:
+        raise ValueError(f"{part}: layer_norm_eps must be 0 or more, got {config.layer_norm_eps}")
     if config.activation not in tuple(ACTIVATIONS):
         raise ValueError(
             f"{part}: unknown activation {config.activation!r:.80}, known are "

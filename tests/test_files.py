@@ -1,8 +1,12 @@
 """Files are written whole, where the user says, as the user's other files."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
-from jaxrel.files import free_names, write_atomically
+from jaxrel.files import check_writable, free_names, write_atomically
 
 
 def test_writing_says_where_it_cannot(tmp_path):
@@ -13,6 +17,30 @@ def test_writing_says_where_it_cannot(tmp_path):
         write_atomically(tmp_path / "file" / "deeper" / "a.npz", b"")
     with pytest.raises(IsADirectoryError, match="it is a folder; give the name of a file"):
         write_atomically(tmp_path, b"")
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    message = f"cannot write {tmp_path}/a.png: No space left on device; make room, or give another"
+    with pytest.raises(OSError, match=message) as caught:
+        write_atomically(tmp_path / "a.png", b"x")
+    assert caught.value.errno == errno.ENOSPC
+    assert not [*tmp_path.iterdir()]
+
+
+def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    check_writable(tmp_path)
+    check_writable(tmp_path / "new" / "er")
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below"):
+        with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file is a file; name a folder"):
+            check_writable(tmp_path / folder)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match=f"new: {tmp_path} may not be written; name another"):
+        check_writable(tmp_path / "new")
 
 
 def test_written_files_follow_the_umask(tmp_path):

@@ -129,7 +129,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        if not isinstance(manifest, dict):
+            raise ValueError("it holds no JSON object")
+        kinds = {"rows": int, "shard_rows": int, "settings": dict, "provenance": dict}
+        lost = [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]
+        if manifest.get("format") == FORMAT and lost:
+            raise ValueError(f"it lacks {', '.join(lost)}")
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path} holds no {MANIFEST}: it is no folder that `jaxrel batch` wrote"
         ) from None
@@ -147,7 +153,13 @@ def _check_same(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) ->
     changed = [name for name in names if before.get(name) != after.get(name)]
     if changed:
         what = "; ".join(f"{n} was {before.get(n)!r} and is {after.get(n)!r}" for n in changed)
+        digests = {
+            "inputs": f"the rows (a digest; {there['rows']} rows then, {now['rows']} now)",
+            "model_digest": "the model's weights",
+        }
+        others = " and ".join(digests[name] for name in digests if name in changed)
         raise ValueError(
             f"{path} holds another job: {what}. Give the command that is in its {MANIFEST} to go "
-            "on, or name a new folder with --out"
+            + (f"on, once {others} are as they were, " if others else "on, ")
+            + "or name a new folder with --out"
         )

@@ -95,7 +95,7 @@ def find_errors(folder: Path, where: str) -> list[tuple[str, str]]:
 
 def _query(query: str, folder: Path, where: str, order: str, **values: Any) -> list[Found]:
     duckdb = required("duckdb")
-    parts = sorted(map(str, folder.glob("*.parquet")))
+    parts = sorted(map(str, folder.glob("part-*.parquet")))
     if not parts:
         raise ValueError(f"{folder} holds no results yet; `jaxrel batch` writes them part by part")
     try:
@@ -104,6 +104,12 @@ def _query(query: str, folder: Path, where: str, order: str, **values: Any) -> l
         names = [column[0] for column in found.description]
         return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
     except duckdb.Error as error:
+        damaged = next((part for part in parts if part in str(error)), None)
+        if damaged is not None:
+            raise ValueError(
+                f"{damaged} cannot be read ({str(error).splitlines()[0]}): delete it, and give the "
+                "command of the job again, which writes it anew"
+            ) from None
         raise ValueError(
             f"--where {where!r} --order {order!r} cannot be read as SQL over the columns "
             f"{', '.join(COLUMNS)}: {str(error).splitlines()[0]}"

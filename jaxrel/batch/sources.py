@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxrel.batch.rows import Row
 from jaxrel.explanations.tables import required
+from jaxrel.images import is_address
 
 SUFFIXES = frozenset(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm".split())
 COLUMNS = ("id", "image", "text", "target")
@@ -129,7 +130,9 @@ def _row(identity: Any, image: Any, text: Any = None, target: Any = None) -> Row
 def _placed(row: Row, root: Path) -> Row:
     """A row whose image's file name is looked for in a folder."""
     image = row["image"]
-    return row | {"image": str(root / image)} if isinstance(image, str) else row
+    # An address stays as it is, so that the row's error is of it.
+    there = isinstance(image, str) and not is_address(image)
+    return row | {"image": str(root / image)} if there else row
 
 
 def _table_rows(path: Path, names: dict[str, str]) -> list[Row]:
@@ -142,9 +145,26 @@ def _table_rows(path: Path, names: dict[str, str]) -> list[Row]:
             found = reader.read_csv(path, convert_options=_as_text(reader, path, names))
         else:
             found = reader.read_json(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} cannot be read: {str(error).strip()}") from None
-    return _named_rows(path, found, names)
+        return _named_rows(path, found, names)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        needed = "rows with commas between columns" if csv else "one JSON object per line"
+        raise ValueError(
+            f"{path} cannot be read ({_fault(path) or str(error).strip()}); what is read is UTF-8, "
+            f"with {needed}: mend the file, or write it anew"
+        ) from None
+
+
+def _fault(path: Path) -> str:
+    """The first line of a file that is not UTF-8, or where each should be JSON, is none."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode()
+                if path.suffix.lower() == ".jsonl" and text.strip():
+                    json.loads(text)
+            except ValueError as error:
+                return f"line {number}: {error}"
+    return ""
 
 
 def _as_text(reader: Any, path: Path, names: dict[str, str]) -> Any:
@@ -164,14 +184,25 @@ def _named_rows(path: Path, found: Any, names: dict[str, str]) -> list[Row]:
 
 def _columns(path: Path, there: Sequence[str], names: dict[str, str]) -> dict[str, str]:
     """By our name, the file's column; ValueError for one that is missing."""
+    listed = ", ".join(there)
     unknown = [name for name in names.values() if name not in there]
     if unknown:
-        raise ValueError(f"{path} has no column {unknown[0]!r}; it has {', '.join(there)}")
+        raise ValueError(f"{path} has no column {unknown[0]!r}; it has {listed}")
     chosen = {name: names.get(name, name) for name in COLUMNS if names.get(name, name) in there}
+    if "image" not in chosen and len(there) == 1 and (found := set(listed) & set(";\t|")):
+        raise ValueError(
+            f"{path} has one column, {listed!r:.80}: separate columns by commas, not by "
+            f"{found.pop()!r}"
+        )
     if "image" not in chosen:
         raise ValueError(
-            f"{path} has no column 'image'; it has {', '.join(there)}: name the one that holds the "
-            "images with --columns image=NAME"
+            f"{path} has no column 'image'; it has {listed}: name the one that holds the images "
+            "with --columns image=NAME"
+        )
+    twice = [name for name in chosen.values() if there.count(name) > 1]
+    if twice:
+        raise ValueError(
+            f"{path} has {there.count(twice[0])} columns {twice[0]!r}: give each a name of its own"
         )
     return chosen
 

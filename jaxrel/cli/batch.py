@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     batch.add_argument(
-        "input", type=Path, help="a folder, or a .csv, .jsonl, .parquet or .json file"
+        "input", type=shared.folder, help="a folder, or a .csv, .jsonl, .parquet or .json file"
     )
     _add_asked(batch)
     _add_files(batch)
@@ -72,7 +72,9 @@ def _add_files(batch: argparse.ArgumentParser) -> None:
         metavar="image=FILE,text=CAPTION",
         help="the file's names of the columns id, image, text and target",
     )
-    rows.add_argument("--images", type=Path, help="the folder of the images that the file names")
+    rows.add_argument(
+        "--images", type=shared.folder, help="the folder of the images that the file names"
+    )
     rows.add_argument("--strict", action="store_true", help="stop at an input that cannot be read")
     results = batch.add_argument_group("results")
     results.add_argument(
@@ -163,8 +165,13 @@ def run(options: argparse.Namespace) -> None:
     from jaxrel.batch.memory import fit
     from jaxrel.explanations.tables import required
 
-    for text in filter(None, (options.text, options.question)):
-        shared.sentence(text)
+    for text in (options.text, options.question):
+        if text is not None:
+            shared.sentence(text)
+    if options.images is not None and not options.images.is_dir():
+        raise NotADirectoryError(
+            f"--images {options.images} is no folder; give the one that holds the images"
+        )
     required("pyarrow")
     shared.check_out(options.out)
     if options.engine == "ray":
@@ -233,7 +240,8 @@ def _asked(options: argparse.Namespace, source: Any) -> Asked:
         return "caption"
     if source.are_questions:
         return "question"
-    has_text = source.read(0, 1)[0]["text"] is not None
+    # Single rows may lack theirs.
+    has_text = any(row["text"] is not None for row in source.read(0, options.shard_rows))
     if not has_text and options.model is None:
         raise ValueError(
             f"the rows of {options.input} have no text: say with --text, --question or --caption "
@@ -280,6 +288,8 @@ def _folder(options: argparse.Namespace, source: Any, made: Any) -> Any:
     settings = {
         "input": str(options.input),
         "inputs": source.digest,
+        "columns": options.columns or None,
+        "images": options.images and str(options.images),
         "model": options.model,
         "model_digest": model_digest(made.model),
         "text": options.text or options.question,

@@ -182,7 +182,7 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(_as_json(options, explanations, files), indent=2))
     else:
         _print(options, explanations)
-        print("wrote " + " and ".join(map(str, files)))
+        print(shared.printable("wrote " + " and ".join(map(str, files))))
 
 
 def _check(options: argparse.Namespace, asked: Asked) -> tuple[list, list[str] | None, Any]:
@@ -212,7 +212,7 @@ def _check(options: argparse.Namespace, asked: Asked) -> tuple[list, list[str] |
 
 def _files(options: argparse.Namespace) -> list[Path]:
     """The files to write; ValueError for a format that is not known."""
-    formats = dict.fromkeys(filter(None, options.format.split(",")))
+    formats = dict.fromkeys(shared.names(options.format))
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise ValueError(
@@ -237,7 +237,7 @@ def _print(options: argparse.Namespace, explanations: Sequence[Any]) -> None:
     told: set[tuple[str, str]] = set()
     for i, target in enumerate(first.target):
         file = _file(options, first, i)
-        print(f"{file}, {target}: score {first.score[i]:.2f}")
+        print(shared.printable(f"{file}, {target}: score {first.score[i]:.2f}"))
         # What holds for an image is said once, and not of each word of its caption.
         notes = first.report["examples"][i].get("notes", ())
         for note in notes:

@@ -2,9 +2,12 @@
 
 import argparse
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jaxrel.files import check_writable
 
 
 def add_out(command: Any) -> None:
@@ -15,7 +18,7 @@ def add_out(command: Any) -> None:
 
 
 def folder(text: str) -> Path:
-    """A folder; an empty name, such as of a variable that is not set, is none."""
+    """A folder or a file; an empty name, such as of a variable that is not set, is none."""
     return Path(name(text))
 
 
@@ -27,7 +30,9 @@ def name(text: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """A text that is UTF-8; ValueError for another, as of a terminal in Latin-1."""
+    """A text that is not empty, in UTF-8; ValueError for another, as of a terminal in Latin-1."""
+    if not text.strip():
+        raise ValueError(f"the text is empty: {text!r}; is a variable not set?")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -40,14 +45,16 @@ def sentence(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text in which bytes of a file's name that are not UTF-8 are escaped."""
-    return text.encode(errors="backslashreplace").decode()
+    """A text in which control characters are escaped, and bytes that are not UTF-8."""
+    shown = re.sub("[\0-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+    return shown.encode(errors="backslashreplace").decode()
 
 
 def check_out(out: Path) -> None:
-    """Raise NotADirectoryError if `--out` is a file."""
+    """Raise OSError if `--out` is a file, or nothing can be written there."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file; name a folder")
+    check_writable(out)
 
 
 def check_plots() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import batch, doctor, evaluate, explain, report, train
+from jaxrel.cli.options import printable
 from jaxrel.cli.streams import Output
 
 EXAMPLES = """examples:
@@ -65,6 +66,14 @@ def run(given: Sequence[str], *, whole: bool) -> int:
         finally:
             output.flush()
             errors.flush()
+        if output.failure is not None:
+            print(
+                f"jaxrel: error: the standard output is not whole ({output.failure.strerror}): "
+                "make room, or send it elsewhere",
+                file=sys.stderr,
+                flush=True,
+            )
+            return 2
     return 0
 
 
@@ -78,7 +87,7 @@ def _run(given: Sequence[str]) -> None:
 
 def _said(error: Exception) -> str:
     """An error of the user's input in one line; "" for one of another kind."""
-    line = " ".join(part.strip() for part in str(error).splitlines())
+    line = printable(" ".join(part.strip() for part in str(error).splitlines()))
     if isinstance(error, ValueError | OSError | ArithmeticError | ImportError):
         return line
     return _no_device()
@@ -233,4 +242,4 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 def _show_warning(message: Any, *_args: Any, **_kwargs: Any) -> None:
-    print(f"jaxrel: warning: {message}", file=sys.stderr)
+    print(f"jaxrel: warning: {printable(str(message))}", file=sys.stderr)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrel.cli import options as shared
+from jaxrel.files import check_writable
 
 EXAMPLES = """examples:
   jaxrel report results --where "score > 20" --limit 50 --out page.html
@@ -23,7 +24,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument("results", type=Path, help="the folder that `jaxrel batch` wrote")
+    report.add_argument("results", type=shared.folder, help="the folder that `jaxrel batch` wrote")
     report.add_argument(
         "--where", default="true", help="which rows, such as 'score > 20' (default: all)"
     )
@@ -35,7 +36,7 @@ def add(commands: Any) -> None:
         help="at most so many, and the rest of the last caption (default: 50)",
     )
     report.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="default: report.html"
+        "--out", type=shared.folder, default=Path("report.html"), help="default: report.html"
     )
     report.add_argument(
         "--errors",
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
     from jaxrel.batch.results import explanations, find_errors, find_rows
     from jaxrel.report import html
 
+    check_writable(options.out.parent)
     manifest = read_manifest(options.results)
     if options.errors:
         for identity, error in find_errors(options.results, options.where):

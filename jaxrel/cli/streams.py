@@ -10,10 +10,15 @@ class Output:
 
     Args:
       stream: the stream; None where the process has none.
+
+    Attributes:
+      failure: why it could not be written, as on a full disk; None where it could, or where its
+        reader is gone.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self.failure: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -27,8 +32,8 @@ class Output:
         except UnicodeEncodeError:
             encoding = self._stream.encoding or "ascii"
             self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except BrokenPipeError:
-            self._drop()
+        except OSError as error:
+            self._drop(error)
         return len(text)
 
     def flush(self) -> None:
@@ -37,10 +42,12 @@ class Output:
             return
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._drop()
+        except OSError as error:
+            self._drop(error)
 
-    def _drop(self) -> None:
+    def _drop(self, error: OSError) -> None:
         """Write to nowhere from now on, also what waits: Python flushes it again at its end."""
+        if not isinstance(error, BrokenPipeError):
+            self.failure = error
         with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())

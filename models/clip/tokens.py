@@ -39,11 +39,13 @@ def token_ids(processor: Processor, text: Any, config: TextConfig) -> Int[Array,
       TypeError, ValueError: see `Processor.text`; also a tokenizer that ends texts with another
         id than the one the model looks for.
     """
-    ids, found = processor.text(text, config.context), processor.tokenizer.eos_token_id
+    ids, tokenizer = processor.text(text, config.context), processor.tokenizer
+    _check_ends(ids, tokenizer)
+    found = tokenizer.eos_token_id
     last = np.asarray(end_of_text(ids, config.eos_token_id))
     at_end = ids[np.arange(len(ids)), last]
-    if config.eos_token_id == 2 and (at_end > found).any() and (ids == found).any(-1).all():
-        token = processor.tokenizer.convert_ids_to_tokens(int(at_end.max()))
+    if config.eos_token_id == 2 and (at_end > found).any():
+        token = tokenizer.convert_ids_to_tokens(int(at_end.max()))
         raise ValueError(
             "config.json has the eos_token_id 2, which says that a text ends at its highest id, "
             f"and the token {token!r} was added to the tokenizer above its end, {found}: set "
@@ -52,9 +54,23 @@ def token_ids(processor: Processor, text: Any, config: TextConfig) -> Int[Array,
     if (at_end != found).any():
         raise ValueError(
             f"the tokenizer ends a text with the id {found}, and the model looks for the id "
-            f"{config.eos_token_id}: this is the tokenizer of another model"
+            f"{config.eos_token_id} (eos_token_id of text_config in config.json): this is the "
+            "tokenizer of another model, or that id is wrong"
         )
     return jnp.asarray(ids)
+
+
+def _check_ends(ids: Int[np.ndarray, "batch tokens"], tokenizer: Any) -> None:
+    """Raise ValueError unless texts have a start token and an end token."""
+    there = {"bos_token": ids[:, 0] == tokenizer.bos_token_id}
+    there["eos_token"] = (ids == tokenizer.eos_token_id).any(-1)
+    for name, found in there.items():
+        if not found.all():
+            raise ValueError(
+                f"this model's tokenizer puts no {name}, {getattr(tokenizer, name)!r}, around a "
+                "text, which the model needs: post_processor in tokenizer.json says what it puts "
+                "there; copy the tokenizer's files from the model's origin"
+            )
 
 
 def content(config: CLIPConfig, image: Any, text: Any) -> dict[str, Bool[Array, "batch tokens"]]:

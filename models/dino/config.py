@@ -168,7 +168,8 @@ def _check_supported(kind: str, config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{CONFIG}: {key} is {config[key]!r:.80}, and what is supported is {wanted!r}"
             )
-    for name in config.get("architectures") or ():
+    names = config.get("architectures") or ()
+    for name in names if isinstance(names, list | tuple) else (names,):
         if name != _ARCHITECTURES[kind]:
             raise ValueError(
                 f"{CONFIG}: architectures names {name!r:.80}, and what is supported is "

@@ -171,7 +171,8 @@ def test_another_job_is_refused_by_name(tmp_path):
         ValueError, match=r"another job: method was \['equal'\] and is \['weighted'\]"
     ):
         run(tmp_path / "out", method=["weighted"])
-    with pytest.raises(ValueError, match="model_digest was 'abc' and is 'xyz'"):
+    message = "model_digest was 'abc' and is 'xyz'.* go on, once the model's weights are as they"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", model_digest="xyz")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
@@ -188,6 +189,12 @@ def test_a_damaged_manifest(tmp_path):
     (tmp_path / "out" / folder.MANIFEST).write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="has another format than 1"):
         read_manifest(tmp_path / "out")
+    for held in ([], {"format": 1}, {"format": 1, "rows": 1, "shard_rows": 1, "settings": []}):
+        (tmp_path / "out" / folder.MANIFEST).write_text(json.dumps(held))
+        with pytest.raises(ValueError, match=r"is damaged \(it (lacks|holds) "):
+            run(tmp_path / "out")
+    with pytest.raises(ValueError, match="is no folder that `jaxrel batch` wrote"):
+        read_manifest(tmp_path / "out" / folder.MANIFEST)
     with pytest.raises(ValueError, match="is no folder that `jaxrel batch` wrote"):
         read_manifest(tmp_path)
 

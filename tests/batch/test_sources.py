@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from jaxrel.batch.sources import open_source
+from jaxrel.images import read_image
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -103,8 +104,14 @@ def test_published_annotations(tmp_path):
         ("x.csv", "id,file\n1,a.png\n", "has no column 'image'; it has id, file.*--columns"),
         ("x.csv", "id,image\n1,a\n1,b\n2,c\n", "the id '1' is there 2 times"),
         ("x.csv", "id,image\n1,a\n,b\n", r"row 2 has no id \(1 of 2 rows\)"),
-        ("x.csv", "id,image\n1,a,b\n", "cannot be read"),
-        ("x.jsonl", "{", "cannot be read"),
+        ("x.csv", "id,image\n1,a,b\n", "cannot be read .*UTF-8, with rows with commas"),
+        ("x.csv", "id,image,text\n1,a,\xe9\n", r"\(line 2: 'utf-8' codec .*\); what is read is"),
+        ("x.csv", "id,image,image\n1,a,b\n", "has 2 columns 'image': give each a name"),
+        ("x.csv", "id;image\n1;a\n", r"has one column, 'id;image': .* commas, not by ';'"),
+        ("x.csv", "id\timage\n1\ta\n", r"separate columns by commas, not by '\\t'"),
+        ("x.jsonl", "{", "cannot be read .* with one JSON object per line"),
+        ("x.jsonl", '{"image": "a"}\nno\n', r"\(line 2: Expecting value.*\); what is read"),
+        ("x.jsonl", '{"image": "\xe9"}\n', r"\(line 1: 'utf-8' codec"),
         ("x.parquet", "PAR1", "is not a Parquet file that can be read"),
         ("x.json", "{}", "is neither COCO's captions"),
         ("x.json", "[", "is not valid JSON"),
@@ -113,7 +120,7 @@ def test_published_annotations(tmp_path):
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         open_source(tmp_path / name)
 
@@ -126,6 +133,13 @@ def test_what_is_not_there(tmp_path):
     (tmp_path / "x.csv").write_text("image\na.png\n")
     with pytest.raises(ValueError, match="has no column 'caption'; it has image"):
         open_source(tmp_path / "x.csv", columns={"text": "caption"})
+
+
+def test_addresses_are_no_files(tmp_path):
+    (tmp_path / "x.csv").write_text("image\nhttps://x.y/a.png\n")
+    ((_, image, _, _),) = read(tmp_path / "x.csv")
+    with pytest.raises(ValueError, match=r"https://x.y/a.png is an address; download the image"):
+        read_image(image)
 
 
 def test_the_digest_tells_other_rows(tmp_path):

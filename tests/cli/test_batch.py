@@ -95,6 +95,8 @@ def test_it_goes_on_and_refuses_another_job(results, run, images, saved):
     status, said, _ = run(*command, *same)
     held = "1 of them with an error (column 'error')\n"
     assert (status, said) == (0, f"wrote 3 rows to {results}, which has 7 now, {held}")
+    status, _, error = run(*command, *same, "--images", images)
+    assert f"another job: images was None and is '{images}'" in error
     assert len(pandas.read_parquet(results)) == 13
     status, said, _ = run(*command, *same)
     assert (status, said) == (0, f"nothing left to do: 7 rows in {results}, {held}")
@@ -127,6 +129,7 @@ def test_a_page_of_chosen_rows(results, run, tmp_path, monkeypatch):
     status, _, error = run("report", results, "--where", "scroe > 1", "--out", page)
     assert status == 2
     assert "cannot be read as SQL over the columns id, row, image, text, target, score" in error
+    assert run("report", results, "--where", "regexp_matches(id, '(')", "--out", page)[0] == 2
     status, _, error = run("report", results, "--where", "score > 1e9", "--out", page)
     assert (status, "no row of" in error) == (2, True)
     status, _, error = run("report", results, "--where", "error is not null", "--out", page)
@@ -135,6 +138,10 @@ def test_a_page_of_chosen_rows(results, run, tmp_path, monkeypatch):
     status, said, _ = run("report", results, "--errors")
     assert (status, said) == (0, f"3.png: {frame.error.dropna().item()}\n")
     assert run("report", results, "--errors", "--where", "id = '4.png'")[:2] == (0, "")
+    (results / "part-00001.parquet").write_bytes(b"PAR1")
+    status, _, error = run("report", results, "--out", page)
+    assert status == 2
+    assert "part-00001.parquet cannot be read" in error
     status, _, error = run("report", tmp_path, "--out", page)
     assert (status, "is no folder that `jaxrel batch` wrote" in error) == (2, True)
 
@@ -160,6 +167,11 @@ def test_help_lists_the_methods(capsys):
         (("{images}", "--text", "red", "--save-images", "every:x"), "a whole number from 1"),
         (("{images}", "--text", "red", "--resources", "TPU"), "expected NAME=NUMBER"),
         (("{images}", "--text", "red", "--out", "{images}"), "holds other files"),
+        (("{images}", "--text", ""), "the text is empty: ''; is a variable not set?"),
+        (("{images}", "--question", " "), "the text is empty: ' '; is a variable not set?"),
+        (("{images}", "--text", "red", "--images", "nowhere"), "--images nowhere is no folder"),
+        (("", "--text", "red"), "the name is empty; is a variable not set?"),
+        (("{images}", "--text", "red", "--images", ""), "the name is empty"),
     ],
 )
 def test_bad_input_is_one_line(run, images, saved, tmp_path, arguments, message, capsys):
@@ -174,6 +186,15 @@ def test_bad_input_is_one_line(run, images, saved, tmp_path, arguments, message,
     assert message in error
     assert len(error.splitlines()[-1]) > 20
     assert not (tmp_path / "out").exists()
+
+
+def test_a_first_row_without_text_is_a_row_with_an_error(run, images, tmp_path):
+    table, out = tmp_path / "x.csv", tmp_path / "out"
+    table.write_text("image,text\n0.png,\n1.png,a red circle\n")
+    assert run("batch", table, "--images", images, "--out", out)[0] == 0
+    first, second = pandas.read_parquet(out).error
+    assert "text" in first
+    assert not isinstance(second, str)
 
 
 def test_strict_stops_at_the_first_bad_image(run, images, saved, tmp_path):

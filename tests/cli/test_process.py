@@ -84,6 +84,17 @@ def test_a_reader_that_leaves_is_no_error():
             print("x" * 100_000, file=output, flush=True)
 
 
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "jaxrel.cli", "doctor"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "jaxrel: error: the standard output is not whole (No space left on device): make room, or "
+        "send it elsewhere\n"
+    )
+
+
 def test_no_stream_at_all():
     print("x", file=Output(None), flush=True)
 
@@ -215,6 +226,12 @@ def test_text_that_is_not_utf8_is_refused(option, capsys):
 
 def test_names_of_files_are_printable():
     assert options.printable(os.fsdecode(b"lat\xe9")) == "lat\\udce9"
+    assert options.printable("a\x1b[31m\r\n\x9bé猫👩‍👧") == "a\\x1b[31m\\r\\n\\x9bé猫👩‍👧"
+
+
+def test_no_name_moves_the_cursor_of_a_terminal(capsys):
+    assert cli.main(["explain", "a\x1b[31m.png", "--text", "a"]) == 2
+    assert capsys.readouterr().err.startswith("jaxrel: error: a\\x1b[31m.png: there is no such")
 
 
 # ---- compiled programs

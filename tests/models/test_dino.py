@@ -194,6 +194,11 @@ def test_round_trip(published, name, tmp_path):
     [
         (
             "dinov2",
+            {"architectures": 5},
+            "architectures names 5, and what is supported is 'Dinov2Model'",
+        ),
+        (
+            "dinov2",
             {"architectures": ["Dinov2ForImageClassification"]},
             "architectures names 'Dinov2ForImageClassification', .* supported is 'Dinov2Model'",
         ),

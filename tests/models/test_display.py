@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from jaxrel.explanations.result import Explanation
 from jaxrel.models import Processor, display, word_tokenizer
@@ -61,6 +63,7 @@ def words(processor, text, **options):
         ("हिन्दी", ["हिन्दी"]),
         ("می‌خواهم", ["می‌خواهم"]),
         ("naïve", ["naïve"]),
+        ("İstanbul", ["i\u0307stanbul"]),  # a character that is two in lower case
         ("nai\u0308ve x\u0302y", ["naïve", "x\u0302y"]),
         ("a “red” dog", ["a", "“", "red", "”", "dog"]),
         ("room 2024b", ["room", "2024b"]),
@@ -71,6 +74,44 @@ def words(processor, text, **options):
 )
 def test_words_are_as_they_are_written(processor, text, expected):
     assert words(processor, text) == expected
+
+
+def byte_level():
+    """As GPT-2's, of single bytes: no piece says where a word ends."""
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate([*BYTES, "<end>"])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+def byte_fallback():
+    """As SigLIP 2's: letters, and bytes for all others."""
+    tokens = ["<end>", "▁", *"abcdefghijklmnopqrstuvwxyz", *(f"<0x{i:02X}>" for i in range(256))]
+    model = models.BPE({word: i for i, word in enumerate(tokens)}, [], byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+@pytest.mark.parametrize("kind", [byte_level, byte_fallback])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a 😀 b", "naïve café", "红色 cat", "قطة حمراء", "👨‍👩‍👧 👍🏽", "हिन्दी"),
+        *("½ of … x", "a \ufffd b", "\ufffd\ufffd a"),
+    ],
+)
+def test_words_of_pieces_without_an_end(kind, text):
+    assert words(Processor(kind()), text) == text.split()
+
+
+def test_a_character_that_is_several_in_lower_case():
+    processor = Processor(byte_fallback())
+    assert words(processor, "a İstanbul") == ["a", "i\u0307stanbul"]
 
 
 def test_added_tokens_stand_alone(bytes_folder):
@@ -108,9 +149,6 @@ def test_spelling_comes_back():
 
 def test_pieces_that_say_so_continue():
     # As a word-piece tokenizer writes them.
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     vocabulary = {"[UNK]": 0, "cir": 1, "##cle": 2, "a": 3, "<s>": 4}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

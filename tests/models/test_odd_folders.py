@@ -49,6 +49,7 @@ VISION, TEXT = "vision_config", "text_config"
         ({TEXT: {"vocab_size": True}}, "text_config.vocab_size must be .* got True"),
         ({TEXT: {"hidden_act": ["gelu"]}}, "text_config.hidden_act must be a name"),
         ({TEXT: {"layer_norm_eps": "1e-5"}}, "text_config.layer_norm_eps must be a number"),
+        ({TEXT: {"layer_norm_eps": -1e-5}}, "text: layer_norm_eps must be 0 or more, got -1e-05"),
         ({TEXT: {"eos_token_id": None}}, "text_config.eos_token_id must be one integer, got None"),
         ({TEXT: {"eos_token_id": [[1]]}}, r"eos_token_id must be one integer, got \[\[1\]\]"),
         ({VISION: {"image_size": {}}}, "vision_config.image_size must be one integer, got {}"),
@@ -109,6 +110,27 @@ def test_weights_of_8_bits_are_refused(folder, tmp_path, dtype):
     write_tensor(folder / "model.safetensors", dtype)
     message = f"the tensor x has dtype {dtype}; quantised weights cannot be loaded, use a float32"
     with pytest.raises(ValueError, match=message):
+        CLIP.from_pretrained(folder)
+
+
+def test_a_dtype_of_the_future_is_refused(folder):
+    write_tensor(folder / "model.safetensors", "F3")
+    message = "has a dtype that the installed safetensors does not know .*F3.*; use a float32"
+    with pytest.raises(ValueError, match=message):
+        CLIP.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "flax_model.msgpack"])
+def test_weights_under_another_name_are_named(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    message = (
+        rf"has no weights: neither model.safetensors nor .* \(what is there is neither: {name}"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        CLIP.from_pretrained(folder)
+    (folder / name).unlink()
+    (folder / "model.safetensors").symlink_to(folder / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"is neither: model.safetensors\)"):
         CLIP.from_pretrained(folder)
 
 
@@ -183,8 +205,49 @@ def test_settings_of_a_tokenizer_that_do_not_name_its_tokens(folder):
     tokenizer = CLIP.from_pretrained(folder).processor.tokenizer
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<start>", "<end>")
     path.write_text('{"model_max_length": "8"}')
-    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be read .* again"):
+    message = r"the tokenizer in .* cannot be read .* again: tokenizer.json and tokenizer_config"
+    with pytest.raises(ValueError, match=message):
         CLIP.from_pretrained(folder)
     tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = None
     with pytest.raises(ValueError, match="neither a padding nor an end token"):
         Processor(tokenizer).text("a", 8)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_the_file_of_a_tokenizer_that_is_broken_is_named(folder, name):
+    (folder / name).write_text("{")
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON .*; fetch the file again"):
+        CLIP.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("eos_token_id", [2, 3])
+def test_a_tokenizer_that_puts_nothing_around_a_text(folder, eos_token_id):
+    def change(name, changes):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    text = json.loads((folder / "config.json").read_text())[TEXT]
+    change("config.json", {TEXT: text | {"eos_token_id": eos_token_id}})
+    change("tokenizer.json", {"post_processor": None})
+    message = "puts no bos_token, '<start>', around a text"
+    for changes in ({}, {"eos_token": None}):
+        change("tokenizer_config.json", changes)
+        with pytest.raises(ValueError, match=message):
+            CLIP.from_pretrained(folder).prepare(image=Image.new("RGB", (16, 16)), text="a")
+
+
+def test_tokens_that_the_model_lacks_are_named(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": ["<a>", "<b>", "<c>"]})
+    )
+    with pytest.raises(ValueError, match=r"the model 12, which lacks <c>: .* were changed"):
+        CLIP.from_pretrained(folder)
+
+
+def test_long_texts_are_short_in_messages(folder):
+    processor = Processor.from_folder(folder)
+    for text in ("x" * 10_000, "a " * 10_000):
+        with pytest.raises(ValueError, match=r"x\.\.\.'|a \.\.\.'") as caught:
+            processor.text(text, 8)
+        assert len(str(caught.value)) < 300
