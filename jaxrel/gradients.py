@@ -153,7 +153,7 @@ def smooth_grad(
 
     def explained(*args, key: Any = None, seed: Any = None, target: Any = None):
         if key is None and args:
-            key, *args = args
+            key, args = args[0], args[1:]
         _check_key(key)
         return explain(*args, key=key, seed=seed, target=target)
 

@@ -302,13 +302,13 @@ class _Mirror:
             known = [found[end] for found, end in pairs if isinstance(end, Value) and end in found]
             if number < first or len(known) < len(ends):
                 continue
-            masked = any(probe.present for probe in known)
-            for i, probe in enumerate(known):
-                made = [self._made(probe.value, _same)]
-                if masked:
-                    whole = probe.present is None
-                    like, same = (probe.value, jnp.ones_like) if whole else (probe.present, _same)
-                    made.append(self._made(like, same))
+            masked = any(present for _, present in known)
+            for i, (value, present) in enumerate(known):
+                made = [self._made(value, _same)]
+                if present is not None:
+                    made.append(self._made(present, _same))
+                elif masked:
+                    made.append(self._made(value, jnp.ones_like))
                 nodes[i] += made
                 extra[i] += [one.outs[0] for one in made]
             probes[out] = Probe(self._new(out), self._new(out) if masked else None)

@@ -159,4 +159,6 @@ def test_by_stack():
 )
 def test_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
-        attention.relevance(score, method="equal", **options)(jnp.asarray(X, jnp.float32))
+        attention.relevance(score, method="equal", target_token=-1, **options)(
+            jnp.asarray(X, jnp.float32)
+        )

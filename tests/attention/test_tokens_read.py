@@ -72,9 +72,7 @@ def test_another_target_token_is_told_and_the_advice_is_right():
 
 def test_of_a_mean_of_tokens_the_rows_are_those_of_each_token():
     mean = score_of(lambda x: x[:, 1:].mean(1).sum(-1))
-    message = (
-        r"reads 4 tokens \(1, 2, 3, .*relevance\[:, \[1, 2, 3, 4\]\]\.mean\(axis=1\)"
-    )
+    message = r"reads 4 tokens \(1, 2, 3, .*relevance\[:, \[1, 2, 3, 4\]\]\.mean\(axis=1\)"
     explain = functools.partial(attention.relevance, mean, method="equal")
     rows = explain(target_token=None)(X)
     for token in range(1, TOKENS):
