@@ -186,8 +186,8 @@ def _stills(index: int, view: Sequence[Row], columns: Sequence[Column]) -> str:
         alt = _escape(f"The image as the model saw it, for: {view[-1][0].target}")
         photo = (
             f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
-            f'<image id="photo{index}" width="{width}" height="{height}" '
-            f'preserveAspectRatio="none" href="{encode.photograph(shown)}"/></svg>'
+            f"<defs>{_image(f'pale{index}', shown.shape, encode.below(shown))}</defs>"
+            f"{_image(f'photo{index}', shown.shape, encode.photograph(shown))}</svg>"
         )
         figures.append(f"<figure>{photo}<figcaption>input</figcaption></figure>\n")
     alone = view[-1][0].caption is None
@@ -197,13 +197,21 @@ def _stills(index: int, view: Sequence[Row], columns: Sequence[Column]) -> str:
     return f'<div class="stills">\n{"".join(figures)}</div>'
 
 
+def _image(name: str, shape: tuple[int, ...], url: str) -> str:
+    height, width = shape[:2]
+    return (
+        f'<image id="{name}" width="{width}" height="{height}" '
+        f'preserveAspectRatio="none" href="{url}"/>'
+    )
+
+
 def _still(index: int, panel: Panel, name: str, shown: np.ndarray | None) -> str:
     """One map over the image of its view, with its words, and where its relevance lies."""
     said = _escape(f"{name}: {summary(panel)}")
     parts = []
     if panel.map is not None:
         height, width = panel.map.shape if shown is None else shown.shape[:2]
-        over = "" if shown is None else f'<use class="pale" href="#photo{index}"/>'
+        over = "" if shown is None else f'<use href="#pale{index}"/>'
         heat = encode.still(panel.map, signed=panel.signed)
         parts.append(
             f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{said}">{over}'

@@ -165,15 +165,15 @@
       class: "stack map", tabindex: "0", role: "application",
       "aria-label": `Map by ${name}; ${panel.said}; arrow keys tell values`,
     });
-    const image = () => make("img", { src: photo, alt: "", class: beside ? null : "pale" });
-    if (photo && !beside) stack.append(image());
+    const image = (src) => make("img", { src, alt: "" });
+    if (photo && !beside) stack.append(image(photo.pale));
     stack.append(canvas);
     if (photo && !beside) canvas.style.opacity = state.opacity;
     const readout = make("output", { class: "readout", "aria-live": "polite" });
     explore(stack, panel.map, readout);
     draw(canvas, panel, method);
     const pair = make("div", { class: "pair" });
-    if (photo && beside) pair.append(make("div", { class: "stack" }, image()));
+    if (photo && beside) pair.append(make("div", { class: "stack" }, image(photo.colours)));
     pair.append(stack);
     const end = limit(panel, method).map;
     const own = panel.map.own.join(" x ");
@@ -214,7 +214,9 @@
   };
   const mount = (article, view) => {
     const live = article.querySelector(".live");
-    const photo = article.querySelector("svg image[id]")?.getAttribute("href");
+    const [pale, colours] = [...article.querySelectorAll("svg image[id]")]
+      .map((image) => image.getAttribute("href"));
+    const photo = pale && { pale, colours };
     const panels = make("div", { class: "panels" });
     const said = make("p", { class: "muted", "aria-live": "polite" });
     let chosen = view.rows.length - 1;

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -11,11 +12,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxrel import report
 from jaxrel.explanations.result import Explanation
 from jaxrel.flags import Flag
-from jaxrel.report import encode, places, texts
+from jaxrel.report import encode, heat, places, texts
 from jaxrel.report.panels import Column, Panel, columns, rows
 from jaxrel.report.views import caption_words
 from tests.report.explanations import make
@@ -107,7 +109,7 @@ def test_page_is_one_file_that_allows_its_own_script_and_style_alone():
     for attrs in (attrs for _, attrs in page.elements):
         assert not any(name.startswith("on") for name in attrs)
         assert not {"style", "src", "srcset", "xlink:href"} & set(attrs)
-        assert re.match(r"#photo\d+$|data:image/(png|jpeg);base64,", attrs.get("href", "#photo0"))
+        assert re.match(r"#pale\d+$|data:image/(png|jpeg);base64,", attrs.get("href", "#pale0"))
     for reference in ("http:", "https:", "url(", "@import", "eval(", "innerHTML"):
         assert reference not in html
     policy = page.all("meta")[1]
@@ -132,11 +134,13 @@ def test_page_shows_everything_without_its_script():
         "Red speaks for the target; blue, hatched, speaks against it.",
     ):
         assert expected in text
-    # Two examples, each as the input and under two methods; the image is there once.
+    # Two examples, each as the input and under two methods; the image is there once as it is and
+    # once as it is below the heat.
     figures = [svg for svg in page.all("svg") if svg["role"] == "img"]
     assert len(figures) == 2 * 3
     assert len({svg["aria-label"] for svg in figures}) == 6
-    assert len([image for image in page.all("image") if "id" in image]) == 2
+    names = [image["id"] for image in page.all("image") if "id" in image]
+    assert names == ["pale0", "photo0", "pale1", "photo1"]
     assert len(page.all("use")) == 2 * 2
     words = [span for span in page.all("span") if span.get("class", "").startswith("word ")]
     assert len(words) == 2 * (3 + 3)
@@ -163,6 +167,15 @@ def test_numbers_are_those_that_were_given():
         np.testing.assert_allclose(values(map), given, rtol=0, atol=atol)
 
 
+def test_maps_lie_over_the_image_that_the_figure_draws_below_them():
+    one = make()
+    images = {image.get("id"): image["href"] for image in parse(report.page(one)).all("image")}
+    for i, pixels in enumerate(one.pixels):
+        data = base64.b64decode(images[f"pale{i}"].removeprefix("data:image/png;base64,"))
+        with Image.open(io.BytesIO(data)) as sent:
+            np.testing.assert_array_equal(np.asarray(sent), np.round(255 * heat.pale(pixels)))
+
+
 def test_a_caption_is_one_view_with_its_words_and_one_image():
     flags = [None, Flag("ring", "mean", 0.25, 0.5, 0.33, "AUC 0.7"), None]
     html = report.page(make_caption(["a", "ring", "alone"], flags=flags))
@@ -177,7 +190,7 @@ def test_a_caption_is_one_view_with_its_words_and_one_image():
     assert before == [[], ["a"], ["a", "ring"]]
     page = parse(html)
     assert len(page.all("article")) == 1
-    assert len([image for image in page.all("image") if "id" in image]) == 1
+    assert len([image for image in page.all("image") if "id" in image]) == 2
     assert len(page.all("use")) == 3
     assert "A caption explained word by word in photo.jpg" in page.text
 
