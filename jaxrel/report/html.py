@@ -141,7 +141,7 @@ def _summary(columns: Sequence[Column]) -> str:
         ("Method" if len(columns) == 1 else "Methods", names),
     ]
     text = " · ".join(f"{name}: {_escape(value)}" for name, value in about if value)
-    legend = texts.legend(columns)
+    legend = f'{texts.legend(columns)} <span id="scale">{texts.OWN_SCALE}</span>'
     return f'<p class="muted">{text}</p>\n<p class="muted">{legend}</p>\n'
 
 

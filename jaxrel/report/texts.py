@@ -36,7 +36,8 @@ def legend(columns: Sequence[Column]) -> str:
     return "Red speaks for the target; blue, hatched, speaks against it."
 
 
-OWN_SCALE = "Each map has its own scale."
+OWN_SCALE = "Each map and each line of words has its own scale."
+ONE_SCALE = "All maps of a method have one scale, and all its words have one."
 
 
 def title(columns: Sequence[Column]) -> str:

@@ -5,10 +5,9 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const many = data.methods.length > 1;
   const signed = data.methods.some((method) => method.signed);
+  // Relevance has no unit: scores of unlike inputs, and words of a caption, differ much in strength.
   const state = {
-    method: 0, layout: "over", opacity: data.opacity, sign: "all", cells: false,
-    // Words of a caption differ much in strength; examples are to be compared.
-    scale: data.views.some((view) => view.caption.length) ? "own" : "common",
+    method: 0, layout: "over", opacity: data.opacity, sign: "all", cells: false, scale: "own",
   };
 
   const make = (tag, attributes = {}, ...children) => {
@@ -265,7 +264,10 @@
   // What one can choose, for all views at once.
 
   const redraws = [];
-  const redraw = () => redraws.forEach((show) => show());
+  const redraw = () => {
+    document.getElementById("scale").textContent = data.scales[state.scale];
+    redraws.forEach((show) => show());
+  };
   const select = (label, key, options) => {
     const list = make("select", { name: key }, ...options.map(([value, text]) =>
       make("option", { value, selected: String(state[key]) === value }, text)));
@@ -288,7 +290,7 @@
     select("Map", "layout", [["over", "over the image"], ["beside", "beside the image"]]),
     make("label", {}, "Opacity", opacity),
     select("Detail", "cells", [["false", "smoothed"], ["true", "as measured"]]),
-    select("Scale", "scale", [["common", "one for all"], ["own", "each its own"]]));
+    select("Scale", "scale", [["own", "each its own"], ["common", "one for all"]]));
   if (signed) {
     controls.append(select("Sign", "sign",
       [["all", "for and against"], ["for", "for"], ["against", "against"]]));

@@ -49,6 +49,7 @@ def as_json(columns: Sequence[Column], views: Sequence[Sequence[Row]]) -> str:
         "colours": {"signed": colours.anchors(signed=True), "unsigned": colours.anchors()},
         "hatchedBelow": heat.HATCHED_BELOW,
         "opacity": heat.OPACITY,
+        "scales": {"own": texts.OWN_SCALE, "common": texts.ONE_SCALE},
         "views": [_view(view) for view in views],
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

@@ -94,13 +94,16 @@ def test_methods_scale_sign_and_layout_are_chosen(opened):
     assert page.title() == "2 examples explained"
     assert page.locator(".still").first.is_hidden()
     assert page.locator("canvas").count() == 2
-    # One scale for all: the second example's largest value is a quarter of the first's.
+    # Each its own scale, as in the figure and without script.
     page.locator("[name=cells]").select_option("true")
     red = pixel(page, (0.9, 0.1))
-    assert red == [140, 16, 38]
-    weak = pixel(page, (0.4, 0.4), index=1)
+    assert red == pixel(page, (0.4, 0.4), index=1) == [140, 16, 38]
+    assert "Each map and each line of words has its own scale." in page.inner_text("header")
+    # One scale for all: the second example's largest value is a quarter of the first's.
+    page.locator("[name=scale]").select_option("common")
+    assert pixel(page, (0.9, 0.1)) == red != pixel(page, (0.4, 0.4), index=1)
+    assert "All maps of a method have one scale" in page.inner_text("header")
     page.locator("[name=scale]").select_option("own")
-    assert pixel(page, (0.4, 0.4), index=1) == red != weak
     # What speaks against is blue, and gone when only what speaks for is asked for.
     assert pixel(page, (0.1, 0.9))[2] > pixel(page, (0.1, 0.9))[0]
     page.locator("[name=sign]").select_option("for")

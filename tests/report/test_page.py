@@ -132,6 +132,7 @@ def test_page_shows_everything_without_its_script():
         *("score 24.312", "score -1.5", "circle", "seconds", "0.5", "loss.bias", "0.25"),
         *("loss.layers", "[1, 2]", "settings", "layers 0 to 3", "streaming", "yes"),
         "Red speaks for the target; blue, hatched, speaks against it.",
+        "Each map and each line of words has its own scale.",
     ):
         assert expected in text
     # Two examples, each as the input and under two methods; the image is there once as it is and
