@@ -217,7 +217,7 @@ def _still(index: int, panel: Panel, name: str, shown: np.ndarray | None) -> str
             f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{said}">{over}'
             f'<image class="heat" width="{width}" height="{height}" '
             f'preserveAspectRatio="none" href="{heat}"/></svg>'
-            f"{_bar(colours.scale(panel.map), panel.signed)}"
+            f"{_bar(colours.scale(panel.map), panel.signed, over=bool(over))}"
         )
     if panel.words:
         parts.append(_words(panel.words, panel.signed))
@@ -236,12 +236,13 @@ def _words(words: Sequence[tuple[str, float]], signed: bool) -> str:
         f"<small>{texts.number(value, 2)}</small></span>"
         for (word, value), share in zip(words, shares.tolist(), strict=True)
     ]
-    return f'<div class="words">{" ".join(spans)}</div>'
+    return f'<div class="words">{" ".join(spans)}</div>{_bar(colours.scale(values), signed)}'
 
 
-def _bar(limit: float, signed: bool) -> str:
+def _bar(limit: float, signed: bool, *, over: bool = False) -> str:
+    """The colours as they are drawn, `over` an image or alone, with their numbers beneath."""
     ticks = "".join(f"<span>{tick}</span>" for tick in texts.ticks(limit, signed=signed))
-    kind = "bar signed" if signed else "bar"
+    kind = f"bar{' signed' if signed else ''}{' over' if over else ''}"
     return f'<div class="{kind}"><i></i></div><div class="ticks">{ticks}</div>'
 
 
@@ -269,7 +270,7 @@ def _table(columns: Sequence[Column]) -> str:
     )
     said = "".join(f"<p>{_escape(line)}</p>\n" for line in texts.balance(columns))
     return (
-        f"<section>\n<h2>Report</h2>\n{said}<details><summary>All numbers</summary>"
+        f"<section>\n<h2>Report</h2>\n{said}<details><summary>All numbers, to 4 digits</summary>"
         f'<div class="scroll" tabindex="0" role="region" aria-label="All numbers of the report">'
         f"<table>\n<thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
         "</div></details>\n</section>\n"

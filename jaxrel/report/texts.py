@@ -174,6 +174,19 @@ def _text(value: Any) -> str:
         case bool():
             return "yes" if value else "no"
         case float():
-            return number(value, 5)
+            return number(value, 4)
         case _:
-            return clean(json.dumps(value, ensure_ascii=False))
+            return clean(json.dumps(_rounded(value), ensure_ascii=False))
+
+
+def _rounded(value: Any) -> Any:
+    """What JSON can hold, with floats of 4 significant digits."""
+    match value:
+        case float():
+            return float(number(value, 4))
+        case list() | tuple():
+            return [_rounded(one) for one in value]
+        case dict():
+            return {name: _rounded(one) for name, one in value.items()}
+        case _:
+            return value

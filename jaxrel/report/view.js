@@ -97,14 +97,17 @@
   const ticks = (end, isSigned) => make("div", { class: "ticks" }, ...(
     end === 0 ? ["0 everywhere"] : isSigned ? [number(-end), "0", number(end)] : ["0", number(end)]
   ).map((text) => make("span", {}, text)));
-  const bar = (end, panel, grey) => {
+  // The colours as they are drawn; of a map over its image, those over the image's mean grey.
+  const bar = (end, isSigned, grey) => {
     const colours = make("i");
-    colours.style.opacity = state.layout === "over" ? state.opacity : 1;
-    const strip = make("div", { class: panel.signed ? "bar signed" : "bar", "aria-hidden": "true" },
+    const strip = make("div", { class: isSigned ? "bar signed" : "bar", "aria-hidden": "true" },
       colours);
-    const level = Math.round(255 * grey);
-    strip.style.background = `rgb(${level} ${level} ${level})`;
-    return [strip, ticks(end, panel.signed)];
+    if (grey) {
+      colours.style.opacity = state.opacity;
+      const level = Math.round(255 * grey);
+      strip.style.background = `rgb(${level} ${level} ${level})`;
+    }
+    return [strip, ticks(end, isSigned)];
   };
   const ninths = (y, x) => [["upper", "", "lower"][Math.min(2, Math.floor(3 * y))],
     ["left", "", "right"][Math.min(2, Math.floor(3 * x))]].filter(Boolean).join(" ") || "centre";
@@ -180,14 +183,14 @@
     const what = sent === own ? `${own} values` : `${own} values, averaged to ${sent} for this page`;
     const how = make("p", { class: "muted" },
       `${state.cells ? "drawn as measured" : "smoothed"}: ${what}`);
-    return [pair, readout, ...bar(end, panel, beside || !photo ? 1 : view.grey), how];
+    return [pair, ...bar(end, panel.signed, photo && !beside && view.grey), how, readout];
   };
   const wordsOf = (panel, method) => {
-    const end = limit(panel, method).words || 1;
-    return make("div", { class: "words", role: "list", "aria-label": "words and their relevance" },
+    const end = limit(panel, method).words;
+    const words = make("div", { class: "words", role: "list", "aria-label": "words and their relevance" },
       ...panel.words.map(([word, given]) => {
         const value = kept(given);
-        const rgb = colour(value / end, panel.signed);
+        const rgb = colour(value / (end || 1), panel.signed);
         const chip = make("span", {
           class: value < 0 ? "word against" : "word", role: "listitem", title: number(given),
         }, `${word} `, make("small", {}, number(given, 2)));
@@ -195,6 +198,7 @@
         chip.style.color = light(rgb) > 0.1791 ? "#000" : "#fff";
         return chip;
       }));
+    return [words, ...bar(end, panel.signed)];
   };
 
   // One view.
@@ -206,10 +210,10 @@
     const text = make("div", { class: "text" }, make("p", { class: "said" }, panel.said));
     if (panel.words.length) {
       if (view.caption.length) text.append(make("p", { class: "muted" }, "Words before it:"));
-      text.append(wordsOf(panel, method));
+      text.append(...wordsOf(panel, method));
     }
     if (panel.flag) text.append(make("p", { class: panel.flagged ? "flag" : "muted" }, panel.flag));
-    return make("div", { class: "panel" }, map, text);
+    return make("div", { class: panel.map ? "panel mapped" : "panel" }, map, text);
   };
   const mount = (article, view) => {
     const live = article.querySelector(".live");

@@ -138,6 +138,49 @@ def test_values_are_told_on_hover_and_to_the_keyboard(opened):
     assert page.locator("canvas").first.get_attribute("role") == "img"
 
 
+@pytest.mark.parametrize("width", [390, 1200])
+def test_telling_a_value_moves_nothing(opened, width):
+    page = opened(caption(), viewport={"width": width, "height": 900})
+    below = page.locator("section, details").first
+    before = below.bounding_box()
+    box = page.locator(".map").bounding_box()
+    page.mouse.move(box["x"] + 0.99 * box["width"], box["y"] + 0.5 * box["height"])
+    assert "row 33 of 64, column 64 of 64, right: " in page.locator("output").text_content()
+    assert below.bounding_box() == before
+
+
+def words_alone():
+    return Explanation(
+        target=["the first", "the second"],
+        score=[1.0, 2.0],
+        method="weighted",
+        signed=False,
+        text=[[0.1, 0.4], [0.2, 0.8]],
+        tokens=[["red", "circle"]] * 2,
+    )
+
+
+@pytest.mark.parametrize("script", [True, False])
+def test_words_alone_begin_at_the_left_and_have_a_scale(opened, script):
+    page = opened(words_alone(), java_script_enabled=script)
+    shown = page.locator(".live" if script else ".still").first
+    left = page.locator("h1").bounding_box()["x"]
+    assert shown.locator(".words").bounding_box()["x"] == left
+    assert shown.locator(".bar").bounding_box()["x"] == left
+    assert shown.locator(".ticks span").all_inner_texts() == ["0", "0.4"]
+    opacity = shown.locator(".bar i").evaluate("bar => getComputedStyle(bar).opacity")
+    assert opacity == "1"
+    assert page.locator("[name=layout]").count() == 0
+
+
+def test_one_rule_is_below_the_controls(opened):
+    page = opened(two_examples("weighted", 1.0))
+    widths = "one => getComputedStyle(one)"
+    assert page.locator(".controls").evaluate(f"{widths}.borderBottomWidth") == "1px"
+    rules = page.locator("article").evaluate_all(f"all => all.map({widths}.borderTopWidth)")
+    assert rules == ["0px", "1px"]
+
+
 def test_words_of_a_caption_are_buttons(opened):
     page = opened(caption())
     group = page.get_by_role("group", name="Words of the caption")

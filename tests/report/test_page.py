@@ -306,6 +306,17 @@ def test_page_says_how_much_relevance_arrives():
     assert texts.balance([make().column()]) == []
 
 
+def test_numbers_of_the_table_have_four_digits():
+    nested = [1 / 3, [20000 / 3, {"a": -1e-7 / 3}], "word", True, None, 123456]
+    one = make(report={"list": nested, "number": 2 / 3, "whole": 123456})
+    cells = dict(texts.table([one.column()]))
+    (told,) = cells["list"]
+    assert told == '[0.3333, [6667.0, {"a": -3.333e-08}], "word", true, null, 123456]'
+    assert (cells["number"], cells["whole"]) == (["0.6667"], ["123456"])
+    assert "All numbers, to 4 digits" in report.page(one)
+    assert one.report["list"][0] == 1 / 3  # kept in full
+
+
 def test_where_relevance_lies_is_said():
     relevance = np.zeros((6, 6))
     relevance[0, 5] = 2
