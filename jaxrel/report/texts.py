@@ -93,6 +93,14 @@ def flags(view: Sequence[Sequence[Panel]]) -> list[str]:
     return [f"{', '.join(of)}: {said}" for said, of in words.items()]
 
 
+# What takes relevance on its way, as an account of it names these, and in words.
+_TAKERS = {
+    "bias": "biases (constants that the model adds) take",
+    "stabiliser": "stabilisers (small numbers that keep a rule from dividing by zero) take",
+    "rule": "rules (which may hand on less than they get, or more if negative) take",
+}
+
+
 def balance(columns: Sequence[Column]) -> list[str]:
     """How much of the score arrives as relevance, in words, of methods that measure it."""
     return [said for column in columns if (said := _balance(column))]
@@ -107,8 +115,8 @@ def _balance(column: Column) -> str:
     output, arrived = found["output"], found["input"]
     share = f" ({arrived / output:.0%})" if output else ""
     taken = ", ".join(
-        f"{called} take {number(found[name], 3)}"
-        for name, called in (("bias", "biases"), ("stabiliser", "stabilisers"), ("rule", "rules"))
+        f"{take} {number(found[name], 3)}"
+        for name, take in _TAKERS.items()
         if isinstance(found.get(name), int | float)
     )
     said = (

@@ -298,8 +298,9 @@ def test_page_says_how_much_relevance_arrives():
     (said,) = texts.balance([one.column()])
     assert said == (
         "lrp: of the relevance 10 of all scores, 6 (60%) arrives at the image and the words; "
-        "biases take 3, stabilisers take 0.25, rules take 0.75. Every operation on the way has a "
-        "rule: 4 x dense: Epsilon()."
+        "biases (constants that the model adds) take 3, stabilisers (small numbers that keep a rule "
+        "from dividing by zero) take 0.25, rules (which may hand on less than they get, or more if "
+        "negative) take 0.75. Every operation on the way has a rule: 4 x dense: Epsilon()."
     )
     assert said in parse(report.page(one)).text
     assert "handed back from operation to operation" in report.page(one)
