@@ -55,7 +55,9 @@ def title(columns: Sequence[Column]) -> str:
         elif of:
             what = f"Why the answer to “{of}” is {panel.target}"
         else:
-            what = f"Relevance for “{about.get('sentence', panel.target)}”"
+            # A contrast is told in the target alone.
+            given = panel.target if "against" in about else about.get("sentence", panel.target)
+            what = f"Relevance for “{given}”"
         what += f" in {about['file']}" if about.get("file") else ""
     return clean(f"{what} by {by}" if by else what)
 

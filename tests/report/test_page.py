@@ -292,15 +292,29 @@ def test_page_says_what_it_is_of():
     assert {"dt", "dd", "details"} <= {tag for tag, _ in page.elements}
 
 
+def test_page_and_figure_say_against_what():
+    about = {"file": "a.png", "sentence": "a red circle", "against": "a blue square"}
+    one = make(report={"examples": [about, {}]})
+    contrast = "a red circle, against a blue square"
+    assert [row[0].target for row in rows(columns(one))] == [contrast, "a blue square"]
+    assert one.target[0] == "a red circle"
+    title = f"Relevance for “{contrast}” in a.png by clip-shapes"
+    assert texts.title([one[0].column()]) == title
+    assert f'<h2 id="target0">{contrast}</h2>' in report.page(one)
+    assert contrast in report.drawing(one, cell=800)
+    with pytest.raises(ValueError, match="differ in target"):
+        report.page([one, make(method="raw")])
+
+
 def test_page_says_how_much_relevance_arrives():
     found = {"output": 10.0, "input": 6.0, "bias": 3.0, "stabiliser": 0.25, "rule": 0.75}
     one = make(method="lrp", report={"relevance": found, "rules": {"dense: Epsilon()": 4}})
     (said,) = texts.balance([one.column()])
     assert said == (
         "lrp: of the relevance 10 of all scores, 6 (60%) arrives at the image and the words; "
-        "biases (constants that the model adds) take 3, stabilisers (small numbers that keep a rule "
-        "from dividing by zero) take 0.25, rules (which may hand on less than they get, or more if "
-        "negative) take 0.75. Every operation on the way has a rule: 4 x dense: Epsilon()."
+        "biases (constants that the model adds) take 3, stabilisers (small numbers that keep a "
+        "rule from dividing by zero) take 0.25, rules (which may hand on less than they get, or "
+        "more if negative) take 0.75. Every operation on the way has a rule: 4 x dense: Epsilon()."
     )
     assert said in parse(report.page(one)).text
     assert "handed back from operation to operation" in report.page(one)
