@@ -71,14 +71,12 @@ def bar(
     return hatched(heat, values)
 
 
-def pale(
-    image: UInt8[np.ndarray, "height width 3"],
-) -> Float[np.ndarray, "height width"]:
+def pale(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width"]:
     """The image as it is below the heat: grey, of low contrast, 0.35 to 1.
 
     A grey of the brightness alone would hide a red circle on slate. Here a pixel is as far from
     the middle as its colour is from the image's median colour, brighter or darker as the pixel
-    is; so nothing vanishes that has another colour than most of the image.
+    is, so that whatever has another colour than most of the image shows.
     """
     away = image.astype(np.float32) / 255
     away -= np.median(away, axis=(0, 1))
