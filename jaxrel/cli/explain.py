@@ -179,7 +179,7 @@ def run(options: argparse.Namespace) -> None:
     for file in files:
         report.save(explanations, file)
     if options.json:
-        print(json.dumps(_as_json(options, explanations, files), indent=2))
+        print(_json(_as_json(options, explanations, files)))
     else:
         _print(options, explanations)
         print(shared.printable("wrote " + " and ".join(map(str, files))))
@@ -257,6 +257,25 @@ def _file(options: argparse.Namespace, explanation: Any, row: int) -> str:
     return images[row] if len(images) > 1 else images[0]
 
 
+def _json(value: Any, indent: str = "") -> str:
+    """JSON in lines; a list of numbers or strings, such as a row of a matrix, is one of them."""
+    inner = f"{indent}  "
+    if isinstance(value, dict) and value:
+        lines = [f"{json.dumps(name)}: {_json(one, inner)}" for name, one in value.items()]
+        return "{\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
+        lines = [_json(one, inner) for one in value]
+        return "[\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}]"
+    return json.dumps(value)
+
+
+def _shortest(values: Any) -> Any:
+    """A list of numbers, or one, as the shortest decimals that float32 reads as the same."""
+    import numpy as np
+
+    return np.asarray(values, np.float32).astype(str).astype(float).tolist()
+
+
 def _as_json(options: argparse.Namespace, explanations: Sequence, files: list[Path]) -> dict:
     return {
         "model": options.model,
@@ -278,9 +297,9 @@ def _example(options: argparse.Namespace, explanation: Any, row: int) -> dict[st
         "file": file,
         "picture": file,  # the old name, for one version
         "target": explanation.target[row],
-        "score": float(explanation.score[row]),
-        "image": explanation.image[row].tolist(),
-        "words": explanation.words(row),
+        "score": _shortest(explanation.score[row]),
+        "image": _shortest(explanation.image[row]),
+        "words": [[word, _shortest(value)] for word, value in explanation.words(row)],
     }
     told = explanation.report["examples"][row]
     found |= {name.replace(" ", "_"): told[name] for name in TOLD if name in told}

@@ -156,8 +156,8 @@ def explain(
         choice of layers.
       against: what the target is contrasted with, in the model's terms: another text, answer or
         word, or "*" for all others there are; a list has one for each example. A tuple names
-        several. The score is then the target's less theirs: see `jaxrel.contrast`. CLIP and
-        CLIPmapper have it.
+        several. The score is then the target's less theirs: see `jaxrel.contrast`. Figure and page
+        say so beside the target. CLIP and CLIPmapper have it.
       importance: the measure of the weighted method.
       lrp: other rules for the method 'lrp': see `jaxrel.lrp`.
       name: the model's name, for the record.

@@ -22,10 +22,11 @@ def examples(
       score: by row.
 
     Returns:
-      Dictionaries, with what is known of: "file", "question" or "sentence", "image" (its size,
-      and what the model saw of it), "word", "position" and "caption" (the explained word, its
-      place and the number of its caption), "familiarity" and "unknown words" (see `Explainable`),
-      and "notes", what to know before reading the map.
+      Dictionaries, with what is known of: "file", "question" or "sentence", "against" (what the
+      target is contrasted with), "image" (its size, and what the model saw of it), "word",
+      "position" and "caption" (the explained word, its place and the number of its caption),
+      "familiarity" and "unknown words" (see `Explainable`), and "notes", what to know before
+      reading the map.
     """
     inputs = {name: np.asarray(value)[: rows.count] for name, value in rows.inputs.items()}
     of = inputs.get("example", np.arange(rows.count)).tolist()
@@ -41,6 +42,7 @@ def examples(
         about = {
             "file": os.path.basename(str(getattr(images[i], "filename", "") or "")),
             asked: "" if captions else texts[i],
+            "against": _others(batch.against, example),
             "image": _sizes(images[i], seen[i], side) if side else "",
             **known[i],
         }
@@ -54,6 +56,14 @@ def examples(
             }
         found.append(about)
     return found
+
+
+def _others(against: Any, example: int) -> str:
+    """In words, what an example is contrasted with; "" where it is not."""
+    of = against[example] if isinstance(against, list) else against
+    if isinstance(of, tuple):
+        return ", ".join(map(str, of))
+    return "" if of is None else "all others" if str(of) == "*" else str(of)
 
 
 def _sizes(image: Any, seen: np.ndarray, side: Sequence[int]) -> str:

@@ -66,8 +66,9 @@ MEANINGS = {
     "attention, averaged over layers; what speaks against the score is left out.",
     "grad_eclip": "What the last layer's attention could take of each token for the score, by the "
     "gradient, weighted by how alike its key and the reading token's query are.",
-    "lrp": "The score itself, handed back from operation to operation to the input by the rules of "
-    "layer-wise relevance propagation; positive parts raise the score, negative ones lower it.",
+    "lrp": "The score, handed back from operation to operation to the input by the rules of "
+    "layer-wise relevance propagation; the model's constants and the rules may keep a part of it "
+    "on the way. Positive parts raise the score, negative ones lower it.",
     "cp_lrp": "As lrp, but attention maps count as constants.",
     "input_x_gradient": "Each input value times the gradient of the score: what a small relative "
     "change of it would change.",

@@ -30,6 +30,8 @@ def _panel(explanation: Any, index: int) -> Panel:
         # A target may be in other words, which are then marked as a whole.
         flagged = word if target.endswith(word) else target
     example = explanation.report.get("examples", [{}] * len(explanation))[index]
+    if others := example.get("against"):
+        target = f"{target}, against {others}"
     return Panel(
         title=explanation.method,
         target=target,

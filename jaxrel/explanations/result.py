@@ -51,8 +51,8 @@ class Explanation:
       report: a summary that JSON can hold: losses of relevance, and under "coverage" what share of
         the model's layers the method follows. A list with an entry per example goes with its
         examples when they are taken apart or put together. Its entry "examples", if there is one,
-        has a dictionary per example: what is known of the input, such as "file", and "notes",
-        what to know before reading the map.
+        has a dictionary per example: what is known of the input, such as "file", "against", what
+        the target is contrasted with, and "notes", what to know before reading the map.
       flags: per example, what the map says of the word explained, None for a word that is not
         judged; empty where no word is.
 

@@ -11,11 +11,11 @@ from jaxtyping import Real, UInt8
 from PIL import Image
 
 from jaxrel.report import colours
-from jaxrel.report.heat import hatched, png
+from jaxrel.report.heat import hatched, pale, png
 from jaxrel.report.places import pool
 
-# A photograph is sent no larger than it is shown.
-_LONGEST = 640
+# A photograph is sent no larger than it is shown beside its map, and smaller below the heat.
+_LONGEST, _LONGEST_BELOW = 640, 400
 # Up to this many cells a map is sent as it is; larger ones are rounded to 8 bits.
 _EXACT = 1024
 # Characters of all maps of one image, by the size of its largest map: 64 x 64 pixels must fit
@@ -27,8 +27,22 @@ _STILL_CELLS, _STILL = 24, 96
 
 def photograph(image: UInt8[np.ndarray, "_ _ 3"]) -> str:
     """An image as a data URL: PNG where that is smaller, else JPEG."""
+    return _image(_thumbnail(image, _LONGEST))
+
+
+def below(image: UInt8[np.ndarray, "_ _ 3"]) -> str:
+    """The image as `heat.pale` draws it below the heat, as a data URL."""
+    small = np.asarray(_thumbnail(image, _LONGEST_BELOW))
+    return _image(Image.fromarray(np.round(255 * pale(small)).astype(np.uint8)))
+
+
+def _thumbnail(image: UInt8[np.ndarray, "_ _ 3"], longest: int) -> Image.Image:
     drawn = Image.fromarray(image)
-    drawn.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
+    drawn.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    return drawn
+
+
+def _image(drawn: Image.Image) -> str:
     buffer = io.BytesIO()
     drawn.save(buffer, "JPEG", quality=85, optimize=True)
     lossless, lossy = png(drawn), buffer.getvalue()

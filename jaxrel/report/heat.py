@@ -11,6 +11,11 @@ from jaxrel.report import colours
 # The same everywhere: an opacity that grew with relevance would draw lines around its zeros.
 OPACITY = 0.65
 
+# Weights of Rec. 601 luma: how bright an image's own values look, without leaving sRGB.
+_LUMA = np.array([0.299, 0.587, 0.114])
+# The grey image spans its colours, but nothing smaller than this is spread: noise stays noise.
+_LEAST_SPAN = 0.25
+
 # Negative relevance is hatched, for grey print: below this share of the largest absolute value.
 HATCHED_BELOW = -0.06
 # Pixels between two lines, their width, and what is left of the light there.
@@ -38,8 +43,8 @@ def overlay(
     """Draw relevance as heat over a pale grey version of the image.
 
     The colours span the map's own range: up to its maximum, or, for signed relevance, to its
-    largest absolute value on both sides of zero; negative parts are hatched. The image is greyed
-    and its contrast reduced, so that every colour shown is heat, on any background.
+    largest absolute value on both sides of zero; negative parts are hatched. The image is `pale`,
+    so that every colour shown is heat, on any background.
 
     Args:
       image: RGB, 0 to 255.
@@ -52,7 +57,7 @@ def overlay(
     limit = colours.scale(relevance)
     height, width = image.shape[:2]
     values = colours.normalise(upsample(relevance, height, width), limit)
-    return hatched(_blended(colours.colour(values, signed=signed), _grey(image)), values)
+    return hatched(_blended(colours.colour(values, signed=signed), pale(image)), values)
 
 
 def bar(
@@ -62,13 +67,31 @@ def bar(
     values = np.broadcast_to(np.linspace(-1 if signed else 0, 1, width), (height, width))
     heat = colours.colour(values, signed=signed)
     if image is not None:
-        heat = _blended(heat, np.full(values.shape, mean_grey(image)))
+        heat = _blended(heat, np.full(values.shape, mean_pale(image)))
     return hatched(heat, values)
 
 
-def mean_grey(image: UInt8[np.ndarray, "_ _ 3"]) -> float:
-    """How bright the pale grey image below the heat is on average, 0 to 1."""
-    return float(_grey(image).mean())
+def pale(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width"]:
+    """The image as it is below the heat: grey, of low contrast, 0.35 to 1.
+
+    A grey of the brightness alone would hide a red circle on slate. Here a pixel is as far from
+    the middle as its colour is from the image's median colour, brighter or darker as the pixel
+    is, so that whatever has another colour than most of the image shows.
+    """
+    away = image.astype(np.float32) / 255
+    away -= np.median(away, axis=(0, 1))
+    side = np.where(away @ _LUMA < 0, -1, 1)
+    grey = side * np.sqrt((away**2).mean(axis=-1))
+    low, high = np.quantile(grey, (0.005, 0.995))
+    span = max(high - low, _LEAST_SPAN)
+    grey = np.clip(0.5 + (grey - (low + high) / 2) / span, 0, 1)
+    # Black is lifted, since heat over black would lose its own lightness.
+    return 0.35 + 0.65 * grey
+
+
+def mean_pale(image: UInt8[np.ndarray, "_ _ 3"]) -> float:
+    """How bright the pale image is on average, 0 to 1; of photographs, as a small one."""
+    return float(pale(fit(image, 320) if max(image.shape) > 320 else image).mean())
 
 
 def hatched(
@@ -133,11 +156,3 @@ def _fitted(shape: tuple[int, ...], cell: int) -> tuple[int, int]:
     """Height and width of an image or a map whose longer side becomes `cell` pixels."""
     factor = cell / max(shape[:2])
     return max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
-
-
-def _grey(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width"]:
-    # Rec. 601 luma: how bright an image's own values look, without leaving sRGB.
-    luma = image @ np.array([0.299, 0.587, 0.114]) / 255
-    # Black is lifted, since heat over black would lose its own lightness: the page lays the grey
-    # image over white with the same opacity.
-    return 0.35 + 0.65 * luma

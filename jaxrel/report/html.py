@@ -141,7 +141,7 @@ def _summary(columns: Sequence[Column]) -> str:
         ("Method" if len(columns) == 1 else "Methods", names),
     ]
     text = " · ".join(f"{name}: {_escape(value)}" for name, value in about if value)
-    legend = texts.legend(columns)
+    legend = f'{texts.legend(columns)} <span id="scale">{texts.OWN_SCALE}</span>'
     return f'<p class="muted">{text}</p>\n<p class="muted">{legend}</p>\n'
 
 
@@ -190,8 +190,8 @@ def _stills(index: int, view: Sequence[Row], columns: Sequence[Column]) -> str:
         alt = _escape(f"The image as the model saw it, for: {view[-1][0].target}")
         photo = (
             f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
-            f'<image id="photo{index}" width="{width}" height="{height}" '
-            f'preserveAspectRatio="none" href="{encode.photograph(shown)}"/></svg>'
+            f"<defs>{_image(f'pale{index}', shown.shape, encode.below(shown))}</defs>"
+            f"{_image(f'photo{index}', shown.shape, encode.photograph(shown))}</svg>"
         )
         figures.append(f"<figure>{photo}<figcaption>input</figcaption></figure>\n")
     alone = view[-1][0].caption is None
@@ -201,19 +201,27 @@ def _stills(index: int, view: Sequence[Row], columns: Sequence[Column]) -> str:
     return f'<div class="stills">\n{"".join(figures)}</div>'
 
 
+def _image(name: str, shape: tuple[int, ...], url: str) -> str:
+    height, width = shape[:2]
+    return (
+        f'<image id="{name}" width="{width}" height="{height}" '
+        f'preserveAspectRatio="none" href="{url}"/>'
+    )
+
+
 def _still(index: int, panel: Panel, name: str, shown: np.ndarray | None) -> str:
     """One map over the image of its view, with its words, and where its relevance lies."""
     said = _escape(f"{name}: {summary(panel)}")
     parts = []
     if panel.map is not None:
         height, width = panel.map.shape if shown is None else shown.shape[:2]
-        over = "" if shown is None else f'<use class="pale" href="#photo{index}"/>'
+        over = "" if shown is None else f'<use href="#pale{index}"/>'
         heat = encode.still(panel.map, signed=panel.signed)
         parts.append(
             f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{said}">{over}'
             f'<image class="heat" width="{width}" height="{height}" '
             f'preserveAspectRatio="none" href="{heat}"/></svg>'
-            f"{_bar(colours.scale(panel.map), panel.signed)}"
+            f"{_bar(colours.scale(panel.map), panel.signed, over=bool(over))}"
         )
     if panel.words:
         parts.append(_words(panel.words, panel.signed))
@@ -232,12 +240,13 @@ def _words(words: Sequence[tuple[str, float]], signed: bool) -> str:
         f"<small>{texts.number(value, 2)}</small></span>"
         for (word, value), share in zip(words, shares.tolist(), strict=True)
     ]
-    return f'<div class="words">{" ".join(spans)}</div>'
+    return f'<div class="words">{" ".join(spans)}</div>{_bar(colours.scale(values), signed)}'
 
 
-def _bar(limit: float, signed: bool) -> str:
+def _bar(limit: float, signed: bool, *, over: bool = False) -> str:
+    """The colours as they are drawn, `over` an image or alone, with their numbers beneath."""
     ticks = "".join(f"<span>{tick}</span>" for tick in texts.ticks(limit, signed=signed))
-    kind = "bar signed" if signed else "bar"
+    kind = f"bar{' signed' if signed else ''}{' over' if over else ''}"
     return f'<div class="{kind}"><i></i></div><div class="ticks">{ticks}</div>'
 
 
@@ -265,7 +274,7 @@ def _table(columns: Sequence[Column]) -> str:
     )
     said = "".join(f"<p>{_escape(line)}</p>\n" for line in texts.balance(columns))
     return (
-        f"<section>\n<h2>Report</h2>\n{said}<details><summary>All numbers</summary>"
+        f"<section>\n<h2>Report</h2>\n{said}<details><summary>All numbers, to 4 digits</summary>"
         f'<div class="scroll" tabindex="0" role="region" aria-label="All numbers of the report">'
         f"<table>\n<thead><tr><td></td>{heads}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
         "</div></details>\n</section>\n"

@@ -36,7 +36,8 @@ def legend(columns: Sequence[Column]) -> str:
     return "Red speaks for the target; blue, hatched, speaks against it."
 
 
-OWN_SCALE = "Each map has its own scale."
+OWN_SCALE = "Each map and each line of words has its own scale."
+ONE_SCALE = "All maps of a method have one scale, and all its words have one."
 
 
 def title(columns: Sequence[Column]) -> str:
@@ -54,7 +55,9 @@ def title(columns: Sequence[Column]) -> str:
         elif of:
             what = f"Why the answer to “{of}” is {panel.target}"
         else:
-            what = f"Relevance for “{about.get('sentence', panel.target)}”"
+            # A contrast is told in the target alone.
+            given = panel.target if "against" in about else about.get("sentence", panel.target)
+            what = f"Relevance for “{given}”"
         what += f" in {about['file']}" if about.get("file") else ""
     return clean(f"{what} by {by}" if by else what)
 
@@ -92,6 +95,14 @@ def flags(view: Sequence[Sequence[Panel]]) -> list[str]:
     return [f"{', '.join(of)}: {said}" for said, of in words.items()]
 
 
+# What takes relevance on its way, as an account of it names these, and in words.
+_TAKERS = {
+    "bias": "biases (constants that the model adds) take",
+    "stabiliser": "stabilisers (small numbers that keep a rule from dividing by zero) take",
+    "rule": "rules (which may hand on less than they get, or more if negative) take",
+}
+
+
 def balance(columns: Sequence[Column]) -> list[str]:
     """How much of the score arrives as relevance, in words, of methods that measure it."""
     return [said for column in columns if (said := _balance(column))]
@@ -106,8 +117,8 @@ def _balance(column: Column) -> str:
     output, arrived = found["output"], found["input"]
     share = f" ({arrived / output:.0%})" if output else ""
     taken = ", ".join(
-        f"{called} take {number(found[name], 3)}"
-        for name, called in (("bias", "biases"), ("stabiliser", "stabilisers"), ("rule", "rules"))
+        f"{take} {number(found[name], 3)}"
+        for name, take in _TAKERS.items()
         if isinstance(found.get(name), int | float)
     )
     said = (
@@ -182,6 +193,19 @@ def _text(value: Any) -> str:
         case bool():
             return "yes" if value else "no"
         case float():
-            return number(value, 5)
+            return number(value, 4)
         case _:
-            return clean(json.dumps(value, ensure_ascii=False))
+            return clean(json.dumps(_rounded(value), ensure_ascii=False))
+
+
+def _rounded(value: Any) -> Any:
+    """What JSON can hold, with floats of 4 significant digits."""
+    match value:
+        case float():
+            return float(number(value, 4))
+        case list() | tuple():
+            return [_rounded(one) for one in value]
+        case dict():
+            return {name: _rounded(one) for name, one in value.items()}
+        case _:
+            return value

@@ -5,10 +5,9 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const many = data.methods.length > 1;
   const signed = data.methods.some((method) => method.signed);
+  // Relevance has no unit: scores of unlike inputs, and words of a caption, differ much in strength.
   const state = {
-    method: 0, layout: "over", opacity: data.opacity, sign: "all", cells: false,
-    // Words of a caption differ much in strength; examples are to be compared.
-    scale: data.views.some((view) => view.caption.length) ? "own" : "common",
+    method: 0, layout: "over", opacity: data.opacity, sign: "all", cells: false, scale: "own",
   };
 
   const make = (tag, attributes = {}, ...children) => {
@@ -98,14 +97,17 @@
   const ticks = (end, isSigned) => make("div", { class: "ticks" }, ...(
     end === 0 ? ["0 everywhere"] : isSigned ? [number(-end), "0", number(end)] : ["0", number(end)]
   ).map((text) => make("span", {}, text)));
-  const bar = (end, panel, grey) => {
+  // The colours as they are drawn; of a map over its image, those over the image's mean grey.
+  const bar = (end, isSigned, grey) => {
     const colours = make("i");
-    colours.style.opacity = state.layout === "over" ? state.opacity : 1;
-    const strip = make("div", { class: panel.signed ? "bar signed" : "bar", "aria-hidden": "true" },
+    const strip = make("div", { class: isSigned ? "bar signed" : "bar", "aria-hidden": "true" },
       colours);
-    const level = Math.round(255 * grey);
-    strip.style.background = `rgb(${level} ${level} ${level})`;
-    return [strip, ticks(end, panel.signed)];
+    if (grey) {
+      colours.style.opacity = state.opacity;
+      const level = Math.round(255 * grey);
+      strip.style.background = `rgb(${level} ${level} ${level})`;
+    }
+    return [strip, ticks(end, isSigned)];
   };
   const ninths = (y, x) => [["upper", "", "lower"][Math.min(2, Math.floor(3 * y))],
     ["left", "", "right"][Math.min(2, Math.floor(3 * x))]].filter(Boolean).join(" ") || "centre";
@@ -165,15 +167,15 @@
       class: "stack map", tabindex: "0", role: "application",
       "aria-label": `Map by ${name}; ${panel.said}; arrow keys tell values`,
     });
-    const image = () => make("img", { src: photo, alt: "", class: beside ? null : "pale" });
-    if (photo && !beside) stack.append(image());
+    const image = (src) => make("img", { src, alt: "" });
+    if (photo && !beside) stack.append(image(photo.pale));
     stack.append(canvas);
     if (photo && !beside) canvas.style.opacity = state.opacity;
     const readout = make("output", { class: "readout", "aria-live": "polite" });
     explore(stack, panel.map, readout);
     draw(canvas, panel, method);
     const pair = make("div", { class: "pair" });
-    if (photo && beside) pair.append(make("div", { class: "stack" }, image()));
+    if (photo && beside) pair.append(make("div", { class: "stack" }, image(photo.colours)));
     pair.append(stack);
     const end = limit(panel, method).map;
     const own = panel.map.own.join(" x ");
@@ -181,14 +183,14 @@
     const what = sent === own ? `${own} values` : `${own} values, averaged to ${sent} for this page`;
     const how = make("p", { class: "muted" },
       `${state.cells ? "drawn as measured" : "smoothed"}: ${what}`);
-    return [pair, readout, ...bar(end, panel, beside || !photo ? 1 : view.grey), how];
+    return [pair, ...bar(end, panel.signed, photo && !beside && view.grey), how, readout];
   };
   const wordsOf = (panel, method) => {
-    const end = limit(panel, method).words || 1;
-    return make("div", { class: "words", role: "list", "aria-label": "words and their relevance" },
+    const end = limit(panel, method).words;
+    const words = make("div", { class: "words", role: "list", "aria-label": "words and their relevance" },
       ...panel.words.map(([word, given]) => {
         const value = kept(given);
-        const rgb = colour(value / end, panel.signed);
+        const rgb = colour(value / (end || 1), panel.signed);
         const chip = make("span", {
           class: value < 0 ? "word against" : "word", role: "listitem", title: number(given),
         }, `${word} `, make("small", {}, number(given, 2)));
@@ -196,6 +198,7 @@
         chip.style.color = light(rgb) > 0.1791 ? "#000" : "#fff";
         return chip;
       }));
+    return [words, ...bar(end, panel.signed)];
   };
 
   // One view.
@@ -207,14 +210,16 @@
     const text = make("div", { class: "text" }, make("p", { class: "said" }, panel.said));
     if (panel.words.length) {
       if (view.caption.length) text.append(make("p", { class: "muted" }, "Words before it:"));
-      text.append(wordsOf(panel, method));
+      text.append(...wordsOf(panel, method));
     }
     if (panel.flag) text.append(make("p", { class: panel.flagged ? "flag" : "muted" }, panel.flag));
-    return make("div", { class: "panel" }, map, text);
+    return make("div", { class: panel.map ? "panel mapped" : "panel" }, map, text);
   };
   const mount = (article, view) => {
     const live = article.querySelector(".live");
-    const photo = article.querySelector("svg image[id]")?.getAttribute("href");
+    const [pale, colours] = [...article.querySelectorAll("svg image[id]")]
+      .map((image) => image.getAttribute("href"));
+    const photo = pale && { pale, colours };
     const panels = make("div", { class: "panels" });
     const said = make("p", { class: "muted", "aria-live": "polite" });
     let chosen = view.rows.length - 1;
@@ -263,7 +268,10 @@
   // What one can choose, for all views at once.
 
   const redraws = [];
-  const redraw = () => redraws.forEach((show) => show());
+  const redraw = () => {
+    document.getElementById("scale").textContent = data.scales[state.scale];
+    redraws.forEach((show) => show());
+  };
   const select = (label, key, options) => {
     const list = make("select", { name: key }, ...options.map(([value, text]) =>
       make("option", { value, selected: String(state[key]) === value }, text)));
@@ -286,7 +294,7 @@
     select("Map", "layout", [["over", "over the image"], ["beside", "beside the image"]]),
     make("label", {}, "Opacity", opacity),
     select("Detail", "cells", [["false", "smoothed"], ["true", "as measured"]]),
-    select("Scale", "scale", [["common", "one for all"], ["own", "each its own"]]));
+    select("Scale", "scale", [["own", "each its own"], ["common", "one for all"]]));
   if (signed) {
     controls.append(select("Sign", "sign",
       [["all", "for and against"], ["for", "for"], ["against", "against"]]));

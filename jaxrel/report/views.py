@@ -49,6 +49,7 @@ def as_json(columns: Sequence[Column], views: Sequence[Sequence[Row]]) -> str:
         "colours": {"signed": colours.anchors(signed=True), "unsigned": colours.anchors()},
         "hatchedBelow": heat.HATCHED_BELOW,
         "opacity": heat.OPACITY,
+        "scales": {"own": texts.OWN_SCALE, "common": texts.ONE_SCALE},
         "views": [_view(view) for view in views],
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -60,7 +61,7 @@ def _view(view: Sequence[Row]) -> dict[str, Any]:
     shown = shown_image(view[0])
     maps = iter(encode.maps([panel.map for row in view for panel in row]))
     return {
-        "grey": 0.7 if shown is None else round(heat.mean_grey(shown), 3),
+        "grey": 0.7 if shown is None else round(heat.mean_pale(shown), 3),
         "size": None if shown is None else [shown.shape[1], shown.shape[0]],
         "caption": [
             {"word": texts.clean(word), "row": row, "flagged": flagged}

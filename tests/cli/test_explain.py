@@ -121,6 +121,21 @@ def test_all_methods_side_by_side_as_json(run, scene):
     assert [word for word, _ in example["words"]] == ["a", "red", "circle"]
 
 
+def test_json_has_a_line_per_row_and_the_shortest_numbers(run, scene, saved):
+    status, printed, _ = run(scene, "--text", "a red circle", "--method", "raw", "--json")
+    assert status == 0
+    (example,) = json.loads(printed)["explanations"][0]["examples"]
+    lines = [line.strip(" ,") for line in printed.splitlines()]
+    for row in [*example["image"], *example["words"]]:
+        assert json.dumps(row) in lines
+    model = CLIP.from_pretrained(saved)
+    one = jaxrel.explain(model, image=open_image(scene), text="a red circle", method="raw")
+    given = [one.score[0], *one.image[0].ravel(), *(value for _, value in one.words(0))]
+    found = [example["score"], *np.ravel(example["image"]), *(x for _, x in example["words"])]
+    np.testing.assert_array_equal(np.float32(found), np.float32(given))
+    assert found == [float(str(x)) for x in np.float32(given)]
+
+
 def test_many_images_and_one_text_or_one_each(run, tmp_path):
     images = [make_image(tmp_path / f"{i}.jpg", seed=i) for i in range(3)]
     of_attention = ("--method", "raw")

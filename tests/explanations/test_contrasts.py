@@ -44,6 +44,8 @@ def test_one_text_against_another(model, scene):
         np.testing.assert_allclose(both[i].text, red[i].text, **CLOSE)
     assert not np.allclose(both[2].image, red[2].image)
     assert both[0].settings.endswith(", against a blue square")
+    assert both[0].target == ("a red circle",)
+    assert both[0].column().panels[0].target == "a red circle, against a blue square"
 
 
 def test_every_method_explains_a_contrast(model, scene):
@@ -57,6 +59,8 @@ def test_every_method_explains_a_contrast(model, scene):
         np.testing.assert_allclose(one.score, want, atol=2e-6 * logits[0])  # float32
         assert np.isfinite(one.image).all()
         assert one.image.any()
+        told = one.column().panels[0].target
+        assert told == "a red circle, against a blue square, a green ring"
 
 
 def test_one_of_each_example(model, scene):
@@ -67,6 +71,7 @@ def test_one_of_each_example(model, scene):
     for i, (text, other) in enumerate(zip(texts, others, strict=True)):
         alone = jaxrel.explain(model, text=text, against=other, **options)
         np.testing.assert_allclose(together.image[i], alone.image[0], **CLOSE)
+        assert together.column().panels[i].target == f"{text}, against {other}"
 
 
 def test_answers(scene):
@@ -82,6 +87,7 @@ def test_answers(scene):
     others = np.delete(logits, two)
     np.testing.assert_allclose(rest.score, logits[two] - np.log(np.exp(others).sum()), rtol=1e-5)
     assert rest.image.any()
+    assert rest.column().panels[0].target == f"{rest.target[0]}, against all others"
     with pytest.raises(ValueError, match="the answer 'two' is explained, and cannot be contrasted"):
         jaxrel.explain(vqa, against="two", **options)
 
@@ -95,6 +101,7 @@ def test_words(scene):
     np.testing.assert_allclose(one.score, plain.score - other.score, rtol=1e-4)
     rest = jaxrel.explain(writer, against="*", **options)
     assert rest.score[0] < plain.score[0]
+    assert one.column().panels[0].target.endswith("[red], against blue")
     with pytest.raises(ValueError, match="'nonsense' is no single token of this model"):
         jaxrel.explain(writer, against="nonsense", **options)
     with pytest.raises(ValueError, match="a word cannot be contrasted with itself"):

@@ -94,13 +94,16 @@ def test_methods_scale_sign_and_layout_are_chosen(opened):
     assert page.title() == "2 examples explained"
     assert page.locator(".still").first.is_hidden()
     assert page.locator("canvas").count() == 2
-    # One scale for all: the second example's largest value is a quarter of the first's.
+    # Each its own scale, as in the figure and without script.
     page.locator("[name=cells]").select_option("true")
     red = pixel(page, (0.9, 0.1))
-    assert red == [140, 16, 38]
-    weak = pixel(page, (0.4, 0.4), index=1)
+    assert red == pixel(page, (0.4, 0.4), index=1) == [140, 16, 38]
+    assert "Each map and each line of words has its own scale." in page.inner_text("header")
+    # One scale for all: the second example's largest value is a quarter of the first's.
+    page.locator("[name=scale]").select_option("common")
+    assert pixel(page, (0.9, 0.1)) == red != pixel(page, (0.4, 0.4), index=1)
+    assert "All maps of a method have one scale" in page.inner_text("header")
     page.locator("[name=scale]").select_option("own")
-    assert pixel(page, (0.4, 0.4), index=1) == red != weak
     # What speaks against is blue, and gone when only what speaks for is asked for.
     assert pixel(page, (0.1, 0.9))[2] > pixel(page, (0.1, 0.9))[0]
     page.locator("[name=sign]").select_option("for")
@@ -133,6 +136,49 @@ def test_values_are_told_on_hover_and_to_the_keyboard(opened):
     assert label in map.get_attribute("aria-label")
     assert label in page.locator("canvas").first.get_attribute("aria-label")
     assert page.locator("canvas").first.get_attribute("role") == "img"
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_telling_a_value_moves_nothing(opened, width):
+    page = opened(caption(), viewport={"width": width, "height": 900})
+    below = page.locator("section, details").first
+    before = below.bounding_box()
+    box = page.locator(".map").bounding_box()
+    page.mouse.move(box["x"] + 0.99 * box["width"], box["y"] + 0.5 * box["height"])
+    assert "row 33 of 64, column 64 of 64, right: " in page.locator("output").text_content()
+    assert below.bounding_box() == before
+
+
+def words_alone():
+    return Explanation(
+        target=["the first", "the second"],
+        score=[1.0, 2.0],
+        method="weighted",
+        signed=False,
+        text=[[0.1, 0.4], [0.2, 0.8]],
+        tokens=[["red", "circle"]] * 2,
+    )
+
+
+@pytest.mark.parametrize("script", [True, False])
+def test_words_alone_begin_at_the_left_and_have_a_scale(opened, script):
+    page = opened(words_alone(), java_script_enabled=script)
+    shown = page.locator(".live" if script else ".still").first
+    left = page.locator("h1").bounding_box()["x"]
+    assert shown.locator(".words").bounding_box()["x"] == left
+    assert shown.locator(".bar").bounding_box()["x"] == left
+    assert shown.locator(".ticks span").all_inner_texts() == ["0", "0.4"]
+    opacity = shown.locator(".bar i").evaluate("bar => getComputedStyle(bar).opacity")
+    assert opacity == "1"
+    assert page.locator("[name=layout]").count() == 0
+
+
+def test_one_rule_is_below_the_controls(opened):
+    page = opened(two_examples("weighted", 1.0))
+    widths = "one => getComputedStyle(one)"
+    assert page.locator(".controls").evaluate(f"{widths}.borderBottomWidth") == "1px"
+    rules = page.locator("article").evaluate_all(f"all => all.map({widths}.borderTopWidth)")
+    assert rules == ["0px", "1px"]
 
 
 def test_words_of_a_caption_are_buttons(opened):

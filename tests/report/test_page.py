@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -11,11 +12,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxrel import report
 from jaxrel.explanations.result import Explanation
 from jaxrel.flags import Flag
-from jaxrel.report import encode, places, texts
+from jaxrel.report import encode, heat, places, texts
 from jaxrel.report.panels import Column, Panel, columns, rows
 from jaxrel.report.views import caption_words
 from tests.report.explanations import make
@@ -107,7 +109,7 @@ def test_page_is_one_file_that_allows_its_own_script_and_style_alone():
     for attrs in (attrs for _, attrs in page.elements):
         assert not any(name.startswith("on") for name in attrs)
         assert not {"style", "src", "srcset", "xlink:href"} & set(attrs)
-        assert re.match(r"#photo\d+$|data:image/(png|jpeg);base64,", attrs.get("href", "#photo0"))
+        assert re.match(r"#pale\d+$|data:image/(png|jpeg);base64,", attrs.get("href", "#pale0"))
     for reference in ("http:", "https:", "url(", "@import", "eval(", "innerHTML"):
         assert reference not in html
     policy = page.all("meta")[1]
@@ -130,13 +132,16 @@ def test_page_shows_everything_without_its_script():
         *("score 24.312", "score -1.5", "circle", "seconds", "0.5", "loss.bias", "0.25"),
         *("loss.layers", "[1, 2]", "settings", "layers 0 to 3", "streaming", "yes"),
         "Red speaks for the target; blue, hatched, speaks against it.",
+        "Each map and each line of words has its own scale.",
     ):
         assert expected in text
-    # Two examples, each as the input and under two methods; the image is there once.
+    # Two examples, each as the input and under two methods; the image is there once as it is and
+    # once as it is below the heat.
     figures = [svg for svg in page.all("svg") if svg["role"] == "img"]
     assert len(figures) == 2 * 3
     assert len({svg["aria-label"] for svg in figures}) == 6
-    assert len([image for image in page.all("image") if "id" in image]) == 2
+    names = [image["id"] for image in page.all("image") if "id" in image]
+    assert names == ["pale0", "photo0", "pale1", "photo1"]
     assert len(page.all("use")) == 2 * 2
     words = [span for span in page.all("span") if span.get("class", "").startswith("word ")]
     assert len(words) == 2 * (3 + 3)
@@ -163,6 +168,15 @@ def test_numbers_are_those_that_were_given():
         np.testing.assert_allclose(values(map), given, rtol=0, atol=atol)
 
 
+def test_maps_lie_over_the_image_that_the_figure_draws_below_them():
+    one = make()
+    images = {image.get("id"): image["href"] for image in parse(report.page(one)).all("image")}
+    for i, pixels in enumerate(one.pixels):
+        data = base64.b64decode(images[f"pale{i}"].removeprefix("data:image/png;base64,"))
+        with Image.open(io.BytesIO(data)) as sent:
+            np.testing.assert_array_equal(np.asarray(sent), np.round(255 * heat.pale(pixels)))
+
+
 def test_a_caption_is_one_view_with_its_words_and_one_image():
     flags = [None, Flag("ring", "mean", 0.25, 0.5, 0.33, "AUC 0.7"), None]
     html = report.page(make_caption(["a", "ring", "alone"], flags=flags))
@@ -177,7 +191,7 @@ def test_a_caption_is_one_view_with_its_words_and_one_image():
     assert before == [[], ["a"], ["a", "ring"]]
     page = parse(html)
     assert len(page.all("article")) == 1
-    assert len([image for image in page.all("image") if "id" in image]) == 1
+    assert len([image for image in page.all("image") if "id" in image]) == 2
     assert len(page.all("use")) == 3
     assert "A caption explained word by word in photo.jpg" in page.text
 
@@ -308,18 +322,44 @@ def test_each_of_several_inputs_is_named():
     assert '<h2 id="target1">a ring</h2>\n<p class="muted" id="input1">other.jpg</p>' in html
 
 
+def test_page_and_figure_say_against_what():
+    about = {"file": "a.png", "sentence": "a red circle", "against": "a blue square"}
+    one = make(report={"examples": [about, {}]})
+    contrast = "a red circle, against a blue square"
+    assert [row[0].target for row in rows(columns(one))] == [contrast, "a blue square"]
+    assert one.target[0] == "a red circle"
+    title = f"Relevance for “{contrast}” in a.png by clip-shapes"
+    assert texts.title([one[0].column()]) == title
+    assert f'<h2 id="target0">{contrast}</h2>' in report.page(one)
+    assert contrast in report.drawing(one, cell=800)
+    with pytest.raises(ValueError, match="differ in target"):
+        report.page([one, make(method="raw")])
+
+
 def test_page_says_how_much_relevance_arrives():
     found = {"output": 10.0, "input": 6.0, "bias": 3.0, "stabiliser": 0.25, "rule": 0.75}
     one = make(method="lrp", report={"relevance": found, "rules": {"dense: Epsilon()": 4}})
     (said,) = texts.balance([one.column()])
     assert said == (
         "lrp: of the relevance 10 of all scores, 6 (60%) arrives at the image and the words; "
-        "biases take 3, stabilisers take 0.25, rules take 0.75. Every operation on the way has a "
-        "rule: 4 x dense: Epsilon()."
+        "biases (constants that the model adds) take 3, stabilisers (small numbers that keep a "
+        "rule from dividing by zero) take 0.25, rules (which may hand on less than they get, or "
+        "more if negative) take 0.75. Every operation on the way has a rule: 4 x dense: Epsilon()."
     )
     assert said in parse(report.page(one)).text
     assert "handed back from operation to operation" in report.page(one)
     assert texts.balance([make().column()]) == []
+
+
+def test_numbers_of_the_table_have_four_digits():
+    nested = [1 / 3, [20000 / 3, {"a": -1e-7 / 3}], "word", True, None, 123456]
+    one = make(report={"list": nested, "number": 2 / 3, "whole": 123456})
+    cells = dict(texts.table([one.column()]))
+    (told,) = cells["list"]
+    assert told == '[0.3333, [6667.0, {"a": -3.333e-08}], "word", true, null, 123456]'
+    assert (cells["number"], cells["whole"]) == (["0.6667"], ["123456"])
+    assert "All numbers, to 4 digits" in report.page(one)
+    assert one.report["list"][0] == 1 / 3  # kept in full
 
 
 def test_where_relevance_lies_is_said():

@@ -13,8 +13,9 @@ from jaxrel import report
 from jaxrel.explanations.result import Explanation
 from jaxrel.flags import Flag
 from jaxrel.report import colours, figures, fonts, texts
-from jaxrel.report.heat import bar, fit, flat, png, upsample
+from jaxrel.report.heat import bar, fit, flat, pale, png, upsample
 from jaxrel.report.panels import Column, Panel, columns, rows, views
+from tests.paths import ROOT
 from tests.report.explanations import make
 
 
@@ -103,6 +104,29 @@ def test_overlay_keeps_the_image_visible_and_only_heat_coloured():
     drawn = report.overlay(image, np.zeros((1, 1)), signed=True).astype(int)
     assert drawn[0, 7, 0] - drawn[0, 0, 0] > 10
     assert (np.ptp(drawn, axis=-1) == 0).all()  # no green: the image is grey
+
+
+def test_the_image_below_the_heat_shows_what_is_only_of_another_colour():
+    with Image.open(ROOT / "train/data/samples/red-circle.png") as drawn:
+        image = np.asarray(drawn.convert("RGB"))
+    heart, circle, ring, slate = (38, 80), (120, 80), (136, 159), (182, 19)
+    luma = image @ np.array([0.299, 0.587, 0.114]) / 255
+    assert np.ptp([luma[at] for at in (circle, ring, slate)]) < 0.04
+    grey = pale(image)
+    for thing in (heart, circle, ring):
+        assert grey[thing] - grey[slate] > 0.3  # of 0.65
+    # Brightness gives the side: what is brighter than the median colour is drawn brighter.
+    two = np.zeros((3, 3, 3), np.uint8)
+    two[0, 0], two[0, 1] = 255, (0, 0, 128)
+    assert pale(two)[0, 0] == pytest.approx(1)
+    np.testing.assert_allclose(pale(two)[1:], pale(two).min())
+
+
+def test_noise_below_the_heat_stays_noise():
+    image = np.full((40, 40, 3), 90, np.uint8)
+    assert (pale(image) == 0.35 + 0.65 / 2).all()
+    image[::2, ::2] = 92
+    assert 0 < np.ptp(pale(image)) < 0.65 * (2 / 255) / 0.25 * 1.01
 
 
 def test_overlay_scales_by_the_largest_absolute_value():
