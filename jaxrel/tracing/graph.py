@@ -129,7 +129,7 @@ class Node:
             for frame in self.frames():
                 if not pattern.search(frame.file_name) and not _FRAMEWORKS.search(frame.file_name):
                     return f"{_short(frame.file_name)}:{frame.line_num} ({frame.function_name})"
-        return primitives.summary(self.equation)
+        return _short(primitives.summary(self.equation))
 
     def frames(self) -> Iterator[Any]:
         """The stack that wrote the operation, then those of the calls that held it."""
@@ -261,8 +261,11 @@ def identity(atom: Atom) -> Any:
 
 
 def _short(file: str) -> str:
-    """A path as seen from the working directory, if it lies below."""
+    """A path as seen from the working directory if it lies below, or of a package from there."""
     if "ipykernel" in file:
         return "cell"
+    *_, packaged = re.split(r"[/\\](?:site|dist)-packages[/\\]", file)
+    if packaged != file:
+        return packaged
     relative = os.path.relpath(file) if os.path.isabs(file) else file
     return file if relative.startswith("..") else relative

@@ -43,3 +43,12 @@ def test_the_plan_shows_what_is_not_covered():
     table = jaxrel.plan(lambda x: jnp.fft.fft(x).real @ W42, [])(jnp.ones(4))
     assert {row.kind for row in table.uncovered} >= {"fft", "dense"}
     assert "NONE" in str(table)
+
+
+def test_lines_of_a_package_begin_with_its_name():
+    """A model whose author wrote no line of the calls: no folder of an environment is in the way."""
+    model = nnx.Sequential(nnx.Linear(4, 8, rngs=RNGS), nnx.relu, nnx.Linear(8, 3, rngs=RNGS))
+    first, activation, last = jaxrel.plan(model, composites.epsilon_plus())(jnp.ones((2, 4)))
+    assert first.where == last.where
+    assert first.where.startswith("flax/nnx/nn/linear.py:")
+    assert activation.where.startswith("flax/nnx/helpers.py:")
