@@ -46,7 +46,7 @@ def test_the_plan_shows_what_is_not_covered():
 
 
 def test_lines_of_a_package_begin_with_its_name():
-    """A model whose author wrote no line of the calls: no folder of an environment is in the way."""
+    """No line of the calls is the user's, and no folder of an environment is in the way."""
     model = nnx.Sequential(nnx.Linear(4, 8, rngs=RNGS), nnx.relu, nnx.Linear(8, 3, rngs=RNGS))
     first, activation, last = jaxrel.plan(model, composites.epsilon_plus())(jnp.ones((2, 4)))
     assert first.where == last.where
