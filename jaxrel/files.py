@@ -35,7 +35,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:
         # Of the file that was asked for, and not of the one that nobody knows.
         raise type(error)(
-            error.errno, f"cannot write {path}: {error.strerror}; make room, or give another place"
+            error.errno,
+            f"cannot write {path}: {error.strerror or error}; make room, or give another place",
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -35,12 +35,13 @@ FLOORS = {
     "jaxrel.explanations": (*EXPLAIN, "jaxrel.report"),
     "jaxrel.metrics": (*EXPLAIN, "jaxrel.report", "jaxrel.renamed"),
     "jaxrel.batch": (*EXPLAIN, "jaxrel.explanations", "jaxrel.report"),
-    # Images are read alike, whoever opened them.
+    # Images are read and files written alike, whoever does it.
     "jaxrel.models": (
         "jaxrel.tag",
         "jaxrel.capture_with_grad",
         "jaxrel.contrast",
         "jaxrel.images",
+        "jaxrel.files",
         "jaxrel.renamed",
     ),
 }

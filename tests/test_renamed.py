@@ -63,7 +63,7 @@ TOKENS = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
 def attends(x, y):
     """One attention from x to y, added to x."""
     maps = jaxrel.tag(jax.nn.softmax(x @ y.swapaxes(1, 2))[:, None], "maps")
-    return (x + (maps @ y[:, None])[:, 0])[:, 0].sum(-1)
+    return (x + (maps @ y[:, None])[:, 0])[:, 1].sum(-1)
 
 
 def co_attention():

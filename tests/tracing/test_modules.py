@@ -47,6 +47,7 @@ class Noisy(nnx.Module):
         return self.out(self.drop(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*draws a random mask")
 @pytest.mark.parametrize("kind", [Scanned, Recurrent, Noisy])
 def test_nnx_modules_that_change_are_functions(kind):
     model = kind(nnx.Rngs(0))
@@ -68,6 +69,7 @@ def test_nnx_modules_that_change_are_functions(kind):
     assert counts == [int(x) for x in jax.tree.leaves(nnx.state(model, nnx.RngCount))]
 
 
+@pytest.mark.filterwarnings("ignore:.*draws a random mask")
 def test_nnx_modules_keep_their_parameters_paths():
     model = Noisy(nnx.Rngs(0))
     entries = Composite([(path("out/*"), rules.ZPlus())])
