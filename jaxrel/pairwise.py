@@ -5,7 +5,7 @@ of the embeddings. A part of one matters only together with parts of the other, 
 of second order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ def pairwise_relevance(
     method: str = "lrp",
     lrp: Any = None,
     steps: int = 32,
-    baseline: tuple[Any, Any] = (0.0, 0.0),
+    baseline: Sequence[Any] = (0.0, 0.0),
     at_once: int | None = None,
 ) -> Callable:
     """Make two functions that embed inputs return the relevance of pairs of their tokens.
@@ -66,8 +66,8 @@ def pairwise_relevance(
       token of `second`: let `second` be the text. Integrated gradients cost this `steps` times.
 
     Raises:
-      ValueError: an unknown method, at_once or steps below 1; (when called) embeddings that do not
-        fit, a baseline that does not fit.
+      ValueError: an unknown method, at_once or steps below 1, a baseline that is no pair; (when
+        called) embeddings or a baseline that do not fit.
       TypeError, ValueError, NotImplementedError: (when called) see `jaxrel.lrp`.
     """
     if method not in METHODS:
@@ -76,6 +76,11 @@ def pairwise_relevance(
         )
     if at_once is not None and at_once < 1:
         raise ValueError(f"pairwise_relevance: at_once must be 1 or more, got {at_once}")
+    if not isinstance(baseline, tuple | list) or len(baseline) != 2:
+        raise ValueError(
+            "pairwise_relevance: baseline must be a pair, one for the tokens of each function, as "
+            f"in (0.0, 0.0), got {baseline!r}"
+        )
     if method == "integrated_gradients":
         sides = [
             _integrated(fun, tag, steps, start)

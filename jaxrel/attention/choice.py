@@ -232,9 +232,10 @@ def target_token_of(traced: Traced, target_token: Any, stack: Stack) -> Any:
         )
     if isinstance(target_token, list | tuple):
         target_token = np.asarray(target_token)
+    index = token_index(target_token, batch=batch, tokens=tokens)
     if not isinstance(target_token, jax.core.Tracer):
         _check_read(stack, np.unique(np.asarray(target_token) % tokens))
-    return token_index(target_token, batch=batch, tokens=tokens)
+    return index
 
 
 def _check_read(stack: Stack, asked: np.ndarray) -> None:

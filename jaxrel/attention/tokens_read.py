@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from jaxrel.attention.residual import ancestors
 from jaxrel.attention.stacks import Site
 from jaxrel.tracing import primitives
 from jaxrel.tracing.axes import Axes, roots, same
@@ -41,7 +42,7 @@ def tokens_read(graph: Graph, site: Site, axes: Axes) -> np.ndarray | None:
     """
     if site.windows is not None or site.in_parts or site.mapped or not site.tokens:
         return None
-    live = _live(graph)
+    live = ancestors(*graph.outs, producers=graph.producers())
     first = site.place[0]
     found: dict[Value, tuple[int, np.ndarray]] = {}
     if first.node is None:
@@ -57,15 +58,6 @@ def tokens_read(graph: Graph, site: Site, axes: Axes) -> np.ndarray | None:
     except _Unknown:
         return None
     return np.array(sorted(read)) if read else None
-
-
-def _live(graph: Graph) -> set[Value]:
-    """The values that the output is computed from."""
-    live = {atom for atom in graph.outs if isinstance(atom, Value)}
-    for node in reversed(graph.nodes):
-        if any(out in live for out in node.outs):
-            live.update(atom for atom in node.ins if isinstance(atom, Value))
-    return live
 
 
 def _places(value: Value, site: Site, axes: Axes) -> Iterator[tuple[int, np.ndarray]]:

@@ -88,6 +88,14 @@ def test_what_is_asked_on_purpose_is_not_told():
     jax.jit(lambda x, token: attention.relevance(mean, target_token=token)(x))(X, 0)
 
 
+def test_a_target_token_that_is_none_is_an_error_and_no_warning():
+    last = score_of(lambda x: x[:, 3].sum(-1))
+    with pytest.raises(ValueError, match="target_token: 5 does not exist"):
+        attention.relevance(last, target_token=TOKENS)(X)
+    with pytest.raises(TypeError, match="target_token: expected integers"):
+        attention.relevance(last, target_token=0.5)(X)
+
+
 def test_a_sum_over_examples_is_told():
     fun = score_of(lambda x: x[:, 0].sum(-1))
     message = "one scalar, and .* attends within 2 parts of 5 tokens, .* return one score for each"
