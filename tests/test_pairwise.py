@@ -157,7 +157,7 @@ def test_what_is_wrong():
         pairwise_relevance(one, other, at=AT, method="equal")
     with pytest.raises(ValueError, match="at_once must be 1 or more, got 0"):
         pairwise_relevance(one, other, at=AT, at_once=0)
-    with pytest.raises(ValueError, match=r"baseline must be a pair, .* \(0\.0, 0\.0\), got \(0\.5,\)"):
+    with pytest.raises(ValueError, match=r"baseline must be a pair, .* got \(0\.5,\)"):
         pairwise_relevance(one, other, at=AT, method="integrated_gradients", baseline=(0.5,))
     short = pairwise_relevance(one, lambda y: other(y)[:, :3], at=AT)
     with pytest.raises(ValueError, match=r"of one shape, got \(2, 4\) and \(2, 3\)"):
